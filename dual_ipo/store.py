@@ -7,7 +7,7 @@ __all__ = ['atomic_write', 'write_json', 'read_json', 'Loader', 'write_yaml', 'r
            'write_tensors', 'read_tensors', 'is_done', 'sync_tree', 'mark_done', 'stage', 'first_difference', 'lock',
            'Run', 'set_progress_file', 'report_progress', 'progress']
 
-# %% ../nbs/02_store.ipynb #3a847dd9
+# %% ../nbs/02_store.ipynb #1ab53758
 import fcntl, html, json, os, re, shutil, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .core import UserError, sync_folder, whole_file
 
-# %% ../nbs/02_store.ipynb #4a8454d0
+# %% ../nbs/02_store.ipynb #84f8fcb1
 @contextmanager
 def atomic_write(
     path,  # the file to come; its folder is made
@@ -26,19 +26,19 @@ def atomic_write(
     "Yield a binary file which becomes `path` when the block ends well."
     with whole_file(path) as beside, open(beside, "wb") as file: yield file
 
-# %% ../nbs/02_store.ipynb #1fe2c9a5
+# %% ../nbs/02_store.ipynb #276e35d5
 def write_json(path, data):
     "Write JSON; NaN is an error, because no browser reads it."
     with atomic_write(path) as file: file.write((json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
-# %% ../nbs/02_store.ipynb #cf83fd26
+# %% ../nbs/02_store.ipynb #8a8364b5
 def read_json(path):
     "Read JSON; UserError when it isn't there or isn't JSON."
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError: raise UserError(f"{path}: no such file; check the path") from None
     except ValueError as error: raise UserError(f"{path}: is not JSON ({error}); remove it or restore it") from None
 
-# %% ../nbs/02_store.ipynb #0715dfa4
+# %% ../nbs/02_store.ipynb #dbe46e2e
 class Loader(yaml.SafeLoader):
     "Safe YAML in which 1e-5 is a number and a key counts once."
 
@@ -50,12 +50,12 @@ class Loader(yaml.SafeLoader):
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
-# %% ../nbs/02_store.ipynb #78642457
+# %% ../nbs/02_store.ipynb #c92ba33c
 def write_yaml(path, data):
     "Write YAML, keys in the order given."
     with atomic_write(path) as file: file.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=140).encode())
 
-# %% ../nbs/02_store.ipynb #793b9037
+# %% ../nbs/02_store.ipynb #35afba8f
 def read_yaml(path):
     "Read YAML; UserError when it isn't there or isn't YAML."
     try: return yaml.load(Path(path).read_text(), Loader)
@@ -63,7 +63,7 @@ def read_yaml(path):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct that line") from None
 
-# %% ../nbs/02_store.ipynb #27c07718
+# %% ../nbs/02_store.ipynb #db65d2d4
 def write_table(
     path,              # ….parquet
     rows: list[dict],  # values: numbers, text, None, lists and dicts of them
@@ -72,7 +72,7 @@ def write_table(
     columns = dict.fromkeys(key for row in rows for key in row)
     with atomic_write(path) as file: pq.write_table(pa.table({key: [row.get(key) for row in rows] for key in columns}), file)
 
-# %% ../nbs/02_store.ipynb #131ad864
+# %% ../nbs/02_store.ipynb #5bcfcfc8
 def read_table(
     path,
 ) -> list[dict]:
@@ -81,7 +81,7 @@ def read_table(
     except FileNotFoundError: raise UserError(f"{path}: no such file; check the path") from None
     except pa.ArrowInvalid as error: raise UserError(f"{path}: is not a Parquet table ({error}); remove it or restore it") from None
 
-# %% ../nbs/02_store.ipynb #18c99c9e
+# %% ../nbs/02_store.ipynb #210e3b9b
 def write_tensors(
     path,                                      # ….safetensors
     tensors: dict[str, Tensor],                # from any device; views are fine
@@ -90,7 +90,7 @@ def write_tensors(
     "Write named tensors."
     with whole_file(path) as beside: save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, beside, metadata)
 
-# %% ../nbs/02_store.ipynb #bc4d1aaf
+# %% ../nbs/02_store.ipynb #cc6dcefd
 def read_tensors(
     path,
 ) -> dict[str, Tensor]:   # on the CPU
@@ -99,12 +99,12 @@ def read_tensors(
     except FileNotFoundError: raise UserError(f"{path}: no such file; check the path") from None
     except safetensors.SafetensorError as error: raise UserError(f"{path}: is not a whole safetensors file ({error}); restore it") from None
 
-# %% ../nbs/02_store.ipynb #70ffee14
+# %% ../nbs/02_store.ipynb #af3f3a87
 def is_done(folder) -> bool:
     "Is everything in this folder complete?"
     return (Path(folder)/"DONE").is_file()
 
-# %% ../nbs/02_store.ipynb #0cdcbd6c
+# %% ../nbs/02_store.ipynb #b6d37ccb
 def sync_tree(folder):
     "Make what lies below `folder` durable, subfolders that are done excepted: they already are."
     for path in Path(folder).iterdir():
@@ -114,7 +114,7 @@ def sync_tree(folder):
             with open(path, "rb") as file: os.fsync(file.fileno())
     sync_folder(folder)
 
-# %% ../nbs/02_store.ipynb #cf318fe7
+# %% ../nbs/02_store.ipynb #1502959b
 def mark_done(
     folder,
     **facts,  # what to remember about it, as JSON
@@ -122,8 +122,9 @@ def mark_done(
     "Declare this folder complete."
     sync_tree(folder)
     write_json(Path(folder)/"DONE", facts)
+    sync_folder(Path(folder).parent)
 
-# %% ../nbs/02_store.ipynb #6ea4e7f0
+# %% ../nbs/02_store.ipynb #f4410084
 @contextmanager
 def stage(
     folder,                # of this stage's results
@@ -136,7 +137,7 @@ def stage(
     yield todo
     if todo: mark_done(folder)
 
-# %% ../nbs/02_store.ipynb #5d064f61
+# %% ../nbs/02_store.ipynb #dff0e314
 def first_difference(
     old, new,         # plain data
     key: str = "",    # where we are
@@ -148,7 +149,7 @@ def first_difference(
         return next((f for f in found if f), None)
     return None if old == new else f"{key}: {old} there, {new} here"
 
-# %% ../nbs/02_store.ipynb #bb5ecf32
+# %% ../nbs/02_store.ipynb #8fef9724
 @contextmanager
 def lock(
     path,              # a file for it
@@ -164,7 +165,7 @@ def lock(
             time.sleep(.1)
         yield
 
-# %% ../nbs/02_store.ipynb #2c34bb45
+# %% ../nbs/02_store.ipynb #21471414
 class Run:
     "A run's folder and its config."
     def __init__(self, path, config): self.path, self.config = Path(path), config
@@ -216,7 +217,7 @@ class Run:
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
         return f"<p><b>{html.escape(str(self.path))}</b></p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 
-# %% ../nbs/02_store.ipynb #e08c9975
+# %% ../nbs/02_store.ipynb #8271dfbc
 _progress = {"path": None, "round": None}
 
 def set_progress_file(
@@ -226,7 +227,7 @@ def set_progress_file(
     "Say once per process where `progress` reports."
     _progress.update(path=path, round=round)
 
-# %% ../nbs/02_store.ipynb #d693c91d
+# %% ../nbs/02_store.ipynb #487ea295
 def report_progress(stage, done, total, first, start):
     "Write one progress record; renamed into place, but not worth a sync."
     if _progress["path"] is None: return
@@ -236,7 +237,7 @@ def report_progress(stage, done, total, first, start):
     beside.write_text(json.dumps(dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)))
     os.replace(beside, path)
 
-# %% ../nbs/02_store.ipynb #cc9c2563
+# %% ../nbs/02_store.ipynb #23a4206c
 def progress(
     items: Iterable,          # what to go through
     stage: str,               # the name on the bar
