@@ -1,0 +1,76 @@
+"A headless Chromium driven over the DevTools protocol: one class, no npm. The websocket client comes with JupyterLab."
+import json, os, shutil, signal, subprocess, tempfile, time
+from itertools import count
+from pathlib import Path
+from urllib.request import urlopen
+
+import websocket
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--remote-allow-origins=*"]
+
+
+class Page:
+    "A page: `open` it, `evaluate` JavaScript in it, read its `errors` and `requests`."
+
+    def __enter__(self):
+        self.profile, self.ids, self.events = tempfile.mkdtemp(), count(1), []
+        self.process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={self.profile}", "--window-size=1200,2000", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            port = self.wait(lambda: (Path(self.profile)/"DevToolsActivePort").read_text().split()[0], "Chromium's port", errors=(OSError, IndexError))
+            pages = self.wait(lambda: [t for t in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if t["type"] == "page"], "a page", errors=(OSError,))
+            self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
+            for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        os.killpg(self.process.pid, signal.SIGKILL)   # the group this test started
+        self.process.wait()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+    def wait(self, ask, what, seconds=60, errors=()):
+        "The first true answer of `ask`."
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if answer := ask(): return answer
+            except errors: pass
+            time.sleep(.1)
+        raise TimeoutError(f"no {what} in {seconds} s")
+
+    def send(self, method, **params):
+        "One command and its result; events on the way are kept."
+        number = next(self.ids)
+        self.socket.send(json.dumps(dict(id=number, method=method, params=params)))
+        while True:
+            message = json.loads(self.socket.recv())
+            if message.get("id") == number: return message["result"]
+            self.events.append(message)
+
+    def open(self, path):
+        self.send("Page.navigate", url=Path(path).resolve().as_uri())
+        self.until("document.readyState == 'complete'")
+
+    def evaluate(self, expression):
+        "The value of a JavaScript expression, awaited."
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def until(self, expression, seconds=60): return self.wait(lambda: self.evaluate(expression), expression, seconds)
+
+    def of(self, *methods): return [e["params"] for e in self.events if e.get("method") in methods]
+
+    @property
+    def errors(self):
+        "Exceptions, console errors and whatever the browser itself complains of, refused requests among it."
+        logged = [p["entry"] for p in self.of("Log.entryAdded") if p["entry"]["level"] == "error"]
+        return self.of("Runtime.exceptionThrown") + [p for p in self.of("Runtime.consoleAPICalled") if p["type"] == "error"] + logged
+
+    @property
+    def requests(self): return [p["request"]["url"] for p in self.of("Network.requestWillBeSent")]

@@ -1,0 +1,112 @@
+"A made-up run folder: real little clips and real measurements of them, invented votes and losses. For tests and lessons, never a result."
+import math
+from pathlib import Path
+
+import torch
+
+from dual_ipo.core import generator, write_mp4
+from dual_ipo.store import write_json, write_table, write_yaml
+from dual_ipo.toyworld import FPS, SHARES, measure, parse_prompt, add_defects, clean_scene, render, toy_prompts
+
+K = 8                  # votes a pair
+AGGREGATES = ("total", "quality", "semantic")
+
+
+def clips(prompts, share, *keys):
+    "One toy clip a prompt; `share` scales how often it has a defect or shows the wrong words."
+    rng = generator("synthetic", *keys)
+    words = torch.tensor([parse_prompt(p) for p in prompts])
+    wrong = torch.rand(words.shape, generator=rng) < .25*share
+    words = torch.where(wrong, (words + 1) % torch.tensor([6, 4, 4, 2]), words)
+    return render(add_defects(clean_scene(words, rng), rng, {name: share*value for name, value in SHARES.items()}), rng)
+
+
+def save(folder, name, videos, prompts, **columns):
+    "Clips to mp4 and their rows, with what the truth measure says."
+    scores = measure(videos, prompts)
+    for i, video in enumerate(videos): write_mp4(folder/"clips"/f"{name}_{i:02d}.mp4", video, FPS)
+    return [dict(prompt=prompt, path=f"clips/{name}_{i:02d}.mp4", **columns, **{key: float(value[i]) for key, value in scores.items()}) for i, prompt in enumerate(prompts)]
+
+
+def history(k, steps, objective, rng):
+    "Losses that fall and margins that grow, with noise."
+    rows = []
+    for step in range(steps):
+        x, e = 1 - math.exp(-step/20), torch.randn(4, generator=rng).tolist()
+        row = dict(step=step, loss=.693 - .12*x + .02*e[0], accuracy=min(1, .5 + .22*x + .08*e[1]), skipped=0, grad_norm=abs(1 + .2*e[2]))
+        if objective == "dpo": row |= dict(margin_w=1e-4*(1.2*x*(k > 2) - .4*x + .3*e[3]), margin_l=1e-4*(2.1*x + .3*e[0]), error_w_ref=.04)
+        else: row |= dict(reward=1e-4*(x + .3*e[3]))
+        rows.append(row)
+    return rows
+
+
+def votes(folder, k, prompts, table, sharpness, rng):
+    "Each prompt's pair of clips, voted on by a judge of the given sharpness."
+    rows = []
+    for i, prompt in enumerate(prompts):
+        a, b = table[i], table[(i + 1) % len(prompts)] if len(table) == len(prompts) else table[i + len(prompts)]
+        gap = a["total"] - b["total"]
+        p = 1/(1 + math.exp(-sharpness*gap))
+        draws = torch.rand(K, generator=rng).tolist()
+        cast = ["invalid" if u < .02 else "tie" if u < .05 else "A" if u < .05 + .95*p else "B" for u in draws]
+        valid = [v for v in cast if v != "invalid"]
+        p_a = sum({"A": 1, "B": 0, "tie": .5}[v] for v in valid)/len(valid)
+        halves = [sum({"A": 1, "B": -1}.get(v, 0) for v in half) for half in (cast[:K//2], cast[K//2:])]
+        consistent = halves[0]*halves[1] > 0
+        pce = 1/(1 + math.exp(-(8*(abs(p_a - .5) - .25) + torch.randn(1, generator=rng).item())))
+        rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, path_a=a["path"], path_b=b["path"], label="tie" if not consistent else "A" if p_a > .5 else "B", p_a=p_a,
+            n_valid=len(valid), n_votes=K, consistent=consistent, votes=cast, pce=pce, kept=pce > .5, truth="A" if gap > 0 else "B", gap=abs(gap)))
+    return rows
+
+
+def synthetic_run(
+    folder,            # made
+    rounds=3,
+    n=16,              # prompts
+    objective="dpo",   # or "kto": no margins
+    truth=True,        # False: nobody measured anything
+    quarantine=True,
+):
+    "Write a run folder as the loop would leave it."
+    folder = Path(folder)
+    config = dict(arch="wan", objective=objective, rounds=rounds, seed=0, prompts_per_round=n, candidates=4, votes=K, beta=2000, learning_rate=3e-5,
+        measure="dual_ipo.toyworld:measure" if truth else None)
+    write_yaml(folder/"run.yaml", config)
+    prompts, train, entries = toy_prompts(n, "eval"), toy_prompts(n, "train"), []
+    for k in range(rounds + 1):
+        rng, share, at = generator("votes", k), 1 - .22*k, folder/f"round_{k:02d}"
+        scored = save(at/"evaluate", "s0", clips(prompts, share, k, 0), prompts, seed=0) + save(at/"evaluate", "s1", clips(prompts, share, k, 1), prompts, seed=1)
+        if not truth: scored = [{key: row[key] for key in ("prompt", "seed", "path")} for row in scored]
+        write_table(at/"evaluate/scores.parquet", scored)
+        means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in scored[0] if key not in ("prompt", "seed", "path")}
+        entry = dict(round=k, generator={}, reward={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
+            dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))
+        if truth:
+            entry["generator"] = {key: means[key] for key in (*AGGREGATES, "dynamic_degree")} | dict(
+                dims={key: value for key, value in means.items() if key not in AGGREGATES}, ci95=[means["total"] - 2.1, means["total"] + 2.1], n_videos=2*n)
+            rows = votes(at, k, prompts, scored, 6 + 3*k, rng)
+            static = votes(at, k, prompts, scored, 6, rng)
+            keys = ("pair_id", "prompt", "path_a", "path_b", "label", "p_a", "n_valid", "n_votes", "consistent", "votes", "truth", "gap")
+            write_table(at/"evaluate/votes.parquet", [{key: row[key] for key in keys} | dict(p_a_static=s["p_a"]) for row, s in zip(rows, static)])
+            right = lambda rows: sum((r["p_a"] > .5) == (r["truth"] == "A") for r in rows)/len(rows)
+            entry["reward"] = dict(accuracy=right(rows), accuracy_static=right(static), accuracy_clear=min(1, right(rows) + .08), ece=.08 - .01*k, parse_rate=.98,
+                position_consistency=.8 + .02*k, n_pairs=n)
+        if k:
+            shard = at/"candidates/shard_0000"
+            table = [row | dict(candidate=c) for c in range(4) for row in save(shard, f"c{c}", clips(train, share + .22, k, "c", c), train)]
+            write_table(shard/"table.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], path=r["path"]) for r in table])
+            for row in table: row |= dict(path=f"candidates/shard_0000/{row['path']}", score=.7*row["total"] + .3*torch.rand(1, generator=rng).item())
+            write_table(at/"scores.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], path=r["path"], score=r["score"], motion=r["dynamic_degree"]) for r in table])
+            pairs = []
+            for prompt in train:
+                own = sorted((r for r in table if r["prompt"] == prompt), key=lambda r: r["score"])
+                w, l = own[-1], own[0]
+                pairs.append(dict(prompt=prompt, path_w=w["path"], path_l=l["path"], score_w=w["score"], score_l=l["score"]) | (dict(total_w=w["total"], total_l=l["total"]) if truth else {}))
+            write_table(at/"pairs.parquet", pairs)
+            write_table(at/"votes.parquet", [{key: value for key, value in row.items() if key not in ("truth", "gap")} for row in votes(at, k, train, table, 8 + 2*k, rng)])
+            write_table(at/"align/history.parquet", history(k, 60, objective, rng))
+        write_json(at/"round.json", entry)
+        entries.append(entry)
+    write_json(folder/"summary.json", dict(config=config, rounds=entries))
+    if quarantine: write_table(folder/"quarantine.parquet", [dict(path="clips/0042.mp4", reason="is truncated: 5 of 9 frames; fetch it again")])
+    return folder
