@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'inside', 'PairRow', 'parse_rationale', 'PairTable', 'read_pairs', 'write_pairs', 'clip_rows', 'read_clips',
            'clip_fault', 'check_clips']
 
-# %% ../nbs/03_data.ipynb #21332173
+# %% ../nbs/03_data.ipynb #0e0e8dfe
 import csv, io, json, os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from .core import Pair, UserError, Video, read_mp4, seed_of
 from .prompts import read_csv, read_text
 from .store import atomic_write, progress
 
-# %% ../nbs/03_data.ipynb #f937de0c
+# %% ../nbs/03_data.ipynb #2fdf1ef0
 def inside(
     root: Path,    # the folder of the table
     name: str,     # a path as the table gives it
@@ -29,7 +29,7 @@ def inside(
         raise UserError(f"{where}: path {name!r:.80} doesn't stay in {root}; make it relative to that, with no '..' and no link out")
     return root/path
 
-# %% ../nbs/03_data.ipynb #7a3c2a17
+# %% ../nbs/03_data.ipynb #d4b4622c
 @dataclass
 class PairRow:
     "A human-judged pair on disk."
@@ -44,7 +44,7 @@ class PairRow:
         "Decode both clips."
         return Pair(self.prompt, Video.load(self.path_a), Video.load(self.path_b), self.label, self.pair_id, self.rationale)
 
-# %% ../nbs/03_data.ipynb #4fe61911
+# %% ../nbs/03_data.ipynb #34ab1653
 def parse_rationale(
     text: str,    # JSON, or nothing
     where: str,   # for the message
@@ -62,7 +62,7 @@ def parse_rationale(
         raise UserError(f"{where}: rationale_json is not of the form {shape}, grades 1 to 5; correct it") from None
     return given
 
-# %% ../nbs/03_data.ipynb #d40c805a
+# %% ../nbs/03_data.ipynb #8ed31e45
 @dataclass
 class PairTable:
     "Pairs on disk, in order; `table[i]` decodes one."
@@ -91,7 +91,7 @@ class PairTable:
         held = [seed_of("held out", seed, row.prompt) < share*2**63 for row in self.rows]
         return tuple(PairTable([row for row, h in zip(self.rows, held) if h == side]) for side in (False, True))
 
-# %% ../nbs/03_data.ipynb #5a1a2ab1
+# %% ../nbs/03_data.ipynb #279e3601
 LABELS = ("A", "B", "same")
 
 def read_pairs(
@@ -113,7 +113,7 @@ def read_pairs(
         rows.append(PairRow(prompt, a, b, label, row.get("pair_id") or str(len(rows)), rationale))
     return PairTable(rows)
 
-# %% ../nbs/03_data.ipynb #7d0e321b
+# %% ../nbs/03_data.ipynb #f5dc1f82
 def write_pairs(
     folder,             # gets pairs.csv and clips/
     pairs: list[Pair],  # all labelled
@@ -129,7 +129,7 @@ def write_pairs(
     with atomic_write(folder/"pairs.csv") as file: file.write(text.getvalue().encode())
     return folder/"pairs.csv"
 
-# %% ../nbs/03_data.ipynb #98ccce34
+# %% ../nbs/03_data.ipynb #f869e72e
 def clip_rows(
     folder: Path,
 ) -> Iterator[tuple[str, str, str]]:   # (where, prompt, file name)
@@ -138,7 +138,7 @@ def clip_rows(
         if not path.with_suffix(".txt").is_file(): raise UserError(f"{path}: has no caption; write it to {path.stem}.txt beside it")
         yield str(path.with_suffix(".txt")), read_text(path.with_suffix(".txt")), path.name
 
-# %% ../nbs/03_data.ipynb #b5da79c6
+# %% ../nbs/03_data.ipynb #1ec77421
 def read_clips(
     path,                         # a CSV, or a folder of clips with captions
 ) -> list[tuple[str, Path]]:      # (prompt, path)
@@ -152,7 +152,7 @@ def read_clips(
     if not clips: raise UserError(f"{path}: holds no clips; give mp4 files with captions")
     return [(prompt, clip) for prompt, clip, _ in clips]
 
-# %% ../nbs/03_data.ipynb #789a40c4
+# %% ../nbs/03_data.ipynb #dd832d9b
 def clip_fault(
     path,
     size: tuple[int, int, int] | None,   # (T, H, W) it must have
@@ -164,7 +164,7 @@ def clip_fault(
     if size is not None and (T, H, W) != tuple(size):
         return f"is {T}x{H}x{W} (frames, height, width), not {'x'.join(map(str, size))}; cut or scale it"
 
-# %% ../nbs/03_data.ipynb #f77aa148
+# %% ../nbs/03_data.ipynb #70576337
 def check_clips(
     paths: list,                         # of clips, repeats are fine
     size: tuple[int, int, int] | None,   # (T, H, W) all must have; None: any
