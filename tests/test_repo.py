@@ -1,0 +1,75 @@
+"The package is what the notebooks say, the notebooks are clean, rounds can be parameterised, and the front page is its notebook's."
+import json
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sysconfig.get_path("scripts"))
+NOTEBOOKS = ("*.ipynb", "nbs/**/*.ipynb")
+
+
+def texts(root, *patterns):
+    "Relative path -> text of the files that match."
+    return {p.relative_to(root).as_posix(): p.read_text() for pattern in patterns for p in sorted(root.glob(pattern))}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "The repository without what isn't text, to run nbdev in."
+    skip = shutil.ignore_patterns(".git", "_proc", "_docs", "runs", "*.egg-info", "__pycache__", ".ipynb_checkpoints", "*.safetensors")
+    return Path(shutil.copytree(ROOT, tmp_path/"repo", symlinks=True, ignore=skip))
+
+
+def test_package_is_what_the_notebooks_export(copy):
+    for path in (copy/"dual_ipo").glob("*.py"): path.unlink()  # a module without a notebook must not survive
+    (copy/"dual_ipo/__init__.py").write_text((ROOT/"dual_ipo/__init__.py").read_text())
+    subprocess.run([BIN/"nbdev_export"], cwd=copy, check=True)
+    made, committed = texts(copy, "dual_ipo/*.py"), texts(ROOT, "dual_ipo/*.py")
+    assert made.keys() == committed.keys()
+    assert [name for name in made if made[name] != committed[name]] == [], "run nbdev_export"
+
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([BIN/"nbdev_clean"], cwd=copy, check=True)
+    cleaned, committed = texts(copy, *NOTEBOOKS), texts(ROOT, *NOTEBOOKS)
+    assert [name for name in cleaned if cleaned[name] != committed[name]] == [], "run nbdev_clean"
+
+
+def test_one_notebook_a_module():
+    exports = [line.split()[-1] for text in texts(ROOT, "nbs/*.ipynb").values() for cell in json.loads(text)["cells"]
+               for line in "".join(cell["source"]).splitlines() if line.startswith("#| default_exp ")]
+    assert len(exports) == len(set(exports)) > 0
+
+
+def test_package_does_without_dev_requirements():
+    for name, text in texts(ROOT, "dual_ipo/*.py").items():
+        assert not any(line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("fastcore", "nbdev", "execnb", "trl")
+                       for line in text.splitlines()), name
+
+
+def test_package_never_pickles():
+    words = ("import pickle", "torch.save(", "torch.load(", "np.save(", "save_state(")
+    assert [(name, w) for name, text in texts(ROOT, "dual_ipo/*.py").items() for w in words if w in text] == []
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs/rounds").glob("*.ipynb")), ids=lambda p: p.name)
+def test_rounds_have_one_parameters_cell(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+
+
+@pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")
+def test_readme_is_the_index():
+    from nbconvert import MarkdownExporter
+    made, _ = MarkdownExporter().from_filename(str(ROOT/"index.ipynb"))
+    remedy = "run: jupyter nbconvert --to markdown index.ipynb --output README"
+    assert made.strip() == (ROOT/"README.md").read_text().strip(), remedy
+
+
+@pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")
+def test_index_is_linked_into_nbs():
+    assert (ROOT/"nbs/index.ipynb").is_symlink() and (ROOT/"nbs/index.ipynb").resolve() == ROOT/"index.ipynb"
