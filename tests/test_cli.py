@@ -1,0 +1,98 @@
+"Every mistake a user can make at the command line: one line, exit code 2, nothing half-written."
+import shutil
+
+import pytest
+import yaml
+
+from dual_ipo.cli import main, write_toy_input
+from dual_ipo.config import Config
+from dual_ipo.core import UserError
+from dual_ipo.store import Run
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    "A folder with everything a run needs but checkpoints, which nothing here gets as far as loading."
+    folder = tmp_path_factory.mktemp("input")
+    write_toy_input(folder/"data", seed=0, pairs=4, real=2)
+    (folder/"pipe").mkdir()
+    (folder/"pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    return folder
+
+
+def config(folder, **parts):
+    "run.yaml in `folder`, changed by `parts`; its path."
+    data = dict(generator=dict(path="pipe"), data=dict(prompts="data/prompts.txt", eval_prompts="data/eval_prompts.txt", pairs="data/pairs.csv"))
+    for name, part in parts.items(): data[name] = {**data.get(name, {}), **part} if isinstance(part, dict) else part
+    (folder/"run.yaml").write_text(yaml.safe_dump(data))
+    return folder/"run.yaml"
+
+
+def says(capsys, folder, *words, argv=None, **parts):
+    "The command fails with 2 and one line that holds `words`, and no run folder appears."
+    out = folder/"out"
+    code = main(argv or ["run", str(config(folder, **parts)), "--out", str(out)])
+    line = capsys.readouterr().err
+    assert code == 2 and line.count("\n") == 1 and line.startswith("dual-ipo: "), line
+    assert all(word in line for word in words), line
+    assert not out.exists()
+
+
+@pytest.fixture
+def folder(good, tmp_path): return shutil.copytree(good, tmp_path/"mine")
+
+
+@pytest.mark.parametrize("parts, words", [
+    (dict(rounds=0), ["rounds"]),
+    (dict(votes=dict(k=3)), ["votes.k", "even"]),
+    (dict(votes=dict(k=0)), ["votes.k", "even"]),
+    (dict(align=dict(learning_rate=1)), ["align.learning_rate", "unknown key"]),
+    (dict(colour=1), ["colour", "unknown key"]),
+    (dict(pce=dict(form="magic")), ["pce.form"]),
+    (dict(data=dict(prompts="none.txt")), ["none.txt"]),
+    (dict(data=dict(pairs="none.csv")), ["none.csv"]),
+    (dict(data=dict(eval_prompts="data/prompts.txt")), ["not trained on"]),
+    (dict(evaluate=dict(prompts=1000)), ["eval_prompts", "1000"]),
+    (dict(align=dict(lambda_real=.1)), ["data.real_clips"]),
+    (dict(evaluate=dict(measure="no.such:thing")), ["no.such:thing"]),
+    (dict(generator=dict(path="data")), ["model_index.json"]),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_config_mistakes(capsys, folder, parts, words): says(capsys, folder, *words, **parts)
+
+
+@pytest.mark.parametrize("text, words", [("", ["prompts.txt"]), ("a red circle\n\na blue circle\n", ["prompts.txt", "2"]), ("same\nother\nsame\n", ["prompts.txt", "1", "3"])],
+                         ids=["empty", "blank row", "duplicate"])
+def test_prompt_mistakes(capsys, folder, text, words):
+    (folder/"data/prompts.txt").write_text(text)
+    says(capsys, folder, *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.replace("path_B", "video_B"), ["pairs.csv", "path_B"]),
+    (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",same,", ",equal,"), ["pairs.csv", "unknown label"]),
+    (lambda t: t.replace("clips/00000_A.mp4", "../00000_A.mp4"), ["pairs.csv", "00000_A.mp4"]),
+    (lambda t: t.replace("clips/00000_A.mp4", "/etc/passwd"), ["pairs.csv", "passwd"]),
+], ids=["column", "label", "dots", "absolute"])
+def test_pair_mistakes(capsys, folder, change, words):
+    (folder/"data/pairs.csv").write_text(change((folder/"data/pairs.csv").read_text()))
+    says(capsys, folder, *words)
+
+
+def test_checkpoint_of_an_unknown_class(capsys, folder):
+    (folder/"pipe/model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    says(capsys, folder, "LTXPipeline", "WanPipeline")
+
+
+def test_run_folder_of_another_config(tmp_path):
+    Run.open(tmp_path/"run", Config().model_dump())
+    with pytest.raises(UserError, match="align.lr"): Run.open(tmp_path/"run", Config(align=dict(lr=.1)).model_dump())
+
+
+def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_path):
+    assert main(["init", str(tmp_path/"run.yaml")]) == 0
+    assert main(["init", str(tmp_path/"run.yaml")]) == 2
+    assert Config(**yaml.safe_load((tmp_path/"run.yaml").read_text())) == Config()
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_no_run_there(capsys, tmp_path, command): says(capsys, tmp_path, "run.yaml", argv=[command, str(tmp_path)])

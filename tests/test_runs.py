@@ -1,0 +1,101 @@
+"Whole runs: the demo does what it says, an interrupted run ends as an undisturbed one, a user's own input works."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dual_ipo.cli import demo_config, main, table, write_toy_input
+from dual_ipo.store import read_json, read_table
+from dual_ipo.toyworld import CHECKPOINTS
+
+pytestmark = pytest.mark.skipif(not (CHECKPOINTS/"wan-small").exists(), reason="the toy checkpoints are not there; make them with nbs/toy")
+COMMAND = [sys.executable, "-c", "from dual_ipo.cli import main; raise SystemExit(main())"]
+
+
+def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
+    "The demo's config with everything that takes time made small."
+    data = demo_config(arch, objective, rounds, seed=0).model_dump()
+    for part, keys in dict(cold_start=dict(steps=4, batch_size=8), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
+                           votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6), reward=dict(max_new_tokens=48, lora_rank=lora_rank),
+                           generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
+    return data
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory):
+    "A user's files."
+    folder = tmp_path_factory.mktemp("given")
+    write_toy_input(folder/"input", seed=0, pairs=12, real=6)
+    return folder
+
+
+def write(folder, name, data):
+    (folder/name).write_text(yaml.safe_dump(data))
+    return folder/name
+
+
+def outcome(run):
+    "summary.json without its timings."
+    summary = read_json(run/"summary.json")
+    for entry in summary["rounds"]: del entry["seconds"]
+    return json.dumps(summary)
+
+
+def kill_at(config, out, seconds):
+    "Start the command in a process group of its own and kill all of it after that long; True if it had ended before."
+    process = subprocess.Popen([*COMMAND, "run", str(config), "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try: process.wait(seconds)
+    except subprocess.TimeoutExpired: pass
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.wait()
+    return process.returncode == 0
+
+
+def test_killed_at_random_moments_ends_the_same(given, tmp_path):
+    config = write(given, "kill.yaml", small_config())
+    began = time.monotonic()
+    assert main(["run", str(config), "--out", str(tmp_path/"calm")]) == 0
+    took, dice, kills = time.monotonic() - began, random.Random(0), 0
+    while kills < 12 and not kill_at(config, tmp_path/"killed", dice.uniform(.15, .6)*took): kills += 1
+    assert kills >= 3
+    assert main(["run", str(config), "--out", str(tmp_path/"killed")]) == 0
+    assert outcome(tmp_path/"killed") == outcome(tmp_path/"calm")
+    assert main(["run", str(config), "--out", str(tmp_path/"killed")]) == 0  # done: nothing to do, nothing changed
+    assert outcome(tmp_path/"killed") == outcome(tmp_path/"calm")
+
+
+@pytest.mark.parametrize("arch, objective, lora_rank", [("cogvideox", "kto", None), ("cogvideox", "dpo", 4)])
+def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
+    config = write(given, f"{arch}-{objective}.yaml", small_config(arch, objective, lora_rank=lora_rank) | dict(rounds=2))
+    out = tmp_path/"run"
+    assert main(["run", str(config), "--out", str(out)]) == 0
+    rounds = read_json(out/"summary.json")["rounds"]
+    assert [e["round"] for e in rounds] == [0, 1, 2]
+    for e in rounds:
+        assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_videos"} and e["generator"]["n_videos"] == 12
+        assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency", "n_pairs"} <= set(e["reward"])
+        assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
+    assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
+    assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
+    assert "report.html" in capsys.readouterr().out and (out/"report.html").stat().st_size > 1e6
+    assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
+
+
+def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
+    data = small_config() | dict(rounds=1)
+    data["data"]["max_bad_share"] = .2
+    broken = given/"input/clips/00003_A.mp4"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:len(whole)//2])
+    try: assert main(["run", str(write(given, "bad.yaml", data)), "--out", str(tmp_path/"run")]) == 0
+    finally: broken.write_bytes(whole)
+    rows = read_table(tmp_path/"run/quarantine.parquet")
+    assert [Path(row["path"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
