@@ -6,10 +6,10 @@
 __all__ = ['quality_fall', 'motion_fall', 'late_mean', 'loss_anomalies', 'needs_srpo', 'judge_trouble', 'hacking', 'stalled',
            'warnings_of']
 
-# %% ../nbs/31_monitor.ipynb #33f3b5ea
+# %% ../nbs/31_monitor.ipynb #0c793d26
 import math
 
-# %% ../nbs/31_monitor.ipynb #0efe9010
+# %% ../nbs/31_monitor.ipynb #9dcc2420
 def quality_fall(
     scores: list,  # `generator` entries of rounds 0, 1, …: {"total", "ci95", "dynamic_degree", …}, points of 100
 ) -> list[str]:
@@ -18,7 +18,7 @@ def quality_fall(
     k, total, (low, high) = len(scores) - 1, scores[-1]["total"], scores[-2]["ci95"]
     return [f"round {k}: total {total:.1f} fell below round {k - 1}'s 95% interval, {low:.1f} to {high:.1f}"] if total < low else []
 
-# %% ../nbs/31_monitor.ipynb #f7b9d3c9
+# %% ../nbs/31_monitor.ipynb #9d553d7d
 def motion_fall(
     scores: list,         # as in `quality_fall`
     keep: float = 0.95,   # share of round 0's dynamic degree that must remain
@@ -27,7 +27,7 @@ def motion_fall(
     first, last = scores[0]["dynamic_degree"], scores[-1]["dynamic_degree"]
     return [f"round {len(scores) - 1}: dynamic degree {last:.1f} is {last/first:.0%} of round 0's {first:.1f} (limit {keep:.0%})"] if last < keep*first else []
 
-# %% ../nbs/31_monitor.ipynb #2f559226
+# %% ../nbs/31_monitor.ipynb #65bd8693
 def late_mean(
     history: list,       # a dict a step
     key: str,
@@ -38,9 +38,9 @@ def late_mean(
     values = [step[key] for step in late if step.get(key) is not None and math.isfinite(step[key])]
     return sum(values)/len(values) if values else math.nan
 
-# %% ../nbs/31_monitor.ipynb #457e5666
+# %% ../nbs/31_monitor.ipynb #76eaeb99
 def loss_anomalies(
-    history: list,             # steps of `align`: {"loss", "skipped", "accuracy", "margin_w", "error_w_ref", …}; what is absent isn't checked
+    history: list,             # steps of `align`: {"loss", "skipped", "accuracy", "E_w", "margin_w", …}; what is absent isn't checked
     winner_share: float = 0.1, # how far the winner's error may lie above the reference's
     accuracy: float = 0.9,     # implicit accuracy above this is too good
 ) -> list[str]:
@@ -48,12 +48,13 @@ def loss_anomalies(
     reasons = []
     bad = sum(bool(step.get("skipped")) or not math.isfinite(step["loss"]) for step in history)
     if bad: reasons.append(f"align: {bad} of {len(history)} steps were skipped, their loss or gradient wasn't finite")
-    above = late_mean(history, "margin_w")/late_mean(history, "error_w_ref")
+    margin, error = late_mean(history, "margin_w"), late_mean(history, "E_w")
+    above = margin/(error - margin)   # E_w − margin_w = E_w^ref
     if above > winner_share: reasons.append(f"align: the winners' error ended {above:.0%} above the reference's (limit {winner_share:.0%}): winners get worse, losers only faster")
     if (right := late_mean(history, "accuracy")) > accuracy: reasons.append(f"align: implicit accuracy ended at {right:.2f} (limit {accuracy}): the pairs are learnt by heart")
     return reasons
 
-# %% ../nbs/31_monitor.ipynb #e3d93cfd
+# %% ../nbs/31_monitor.ipynb #ce33f00a
 def needs_srpo(
     history: list,  # the last `align` history; may be empty
     scores: list,   # `generator` entries of rounds 0, 1, …; empty without a measure
@@ -61,7 +62,7 @@ def needs_srpo(
     "Why the judge should be updated once more, Dual-IPO's extra SRPO."
     return (quality_fall(scores) + motion_fall(scores) if scores else []) + loss_anomalies(history)
 
-# %% ../nbs/31_monitor.ipynb #798b761d
+# %% ../nbs/31_monitor.ipynb #ca6ea3f3
 def judge_trouble(
     k: int,                    # the round
     reward: dict,              # its `reward` entry; None where it wasn't measured
@@ -81,7 +82,7 @@ def judge_trouble(
     if value("ece") > calibration: reasons.append(f"round {k}: the judge's certainty is off by {value('ece'):.2f} (ECE, limit {calibration})")
     return reasons
 
-# %% ../nbs/31_monitor.ipynb #50a57f6d
+# %% ../nbs/31_monitor.ipynb #1162055c
 def hacking(
     judged: list,  # mean judge score of the evaluation clips, rounds 0, 1, …
     truth: list,   # mean true total of the same clips, points of 100
@@ -91,7 +92,7 @@ def hacking(
     k = len(truth) - 1
     return [f"round {k}: the judge's mean score rose from {judged[-2]:.2f} to {judged[-1]:.2f} while the true total fell from {truth[-2]:.1f} to {truth[-1]:.1f}: it may be hacked"]
 
-# %% ../nbs/31_monitor.ipynb #799fe69a
+# %% ../nbs/31_monitor.ipynb #c1d770a7
 def stalled(
     scores: list,  # as in `quality_fall`
 ) -> list[str]:
@@ -100,7 +101,7 @@ def stalled(
     k = len(scores) - 1
     return [f"round {k}: total {scores[-1]['total']:.1f} lies within round {k - 1}'s 95% interval: no gain that can be told from chance, consider stopping"]
 
-# %% ../nbs/31_monitor.ipynb #8fa5c439
+# %% ../nbs/31_monitor.ipynb #e0b79200
 def warnings_of(
     rounds: list,            # entries of summary.json
     histories: dict = {},    # round -> its `align` history

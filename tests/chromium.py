@@ -49,7 +49,9 @@ class Page:
         self.socket.send(json.dumps(dict(id=number, method=method, params=params)))
         while True:
             message = json.loads(self.socket.recv())
-            if message.get("id") == number: return message["result"]
+            if message.get("id") == number:
+                assert "error" not in message, f"{method}: {message['error']}"
+                return message["result"]
             self.events.append(message)
 
     def open(self, path):

@@ -28,13 +28,13 @@ def save(folder, name, videos, prompts, **columns):
     return [dict(prompt=prompt, path=f"clips/{name}_{i:02d}.mp4", **columns, **{key: float(value[i]) for key, value in scores.items()}) for i, prompt in enumerate(prompts)]
 
 
-def history(k, steps, objective, rng):
+def history(k, steps, margins, rng):
     "Losses that fall and margins that grow, with noise."
     rows = []
     for step in range(steps):
         x, e = 1 - math.exp(-step/20), torch.randn(4, generator=rng).tolist()
         row = dict(step=step, loss=.693 - .12*x + .02*e[0], accuracy=min(1, .5 + .22*x + .08*e[1]), skipped=0, grad_norm=abs(1 + .2*e[2]))
-        if objective == "dpo": row |= dict(margin_w=1e-4*(1.2*x*(k > 2) - .4*x + .3*e[3]), margin_l=1e-4*(2.1*x + .3*e[0]), error_w_ref=.04)
+        if margins: row |= dict(margin_w=1e-4*(1.2*x*(k > 2) - .4*x + .3*e[3]), margin_l=1e-4*(2.1*x + .3*e[0]), E_w=.04)
         else: row |= dict(reward=1e-4*(x + .3*e[3]))
         rows.append(row)
     return rows
@@ -63,14 +63,16 @@ def synthetic_run(
     folder,            # made
     rounds=3,
     n=16,              # prompts
-    objective="dpo",   # or "kto": no margins
+    objective="dpo",   # or "kto"
+    margins=True,      # False: an objective that writes none
     truth=True,        # False: nobody measured anything
     quarantine=True,
 ):
     "Write a run folder as the loop would leave it."
     folder = Path(folder)
-    config = dict(arch="wan", objective=objective, rounds=rounds, seed=0, prompts_per_round=n, candidates=4, votes=K, beta=2000, learning_rate=3e-5,
-        measure="dual_ipo.toyworld:measure" if truth else None)
+    config = dict(seed=0, rounds=rounds, generator=dict(path="checkpoints/wan_small", lora_rank=16), reward=dict(path="checkpoints/judge"),
+        candidates=dict(prompts_per_round=n, per_prompt=4), align=dict(objective=objective, steps=60, batch_size=16, lr=3e-5, beta=2000., lambda_win=.1, lambda_real=0.),
+        votes=dict(k=K, pairs=n), evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, videos_per_prompt=2))
     write_yaml(folder/"run.yaml", config)
     prompts, train, entries = toy_prompts(n, "eval"), toy_prompts(n, "train"), []
     for k in range(rounds + 1):
@@ -94,17 +96,17 @@ def synthetic_run(
         if k:
             shard = at/"candidates/shard_0000"
             table = [row | dict(candidate=c) for c in range(4) for row in save(shard, f"c{c}", clips(train, share + .22, k, "c", c), train)]
-            write_table(shard/"table.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], path=r["path"]) for r in table])
-            for row in table: row |= dict(path=f"candidates/shard_0000/{row['path']}", score=.7*row["total"] + .3*torch.rand(1, generator=rng).item())
-            write_table(at/"scores.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], path=r["path"], score=r["score"], motion=r["dynamic_degree"]) for r in table])
+            write_table(shard/"table.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], clip=f"shard_0000/{r['path']}") for r in table])
+            for row in table: row |= dict(clip=f"shard_0000/{row['path']}", path=f"candidates/shard_0000/{row['path']}", score=.7*row["total"] + .3*torch.rand(1, generator=rng).item())
+            write_table(at/"scores.parquet", [dict(prompt=r["prompt"], candidate=r["candidate"], clip=r["clip"], score=r["score"], motion=r["dynamic_degree"]) for r in table])
             pairs = []
             for prompt in train:
                 own = sorted((r for r in table if r["prompt"] == prompt), key=lambda r: r["score"])
                 w, l = own[-1], own[0]
-                pairs.append(dict(prompt=prompt, path_w=w["path"], path_l=l["path"], score_w=w["score"], score_l=l["score"]) | (dict(total_w=w["total"], total_l=l["total"]) if truth else {}))
+                pairs.append(dict(prompt=prompt, clip_w=w["clip"], clip_l=l["clip"], score_w=w["score"], score_l=l["score"]) | (dict(total_w=w["total"], total_l=l["total"]) if truth else {}))
             write_table(at/"pairs.parquet", pairs)
             write_table(at/"votes.parquet", [{key: value for key, value in row.items() if key not in ("truth", "gap")} for row in votes(at, k, train, table, 8 + 2*k, rng)])
-            write_table(at/"align/history.parquet", history(k, 60, objective, rng))
+            write_table(at/"align/history.parquet", history(k, 60, margins, rng))
         write_json(at/"round.json", entry)
         entries.append(entry)
     write_json(folder/"summary.json", dict(config=config, rounds=entries))

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     folder = synthetic_run(tmp_path_factory.mktemp("report")/"a run", rounds=2, n=6)
     rows = read_table(folder/"round_02/pairs.parquet")
     write_table(folder/"round_02/pairs.parquet", [row | dict(prompt=BAIT) if i == 0 else row for i, row in enumerate(rows)])
-    (folder/"round_02"/rows[1]["path_w"]).unlink()
+    (folder/"round_02/candidates"/rows[1]["clip_w"]).unlink()
     make_report(folder)
     return folder
 
@@ -77,7 +77,7 @@ def test_the_page_cannot_ask_for_anything(run, tmp_path):
         assert "Content Security Policy" in page.errors[0]["text"]
 
 
-@pytest.mark.parametrize("kind", [dict(objective="kto"), dict(truth=False), dict(quarantine=False)], ids=str)
+@pytest.mark.parametrize("kind", [dict(objective="kto", margins=False), dict(truth=False), dict(quarantine=False)], ids=str)
 def test_other_runs(tmp_path, kind):
     made = sections(synthetic_run(tmp_path/"run", rounds=1, n=4, **kind))
     if "objective" in kind: assert any("no margins" in trace.name for trace in made["margins_figure"].data if trace.name)

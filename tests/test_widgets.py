@@ -1,0 +1,74 @@
+"The widgets in a real JupyterLab, opened by a real browser."
+import os, signal, socket, subprocess, sys, time
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+
+from chromium import CHROMIUM, Page
+from synthetic import synthetic_run
+
+CELLS = ["""from pathlib import Path
+from dual_ipo.core import Pair, Video
+from dual_ipo.widgets import Watch, pair_player, vote_browser
+clips = sorted(Path("run/round_01/evaluate/clips").glob("*.mp4"))
+player = pair_player(Pair("a pair", Video.load(clips[0]), Video.load(clips[1]), "A"))
+player""", "browser = vote_browser('run', 1)\nbrowser", "watching = Watch('run', every=.2)\nwatching", "print('all' + ' cells ran')"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab with its app on `window`, serving a folder that holds a notebook and a run."
+    root = tmp_path_factory.mktemp("lab")
+    synthetic_run(root/"run", rounds=1, n=4)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), root/"w.ipynb")
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    (root/"config.py").write_text("from jupyterlab.galata import configure_jupyter_server; configure_jupyter_server(c)\n"
+        f"c.ServerApp.port = {port}; c.ServerApp.root_dir = {str(root)!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None\n")
+    env = os.environ | {f"JUPYTER_{name}_DIR": str(root/".jupyter"/name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(root/".jupyter/settings")}
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(300):
+            try: urlopen(f"http://127.0.0.1:{port}/api"); break
+            except OSError: time.sleep(.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/w.ipynb?reset", root
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)   # the group this test started; kernels are in it
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+def test_in_jupyterlab(lab):
+    url, root = lab
+    text = "document.body.innerText"
+    with Page() as page:
+        page.send("Page.navigate", url=url)
+        page.until("window.jupyterapp && document.querySelectorAll('.jp-CodeCell').length == 4", 120)
+        page.until("[...jupyterapp.shell.widgets('main')][0].sessionContext?.session?.kernel?.status == 'idle'", 120)
+        page.send("Page.bringToFront")
+        page.evaluate("(w => { jupyterapp.shell.activateById(w.id); w.activate(); w.content.node.focus(); })([...jupyterapp.shell.widgets('main')][0])")
+        page.until("!!jupyterapp.shell.currentWidget")
+        page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+        page.until(f"{text}.includes('all cells ran')", 120)
+
+        page.until("[...document.querySelectorAll('.dipo-player video')].filter(v => v.readyState >= 2 && !v.error).length == 2")
+        frames = {page.evaluate("document.querySelector('.dipo-player span').textContent") for _ in range(20) if not time.sleep(.1)}
+        assert len(frames) > 2, "the player stands still"
+        page.evaluate("document.querySelectorAll('.dipo-player button')[2].click()")   # one frame on, and stop
+        label = page.evaluate("document.querySelector('.dipo-player span').textContent")
+        page.until("document.querySelectorAll('.dipo-player video')[0].currentTime > 0 && !document.querySelectorAll('.dipo-player video')[0].seeking")
+        assert page.evaluate("(([a, b]) => Math.abs(a.currentTime - b.currentTime) < .01)(document.querySelectorAll('.dipo-player video'))")
+        assert page.evaluate("document.querySelector('.dipo-player span').textContent") == label
+
+        page.until("document.querySelectorAll('.reel video').length == 2 && [...document.querySelectorAll('.reel video')].every(v => v.readyState >= 2)")
+        before = page.evaluate("document.querySelector('.reel').parentElement.innerHTML")
+        page.evaluate("[...document.querySelectorAll('button')].filter(b => b.querySelector('.fa-chevron-right'))[0].click()")
+        page.until(f"document.querySelector('.reel').parentElement.innerHTML != {before!r}")
+
+        page.until(f"{text}.includes('Finished.')")   # the watcher gave way to a plain table
+        assert [u for u in page.requests if not u.startswith(("data:", "blob:", "file:", url.split("/lab")[0]))] == []
+        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    saved = nbformat.read(root/"w.ipynb", 4)
+    html = "".join("".join(o.data["text/html"]) for c in saved.cells for o in c.outputs if "text/html" in o.get("data", {}))
+    assert "Finished." in html and "reel" in html, "nothing would be left without a kernel"
