@@ -1,0 +1,252 @@
+"The adapters against diffusers itself, and what must survive kills and more processes."
+import hashlib, json, math, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
+import tiny
+from dual_ipo.align import align
+from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
+from dual_ipo.core import UserError, generator, noise
+from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.store import read_json, read_table, read_tensors
+
+PROMPTS = ["a red circle moves left", "a blue square", "a green triangle moves up"]
+KEYS = [(0, 1, prompt, 3) for prompt in PROMPTS]
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, make in tiny.PIPELINES.items(): make().save_pretrained(folder/name)
+    return {name: folder/name for name in tiny.PIPELINES}
+
+@pytest.fixture(params=list(tiny.PIPELINES))
+def kind(request): return request.param
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+def batch(g, n=3):
+    "A noisy batch for `error`."
+    return noise((n, *g.latent_shape), "y"), g.timesteps(n, "t"), noise((n, *g.latent_shape), "eps"), g.encode_prompts(PROMPTS[:n])
+
+def learn(g, key="learned", by=.3):
+    "Change what is trained."
+    with torch.no_grad():
+        for name, p in g.transformer.named_parameters():
+            if p.requires_grad and "lora_A" not in name: p.add_(by*noise(p.shape, key, name)*(1 if g.lora_rank else p.abs().mean()))
+
+# parity with the pipeline
+
+def test_samples_are_the_pipelines(paths, kind):
+    g = Generator.load(paths[kind], lora_rank=2, **tiny.SETTINGS)
+    latents, videos = g.sample(PROMPTS, KEYS, batch_size=2)
+    plain = DiffusionPipeline.from_pretrained(paths[kind]); plain.set_progress_bar_config(disable=True)
+    for k, prompt in enumerate(PROMPTS):
+        def call(output_type):
+            return plain(prompt=prompt, latents=noise(g.latent_shape, *KEYS[k])[None], generator=[generator("sampler", *KEYS[k])], num_frames=9, height=32, width=32,
+                num_inference_steps=3, guidance_scale=3., max_sequence_length=16, output_type=output_type).frames[0]
+        assert (torch.from_numpy(call("np")).permute(0, 3, 1, 2)*255 - videos[k]).abs().max() < .51
+        torch.testing.assert_close(call("latent"), latents[k], atol=1e-4, rtol=1e-4)
+
+def test_sampling_again_is_the_same_and_the_scheduler_keeps_nothing(paths, kind):
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    first = g.sample(PROMPTS, KEYS)
+    g.sample(PROMPTS[:1], [("other",)])
+    assert all(torch.equal(a, b) for a, b in zip(first, g.sample(PROMPTS, KEYS)))
+
+def test_no_guidance(paths, kind):
+    g = Generator.load(paths[kind], **tiny.SETTINGS | {"guidance_scale": 1.})
+    latents, videos = g.sample(PROMPTS[:1], KEYS[:1])
+    assert latents.isfinite().all() and videos.shape == (1, 9, 3, 32, 32)
+
+def test_texts_are_the_pipelines(paths, kind):
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    with torch.no_grad(): theirs = DiffusionPipeline.from_pretrained(paths[kind]).encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+    assert torch.equal(g.pad(g.encode_prompts(PROMPTS)), theirs)
+
+# the error, computed another way
+
+@pytest.mark.parametrize("kind", [k for k in tiny.PIPELINES if k.startswith("cog")])
+def test_error_cogvideox(paths, kind):
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    y, t, eps, text = batch(g)
+    t[0] = 999                                            # zero terminal SNR
+    plain, seen = CogVideoXPipeline.from_pretrained(paths[kind]), []
+    plain.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["image_rotary_emb"]), with_kwargs=True)
+    plain(PROMPTS[0], num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1., max_sequence_length=16, output_type="latent")
+    with torch.no_grad(): v = plain.transformer(hidden_states=plain.scheduler.add_noise(y, eps, t), encoder_hidden_states=torch.stack(text), timestep=t, image_rotary_emb=seen[0]).sample
+    with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - plain.scheduler.get_velocity(y, eps, t)).square().flatten(1).mean(1))
+
+@pytest.mark.parametrize("kind", ["wan unipc", "wan euler"])
+def test_error_wan(paths, kind):
+    g, plain = Generator.load(paths[kind], **tiny.SETTINGS), WanPipeline.from_pretrained(paths[kind])
+    y, _, eps, text = batch(g)
+    plain.scheduler.set_timesteps(6)
+    sigma, t = plain.scheduler.sigmas[[1, 3, 5]], 1000*plain.scheduler.sigmas[[1, 3, 5]]
+    torch.testing.assert_close(t.int().float(), plain.scheduler.timesteps[[1, 3, 5]].int().float())
+    if kind == "wan euler": torch.testing.assert_close(g.add_noise(y, eps, t)[0], plain.scheduler.scale_noise(y, plain.scheduler.timesteps[[1, 3, 5]], eps))
+    sigma = sigma.view(3, 1, 1, 1, 1)
+    with torch.no_grad(): v = plain.transformer((1 - sigma)*y + sigma*eps, t, g.pad(text)).sample
+    with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - (eps - y)).square().flatten(1).mean(1))
+
+def test_perfect_prediction_has_no_error(paths, kind):
+    "The velocity leads from y_t back to y the way the sampler's last step goes."
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    y, t, eps, _ = batch(g)
+    y_t, v = g.add_noise(y, eps, t)
+    if kind.startswith("wan"): back = y_t - (t/1000).view(-1, 1, 1, 1, 1)*v
+    else:
+        abar = g.pipe.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
+        back = abar.sqrt()*y_t - (1 - abar).sqrt()*v
+    torch.testing.assert_close(back, y, atol=1e-4, rtol=1e-4)
+
+def test_videos_come_back_through_the_vae(paths, kind):
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    videos = g.sample(PROMPTS[:1], KEYS[:1])[1]
+    latents, vae = g.encode_videos(videos), g.pipe.vae
+    with torch.no_grad():
+        z = vae.encode((videos/127.5 - 1).transpose(1, 2)).latent_dist.mean
+        if kind.startswith("wan"): theirs = latents*torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1) + torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        else: theirs = latents[:, g.front_frames:].permute(0, 2, 1, 3, 4)/vae.config.scaling_factor
+    torch.testing.assert_close(theirs, z)
+    assert latents.shape[1:] == g.latent_shape
+
+# reference, adapters, checkpoints
+
+@pytest.mark.parametrize("lora_rank", [2, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_margins_are_zero_at_first_and_the_reference_stays(paths, kind, lora_rank, dtype):
+    g = Generator.load(paths[kind], lora_rank=lora_rank, dtype=dtype, **tiny.SETTINGS)
+    g.freeze_reference()
+    x = batch(g)
+    with g.reference() as reference: E_ref = g.error(*x, reference)
+    E = g.error(*x)
+    assert torch.equal(E, E_ref) and E.requires_grad and not E_ref.requires_grad and E.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in g.transformer.parameters() if p.requires_grad)
+    learn(g)
+    with g.reference() as reference: assert torch.equal(g.error(*x, reference), E_ref)
+    E = g.error(*x)
+    assert (E != E_ref).all()
+    E.sum().backward()
+    assert all(p.grad is not None for p in g.transformer.parameters() if p.requires_grad)
+
+def test_full_fine_tuning_needs_its_reference(paths):
+    g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
+    with pytest.raises(RuntimeError, match="freeze_reference"), g.reference(): pass
+
+def test_adapters_of_two_rounds_load_in_plain_diffusers(paths, kind, tmp_path):
+    g = Generator.load(paths[kind], lora_rank=2, **tiny.SETTINGS)
+    plain = DiffusionPipeline.from_pretrained(paths[kind])
+    x = batch(g)
+    for k in (1, 2):
+        learn(g, k)
+        after = g.error(*x).detach()
+        g.save(tmp_path/f"round_{k}"); g.merge()
+        with g.reference() as reference: torch.testing.assert_close(g.error(*x, reference), after, atol=1e-5, rtol=1e-4)
+        plain.load_lora_weights(tmp_path/f"round_{k}", adapter_name=f"round_{k}")
+        plain.set_adapters(f"round_{k}")
+        with torch.no_grad(): torch.testing.assert_close(g.error(*x, plain.transformer), after, atol=1e-5, rtol=1e-4)
+        again = Generator.load(tmp_path/f"round_{k}", lora_rank=2, **tiny.SETTINGS)
+        ours, theirs = g.transformer.state_dict(), again.transformer.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+def test_full_fine_tuning_loads_in_plain_diffusers(paths, kind, tmp_path):
+    g = Generator.load(paths[kind], **tiny.SETTINGS)
+    learn(g); g.save(tmp_path/"full")
+    plain, x = DiffusionPipeline.from_pretrained(tmp_path/"full"), batch(g)
+    with torch.no_grad(): assert torch.equal(g.error(*x, plain.transformer), g.error(*x))
+    with torch.no_grad(): assert torch.equal(Generator.load(tmp_path/"full", lora_rank=2, **tiny.SETTINGS).error(*x), g.error(*x))
+
+def test_fresh_adapters_do_not_depend_on_global_randomness(paths):
+    torch.manual_seed(1); one = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
+    torch.manual_seed(2); before = torch.get_rng_state(); two = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+# errors
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_frames": 12}, "4k+1"), ({"num_frames": 0}, "4k+1"), ({"height": 36}, "height: 36 is not a multiple"), ({"width": 0}, "width: 0"),
+    ({"negative_prompt": "a red circle " * 9}, "negative_prompt 1"), ({"max_sequence_length": 300}, "max_sequence_length")])
+def test_settings_that_do_not_fit(paths, change, words):
+    with pytest.raises(UserError) as error: Generator.load(paths["cogvideox 5b"], **tiny.SETTINGS | change)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+def test_other_checkpoints(paths, tmp_path):
+    def line(path):
+        with pytest.raises(UserError) as error: Generator.load(path, **tiny.SETTINGS)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+    assert "no such folder" in line(tmp_path/"nothing") and "model_index.json" in line(tmp_path)
+    (tmp_path/"other").mkdir(); (tmp_path/"other"/"model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    assert "StableDiffusionPipeline" in line(tmp_path/"other")
+    g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS); g.save(tmp_path/"round")
+    (tmp_path/"round"/"DONE").unlink()
+    assert "never finished" in line(tmp_path/"round")
+
+def test_a_model_of_another_kind(paths):
+    pipe = tiny.cogvideox(); pipe.scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(UserError, match="v_prediction"): CogVideoX(pipe, **tiny.SETTINGS)
+    pipe = tiny.wan(); pipe.register_to_config(boundary_ratio=.9)
+    with pytest.raises(UserError, match="Wan 2.2"): Wan(pipe, **tiny.SETTINGS)
+
+def test_too_long_a_prompt_before_any_video(paths, tmp_path):
+    g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
+    with pytest.raises(UserError, match="prompt 2 .*17 tokens"): sample_candidates(g, ["a red circle", "red " * 16], 2, tmp_path/"c", seed=0, round=1)
+    assert not (tmp_path/"c").exists()
+
+# resuming
+
+def digest(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+SAMPLE = """
+import sys, torch; torch.set_num_threads(1)
+from dual_ipo.candidates import sample_candidates
+from dual_ipo.generator import Generator
+import json
+path, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+sample_candidates(Generator.load(path, **settings), [f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square")], 2, out, seed=0, round=1, prompts_per_shard=1)
+"""
+
+def test_candidates_killed_between_shards_are_the_same_files(paths, tmp_path):
+    def start(out): return subprocess.Popen([sys.executable, "-c", SAMPLE, paths["cogvideox 5b"], out, json.dumps(tiny.SETTINGS)], stderr=subprocess.DEVNULL)
+    assert start(tmp_path/"whole").wait() == 0
+    process = start(tmp_path/"killed")
+    while not (tmp_path/"killed"/"shard_0002").exists() and process.poll() is None: time.sleep(.001)
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert len(list((tmp_path/"killed").glob("*/DONE"))) < 6
+    assert start(tmp_path/"killed").wait() == 0
+    assert digest(tmp_path/"killed") == digest(tmp_path/"whole")
+
+ALIGN = """
+import sys, json, torch; torch.set_num_threads(1)
+from dual_ipo.training import ranks; ranks()
+from dual_ipo.align import align
+from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.store import write_json
+path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
+g = Generator.load(path, lora_rank=2, **settings)
+align(g, pairs, folder + "/candidates", sys.argv[6], **keywords)
+if ranks().is_main_process: g.save(sys.argv[6] + "/generator")
+"""
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_processes_learn_what_one_learns(paths, tmp_path, objective):
+    path = paths["wan unipc"]
+    g = Generator.load(path, lora_rank=2, **tiny.SETTINGS)
+    rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", seed=0, round=1)
+    pairs = make_pairs(rows, list(range(6)))
+    keywords = dict(objective=objective, steps=3, lr=1e-2, beta=2000, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1, accumulate=2, kto_window=16,
+        real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])
+    history = align(g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", ALIGN]
+    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords), tmp_path/"two"],
+        capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = read_table(tmp_path/"two"/"history.parquet")
+    for a, b in zip(history, other, strict=True):
+        for key in ("loss", "preference_loss", "E_w", "E_real", *(["z"] if objective == "kto" else [])): assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-7), (key, a, b)
+    theirs = read_tensors(tmp_path/"two"/"generator"/"pytorch_lora_weights.safetensors")
+    for name, w in g.lora().items(): torch.testing.assert_close(w, theirs["transformer." + name], atol=2e-3, rtol=0)
+    if objective == "kto": assert len(read_json(tmp_path/"two"/"kto.json")) == 6
