@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dual_ipo.cli import demo_config, main, table, write_toy_input
+import tiny
+from dual_ipo.cli import demo_config, main, write_toy_input
 from dual_ipo.store import read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
 
-pytestmark = pytest.mark.skipif(not (CHECKPOINTS/"wan-small").exists(), reason="the toy checkpoints are not there; make them with nbs/toy")
+pytestmark = pytest.mark.skipif(not (CHECKPOINTS/"judge").exists(), reason="the toy judge is not there; make it with nbs/toy/judge.ipynb")
 COMMAND = [sys.executable, "-c", "from dual_ipo.cli import main; raise SystemExit(main())"]
 
 
 def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
-    "The demo's config with everything that takes time made small."
+    "The demo's config with everything that takes time made small, and a random generator; the judge is the real one."
     data = demo_config(arch, objective, rounds, seed=0).model_dump()
-    for part, keys in dict(cold_start=dict(steps=4, batch_size=8), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
+    data["generator"]["path"] = arch
+    for part, keys in dict(cold_start=dict(steps=30, batch_size=12), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
                            votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6), reward=dict(max_new_tokens=48, lora_rank=lora_rank),
                            generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
     return data
@@ -32,7 +34,8 @@ def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
 def given(tmp_path_factory):
     "A user's files."
     folder = tmp_path_factory.mktemp("given")
-    write_toy_input(folder/"input", seed=0, pairs=12, real=6)
+    write_toy_input(folder/"input", seed=0, pairs=24, real=6)
+    for arch, make in dict(wan=tiny.wan, cogvideox=tiny.cogvideox).items(): make().save_pretrained(folder/arch)
     return folder
 
 
@@ -85,6 +88,8 @@ def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
         assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
     assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
     assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
+    votes = read_table(out/"round_01/votes.parquet")
+    assert sum(row["n_valid"] for row in votes) > 0 and any(row["kept"] for row in votes) and (out/"round_01/srpo/history.parquet").exists()
     assert "report.html" in capsys.readouterr().out and (out/"report.html").stat().st_size > 1e6
     assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
 
