@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['srpo_loss', 'freeze_vision', 'take', 'batches_by_kind', 'cold_start', 'pseudo_label', 'turned', 'preferences', 'srpo']
 
-# %% ../nbs/14_srpo.ipynb #75404db7
+# %% ../nbs/14_srpo.ipynb #dd7781d6
 import math
 import re
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from .pce import keep, log_ratios, mean_reward, pce
 from .store import progress
 from .training import rank_slice, train
 
-# %% ../nbs/14_srpo.ipynb #b2517059
+# %% ../nbs/14_srpo.ipynb #7c99bb69
 def srpo_loss(
     logp_w: Tensor, logp_l: Tensor,  # [B] log-probabilities of the preferred and the other response, nats
     ref_w: Tensor, ref_l: Tensor,    # [B] the same under the reference
@@ -31,7 +31,7 @@ def srpo_loss(
     logit = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     return -weight * F.logsigmoid(logit), logit
 
-# %% ../nbs/14_srpo.ipynb #140ee343
+# %% ../nbs/14_srpo.ipynb #1899c6e8
 def freeze_vision(
     model: torch.nn.Module,
 ):
@@ -39,7 +39,7 @@ def freeze_vision(
     for name, p in model.named_parameters():
         if re.search(r"vision|visual", name): p.requires_grad_(False)
 
-# %% ../nbs/14_srpo.ipynb #e9a28934
+# %% ../nbs/14_srpo.ipynb #b5de91ac
 def take(
     n: int,     # items
     size: int,  # of a batch, over all processes
@@ -51,7 +51,7 @@ def take(
     orders = {e: torch.randperm(n, generator=generator(*keys, e)).tolist() for e in {i // n for i in rows}}
     return rank_slice([orders[i // n][i % n] for i in rows])
 
-# %% ../nbs/14_srpo.ipynb #ed0e4c50
+# %% ../nbs/14_srpo.ipynb #319818ea
 def batches_by_kind(
     kinds: list,  # the kind of each item
     size: int,    # of a batch
@@ -65,7 +65,7 @@ def batches_by_kind(
     own = [i for i, kind in enumerate(kinds) if kind == names[turn]]
     return [own[j] for j in take(len(own), size, index, *keys, names[turn])]
 
-# %% ../nbs/14_srpo.ipynb #9eb5fd97
+# %% ../nbs/14_srpo.ipynb #e2b62ed9
 def cold_start(
     judge,            # a `Judge`; changed in place
     items: list,      # from `cold_start_items`
@@ -86,7 +86,7 @@ def cold_start(
         return per_item.mean(), {f"loss_{kind}": per_item.mean().item() if rows[0].kind == kind else math.nan for kind in dict.fromkeys(kinds)}
     return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start", **{"warmup": max(steps // 10, 1)} | training)
 
-# %% ../nbs/14_srpo.ipynb #1bfcbe25
+# %% ../nbs/14_srpo.ipynb #25401693
 def pseudo_label(
     judge,             # a `Judge`
     pairs: list,       # of Pair, unlabelled
@@ -104,7 +104,7 @@ def pseudo_label(
         some = judge.vote(pairs[i:i + group], k, keys, dimensions, **sampling)
         judge.refer(pairs[i:i + group], some, reference, dimensions, batch=sampling.get("batch", 128))
         judgements += some
-    decided = [j.label in ("A", "B") for j in judgements]
+    decided = [j.label in ("A", "B") and j.consistent is True for j in judgements]
     R = [log_ratios(j) if d else torch.zeros(0) for j, d in zip(judgements, decided)]
     certainty = pce(R, mean_reward(R), form, tau)
     kept = keep(certainty, threshold) & torch.tensor(decided)
@@ -113,7 +113,7 @@ def pseudo_label(
                  paths=[asdict(v) for v in j.votes])
             for p, j, d, r, c, use in zip(pairs, judgements, decided, R, certainty, kept)]
 
-# %% ../nbs/14_srpo.ipynb #48513424
+# %% ../nbs/14_srpo.ipynb #6841aa7a
 def turned(
     text: str,  # a response that can be read
 ) -> str:       # ends in the opposite verdict
@@ -121,7 +121,7 @@ def turned(
     head, answer, tail = re.split(r"(?s)^(.*<\s*answer\s*>)(.*?)(?=<\s*/\s*answer\s*>)", text)[1:]
     return head + answer.replace("1", "x").replace("2", "1").replace("x", "2") + tail
 
-# %% ../nbs/14_srpo.ipynb #00927c16
+# %% ../nbs/14_srpo.ipynb #de2d3d38
 def preferences(
     pairs: list,       # of Pair
     rows: list,        # of `pseudo_label`, in the same order
@@ -138,7 +138,7 @@ def preferences(
             if agree: found.append((pair_item(pair, order, dimensions), agree["ids"], other["ids"] if other else turned(agree["text"]), row["pce"]))
     return found
 
-# %% ../nbs/14_srpo.ipynb #4d96757a
+# %% ../nbs/14_srpo.ipynb #ab899955
 def srpo(
     judge,             # a `Judge`; changed in place
     pairs: list,       # of Pair
