@@ -6,10 +6,10 @@
 __all__ = ['quality_fall', 'motion_fall', 'late_mean', 'loss_anomalies', 'needs_srpo', 'judge_trouble', 'hacking', 'stalled',
            'warnings_of']
 
-# %% ../nbs/31_monitor.ipynb #0c793d26
+# %% ../nbs/31_monitor.ipynb #22ccf562
 import math
 
-# %% ../nbs/31_monitor.ipynb #9dcc2420
+# %% ../nbs/31_monitor.ipynb #b617506c
 def quality_fall(
     scores: list,  # `generator` entries of rounds 0, 1, …: {"total", "ci95", "dynamic_degree", …}, points of 100
 ) -> list[str]:
@@ -18,7 +18,7 @@ def quality_fall(
     k, total, (low, high) = len(scores) - 1, scores[-1]["total"], scores[-2]["ci95"]
     return [f"round {k}: total {total:.1f} fell below round {k - 1}'s 95% interval, {low:.1f} to {high:.1f}"] if total < low else []
 
-# %% ../nbs/31_monitor.ipynb #9d553d7d
+# %% ../nbs/31_monitor.ipynb #be770886
 def motion_fall(
     scores: list,         # as in `quality_fall`
     keep: float = 0.95,   # share of round 0's dynamic degree that must remain
@@ -27,7 +27,7 @@ def motion_fall(
     first, last = scores[0]["dynamic_degree"], scores[-1]["dynamic_degree"]
     return [f"round {len(scores) - 1}: dynamic degree {last:.1f} is {last/first:.0%} of round 0's {first:.1f} (limit {keep:.0%})"] if last < keep*first else []
 
-# %% ../nbs/31_monitor.ipynb #65bd8693
+# %% ../nbs/31_monitor.ipynb #b9619746
 def late_mean(
     history: list,       # a dict a step
     key: str,
@@ -38,7 +38,7 @@ def late_mean(
     values = [step[key] for step in late if step.get(key) is not None and math.isfinite(step[key])]
     return sum(values)/len(values) if values else math.nan
 
-# %% ../nbs/31_monitor.ipynb #76eaeb99
+# %% ../nbs/31_monitor.ipynb #601dd835
 def loss_anomalies(
     history: list,             # steps of `align`: {"loss", "skipped", "accuracy", "E_w", "margin_w", …}; what is absent isn't checked
     winner_share: float = 0.1, # how far the winner's error may lie above the reference's
@@ -54,7 +54,7 @@ def loss_anomalies(
     if (right := late_mean(history, "accuracy")) > accuracy: reasons.append(f"align: implicit accuracy ended at {right:.2f} (limit {accuracy}): the pairs are learnt by heart")
     return reasons
 
-# %% ../nbs/31_monitor.ipynb #ce33f00a
+# %% ../nbs/31_monitor.ipynb #94948135
 def needs_srpo(
     history: list,  # the last `align` history; may be empty
     scores: list,   # `generator` entries of rounds 0, 1, …; empty without a measure
@@ -62,7 +62,7 @@ def needs_srpo(
     "Why the judge should be updated once more, Dual-IPO's extra SRPO."
     return (quality_fall(scores) + motion_fall(scores) if scores else []) + loss_anomalies(history)
 
-# %% ../nbs/31_monitor.ipynb #ca6ea3f3
+# %% ../nbs/31_monitor.ipynb #2b86eb23
 def judge_trouble(
     k: int,                    # the round
     reward: dict,              # its `reward` entry; None where it wasn't measured
@@ -82,17 +82,18 @@ def judge_trouble(
     if value("ece") > calibration: reasons.append(f"round {k}: the judge's certainty is off by {value('ece'):.2f} (ECE, limit {calibration})")
     return reasons
 
-# %% ../nbs/31_monitor.ipynb #1162055c
+# %% ../nbs/31_monitor.ipynb #72a73ddc
 def hacking(
-    judged: list,  # mean judge score of the evaluation clips, rounds 0, 1, …
-    truth: list,   # mean true total of the same clips, points of 100
+    judged: list,  # mean judge score of what the generators of rounds 0, 1, … make
+    truth: list,   # their true totals, points of 100
+    rise: float = 0.05,  # of the judge's score that counts, in its own unit
 ) -> list[str]:
     "A reason if the judge's opinion rose in the last round while the truth fell."
-    if len(truth) < 2 or not (judged[-1] > judged[-2] and truth[-1] < truth[-2]): return []
+    if len(truth) < 2 or not (judged[-1] > judged[-2] + rise and truth[-1] < truth[-2]): return []
     k = len(truth) - 1
     return [f"round {k}: the judge's mean score rose from {judged[-2]:.2f} to {judged[-1]:.2f} while the true total fell from {truth[-2]:.1f} to {truth[-1]:.1f}: it may be hacked"]
 
-# %% ../nbs/31_monitor.ipynb #c1d770a7
+# %% ../nbs/31_monitor.ipynb #22c389b8
 def stalled(
     scores: list,  # as in `quality_fall`
 ) -> list[str]:
@@ -101,11 +102,11 @@ def stalled(
     k = len(scores) - 1
     return [f"round {k}: total {scores[-1]['total']:.1f} lies within round {k - 1}'s 95% interval: no gain that can be told from chance, consider stopping"]
 
-# %% ../nbs/31_monitor.ipynb #e0b79200
+# %% ../nbs/31_monitor.ipynb #88b81ef0
 def warnings_of(
     rounds: list,            # entries of summary.json
     histories: dict = {},    # round -> its `align` history
-    judged: dict = {},       # round -> mean judge score of its evaluation clips
+    judged: dict = {},       # round -> mean judge score of what its generator makes
 ) -> list[str]:
     "Every reason of every round, in order."
     lines, scores = [], []

@@ -11,7 +11,7 @@ __all__ = ['INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'FONT', 'AXIS', 'TEM
            'time_figure', 'video_tag', 'reel', 'spread', 'pairs_gallery', 'rounds_gallery', 'quarantine_table',
            'preview', 'embed', 'cell_html', 'page', 'make_report']
 
-# %% ../nbs/50_report.ipynb #f1de8e25
+# %% ../nbs/50_report.ipynb #e24ff71c
 import base64, html, json, math, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .monitor import warnings_of
 from .pce import reliability
 from .store import read_json, read_table, read_yaml
 
-# %% ../nbs/50_report.ipynb #eba66e7e
+# %% ../nbs/50_report.ipynb #550411f0
 @dataclass
 class Results:
     "What a run folder holds so far."
@@ -51,7 +51,7 @@ class Results:
         found = {int(path.name[6:]): self.rows(int(path.name[6:]), name) for path in sorted(self.folder.glob("round_*"))}
         return {k: rows for k, rows in found.items() if rows}
 
-# %% ../nbs/50_report.ipynb #5adfb344
+# %% ../nbs/50_report.ipynb #7a9b9d47
 def read_results(
     folder,     # of a run, finished or not
 ) -> Results:
@@ -62,7 +62,7 @@ def read_results(
     config = read_yaml(folder/"run.yaml") if (folder/"run.yaml").is_file() else summary.get("config", {})
     return Results(folder, config, entries or summary.get("rounds", []))
 
-# %% ../nbs/50_report.ipynb #85ceee71
+# %% ../nbs/50_report.ipynb #9d2438be
 INK, GREY, FAINT = "#1f2a37", "#6b7683", "#e5e8ec"
 BLUE, SAND, STONE = "#2f5d8a", "#c77b43", "#a7b0ba"
 FONT = "'Inter', 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
@@ -73,7 +73,7 @@ TEMPLATE = go.layout.Template(layout=dict(
     hoverlabel=dict(font=dict(family=FONT), bgcolor="white", bordercolor=FAINT), hovermode="closest", bargap=.35, barcornerradius=3,
     legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", font=dict(color=INK)), annotationdefaults=dict(font=dict(color=INK, size=13))))
 
-# %% ../nbs/50_report.ipynb #4e73a869
+# %% ../nbs/50_report.ipynb #f4f50997
 def shade(
     x: float,  # 0 light … 1 dark
 ) -> str:
@@ -81,7 +81,7 @@ def shade(
     light, dark = (184, 205, 226), (30, 66, 104)
     return "rgb({},{},{})".format(*(round(a + (b - a)*x) for a, b in zip(light, dark)))
 
-# %% ../nbs/50_report.ipynb #538d9e89
+# %% ../nbs/50_report.ipynb #b8619cd3
 def see_through(
     color: str,  # "#rrggbb"
     alpha: float = 0.14,
@@ -89,7 +89,7 @@ def see_through(
     "The same colour as a veil, for intervals."
     return "rgba({},{},{},{})".format(*(int(color[i:i + 2], 16) for i in (1, 3, 5)), alpha)
 
-# %% ../nbs/50_report.ipynb #2b88433c
+# %% ../nbs/50_report.ipynb #31fba16c
 COLORS = dict(ink=INK, grey=GREY, faint=FAINT, blue=BLUE, sand=SAND, stone=STONE, font=FONT)
 STYLE = ".dipo { " + " ".join(f"--{name}: {value};" for name, value in COLORS.items()) + " }" + """
 .dipo { font-family: var(--font); color: var(--ink); font-size: 15px; line-height: 1.55; }
@@ -113,7 +113,7 @@ STYLE = ".dipo { " + " ".join(f"--{name}: {value};" for name, value in COLORS.it
 .dipo tr { background: none !important; }
 .dipo tr:last-child td { border-bottom: none; }
 .dipo ul.warnings { list-style: none; padding: 0; margin: 12px 0; max-width: 56em; }
-.dipo ul.warnings li { border-left: 3px solid var(--sand); padding: 3px 0 3px 14px; margin: 0 0 8px; }
+.dipo ul.warnings li { border-left: 3px solid var(--sand); padding: 1px 0 1px 14px; margin: 0 0 14px; font-size: 14px; }
 .dipo summary { cursor: pointer; color: var(--grey); font-size: 14px; }
 .dipo .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 36px 32px; margin: 20px 0 8px; }
 .dipo .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 36px 48px; }
@@ -128,7 +128,7 @@ STYLE = ".dipo { " + " ".join(f"--{name}: {value};" for name, value in COLORS.it
 .dipo .reel .tag b { color: var(--ink); font-weight: 600; } .dipo .reel .tag .win { color: var(--blue); } .dipo .reel .tag .lose { color: var(--sand); }
 """
 
-# %% ../nbs/50_report.ipynb #6084025f
+# %% ../nbs/50_report.ipynb #de43dd66
 def block(*parts: str) -> HTML:
     "HTML in the report's style."
     return HTML(f'<div class="dipo">{"".join(parts)}</div>')
@@ -143,7 +143,7 @@ def style() -> HTML:
     "The style sheet, for the notebook."
     return HTML(f"<style>{STYLE}</style>")
 
-# %% ../nbs/50_report.ipynb #663b9b37
+# %% ../nbs/50_report.ipynb #2d09933e
 def table_html(
     head: list,        # column names
     rows: list[list],  # numbers, text or None; None becomes a dash
@@ -154,7 +154,7 @@ def table_html(
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<table class="{kind}"><tr>{cells(head, "th")}</tr>{body}</table>'
 
-# %% ../nbs/50_report.ipynb #6dd9226d
+# %% ../nbs/50_report.ipynb #51bd66a4
 def gain(
     results: Results,
     name: str = "total",
@@ -163,12 +163,12 @@ def gain(
     scores = {k: rows for k, rows in results.tables("evaluate/scores.parquet").items() if name in rows[0]}
     return paired_difference(scores[0], scores[max(scores)], name) if 0 in scores and len(scores) > 1 else None
 
-# %% ../nbs/50_report.ipynb #218cead4
+# %% ../nbs/50_report.ipynb #c22f0599
 def signed(x: float) -> str:
     "With its sign, and a minus that is one."
     return f"{round(x, 1) + 0:+.1f}".replace("-", "−")
 
-# %% ../nbs/50_report.ipynb #7fb794b2
+# %% ../nbs/50_report.ipynb #56aebf38
 def in_words(results: Results) -> str:
     "What came of the run, in a sentence or two."
     rounds = results.rounds
@@ -187,7 +187,7 @@ def in_words(results: Results) -> str:
     if reward.get("accuracy_static") is not None: text += f"; in its state after the cold start, in {reward['accuracy_static']:.0%}"
     return text.rstrip(".") + "."
 
-# %% ../nbs/50_report.ipynb #a1a97fa8
+# %% ../nbs/50_report.ipynb #a38c3ef1
 def find(
     config: dict,  # nested
     *names: str,   # the first that is there counts
@@ -198,7 +198,7 @@ def find(
         for value in config.values():
             if isinstance(value, dict) and (found := find(value, name)) is not None: return found
 
-# %% ../nbs/50_report.ipynb #1dd1d6af
+# %% ../nbs/50_report.ipynb #90f01e0e
 def recipe(config: dict) -> str:
     "What a round consisted of, in words; '' for a config that isn't one of ours."
     try: c, a, v = config["candidates"], config["align"], config["votes"]
@@ -207,7 +207,7 @@ def recipe(config: dict) -> str:
     return (f"Each round: {c['prompts_per_round']} prompts with {c['per_prompt']} candidates; {a['steps']} steps of {a['batch_size']} pairs, β = {a['beta']:g}, learning rate {a['lr']:g}, "
         f"{f'LoRA of rank {rank}' if rank else 'all weights'}, NLL weights {a['lambda_win']:g} (winners) and {a['lambda_real']:g} (real clips); {v['pairs']} pairs judged with {v['k']} votes each.")
 
-# %% ../nbs/50_report.ipynb #6cd92868
+# %% ../nbs/50_report.ipynb #cda8ffee
 def title(results: Results) -> HTML:
     "Name, config in words, result in words, the numbers people ask for first, the whole config folded away."
     config, rounds = results.config, results.rounds
@@ -229,7 +229,7 @@ def flat(config: dict, prefix: str = ""):
         if isinstance(value, dict): yield from flat(value, f"{prefix}{key}.")
         else: yield [prefix + str(key), json.dumps(value, ensure_ascii=False, default=str)]
 
-# %% ../nbs/50_report.ipynb #5346ce25
+# %% ../nbs/50_report.ipynb #d0e65938
 def rounds_table(results: Results) -> HTML:
     "The headline table."
     if not results.rounds: return missing("No round has written its round.json yet.")
@@ -245,17 +245,21 @@ def rounds_table(results: Results) -> HTML:
     known = [i for i in range(len(head)) if any(row[i] is not None for row in rows)]
     return block(table_html([head[i] for i in known], [[row[i] for i in known] for row in rows]))
 
-# %% ../nbs/50_report.ipynb #1aeb9c6a
+# %% ../nbs/50_report.ipynb #808384b6
 def monitor_notes(results: Results) -> HTML:
     "Every warning of the run."
-    judged = {k: sum(row["judge"] for row in rows)/len(rows) for k, rows in results.tables("evaluate/scores.parquet").items() if "judge" in rows[0]}
+    judged = {k - 1: sum(row["score"] for row in rows)/len(rows) for k, rows in results.tables("scores.parquet").items()}   # round k's candidates are by the generator of round k - 1
     lines = warnings_of(results.rounds, results.tables("align/history.parquet"), judged)
-    lines += [f"round {entry['round']}: extra SRPO, because {reason}" for entry in results.rounds for reason in entry.get("reasons", [])]
+    lines += [f"{path.parts[-3].replace('_0', ' ').replace('_', ' ')}: training stopped early, {read_json(path)['reason']}" for path in sorted(results.folder.glob("round_*/align/anomaly.json"))]
+    lines += [f"round {entry['round']}: therefore SRPO ran longer" for entry in results.rounds if entry.get("extra_srpo")]
     if not results.rounds: return block('<p class="quiet">Nothing to watch yet.</p>')
     if not lines: return block('<p class="quiet">Nothing to report: no fall of quality, no loss of motion, no odd loss, no trouble with the judge.</p>')
-    return block(f'<ul class="warnings">{"".join(f"<li>{html.escape(line)}</li>" for line in lines)}</ul>')
+    rounds = {}
+    for line in lines: rounds.setdefault(line.partition(": ")[0], []).append(line.partition(": ")[2])
+    items = "".join(f"<li><b>{html.escape(name)}</b><br>{'<br>'.join(map(html.escape, said))}</li>" for name, said in rounds.items())
+    return block(f'<ul class="warnings">{items}</ul>')
 
-# %% ../nbs/50_report.ipynb #abb2f02b
+# %% ../nbs/50_report.ipynb #c075f0dc
 def interval_trace(x, low, high, color, **kwargs) -> go.Scatter:
     "A veil between two curves."
     return go.Scatter(x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", fillcolor=see_through(color), mode="lines", line=dict(width=0), hoverinfo="skip", showlegend=False, **kwargs)
@@ -269,7 +273,7 @@ def round_axis(ks: list) -> dict:
     "Rounds as whole numbers; 0 is the base."
     return dict(tickvals=ks, ticktext=["base" if k == 0 else str(k) for k in ks], range=[min(ks) - .25, max(ks) + .25])
 
-# %% ../nbs/50_report.ipynb #2a9a7ec4
+# %% ../nbs/50_report.ipynb #1fabd097
 def quality_figure(results: Results):
     "Every score over rounds, with intervals."
     entries = {entry["round"]: entry["generator"] for entry in results.rounds if entry.get("generator")}
@@ -287,7 +291,7 @@ def quality_figure(results: Results):
         if ranges[name]: fig.add_trace(interval_trace(ks, *ranges[name], color), **at)
         fig.add_trace(go.Scatter(x=ks, y=ys, mode="lines+markers", line=dict(color=color, width=2.2), marker=dict(size=6), name=name.replace("_", " "), showlegend=False,
             hovertemplate="%{y:.1f}<extra>%{fullData.name}</extra>"), **at)
-        middle = min(sum(ends[name])/2, 102 - half)   # nothing is above 100
+        middle = max(min(sum(ends[name])/2, 102 - half), half - 2)   # nothing is above 100 or below 0
         fig.update_xaxes(round_axis(ks), **at); fig.update_yaxes(range=[middle - half, middle + half], nticks=4, **at)
     return panel_titles(fig).update_layout(template=TEMPLATE, height=150*(-(-len(panels)//3)) + 60, margin_t=30)
 
@@ -300,7 +304,7 @@ def interval_of(
     cis = [bootstrap_ci([row[name] for row in scores[k]], [row["prompt"] for row in scores[k]], n=1000) for k in ks]
     return [100*low for low, _ in cis], [100*high for _, high in cis]
 
-# %% ../nbs/50_report.ipynb #ead162ae
+# %% ../nbs/50_report.ipynb #4ddb605b
 def right(
     rows: list,         # {"truth", p}
     p: str = "p_a",
@@ -309,23 +313,24 @@ def right(
     rows = [row for row in rows if row["truth"] != "same" and row.get(p) is not None]
     return [.5 if row[p] == .5 else float((row[p] > .5) == (row["truth"] == "A")) for row in rows], [row["prompt"] for row in rows]
 
-# %% ../nbs/50_report.ipynb #0375b41b
+# %% ../nbs/50_report.ipynb #d6d30858
 def reward_figure(results: Results):
     "Reward accuracy over rounds."
     entries = {e["round"]: e["reward"] for e in results.rounds if (e.get("reward") or {}).get("accuracy") is not None}
     if not entries: return missing("No reward accuracy: there are no labelled pairs to ask the judge about (they need a measure, or held-out human pairs).")
-    votes, ks, fig = results.tables("evaluate/votes.parquet"), list(entries), go.Figure()
+    votes, ks, fig, low = results.tables("evaluate/votes.parquet"), list(entries), go.Figure(), .45
     if all(k in votes for k in ks):
         cis = [bootstrap_ci(*right(votes[k]), n=1000) for k in ks]
-        fig.add_trace(interval_trace(ks, [low for low, _ in cis], [high for _, high in cis], BLUE))
+        fig.add_trace(interval_trace(ks, [a for a, _ in cis], [b for _, b in cis], BLUE))
+        low = min(low, *(a for a, _ in cis))
     for key, name, color, dash in (("accuracy_clear", "co-evolved, clear pairs", BLUE, "dot"), ("accuracy", "co-evolved", BLUE, "solid"), ("accuracy_static", "static (cold start)", STONE, "solid")):
         ys = [entries[k].get(key) for k in ks]
         if any(y is not None for y in ys):
             fig.add_trace(go.Scatter(x=ks, y=ys, name=name, mode="lines+markers", line=dict(color=color, width=2.2, dash=dash), marker=dict(size=7), hovertemplate="%{y:.1%}<extra>%{fullData.name}</extra>"))
     fig.add_hline(.5, line=dict(color=FAINT), annotation=dict(text="guessing", font=dict(size=11, color=GREY)), annotation_position="bottom right")
-    return fig.update_layout(template=TEMPLATE, height=340, xaxis=round_axis(ks) | dict(title="round"), yaxis=dict(title="share of pairs judged right", tickformat=".0%"))
+    return fig.update_layout(template=TEMPLATE, height=340, xaxis=round_axis(ks) | dict(title="round"), yaxis=dict(title="share of pairs judged right", tickformat=".0%", range=[low - .02, 1.02]))
 
-# %% ../nbs/50_report.ipynb #7723095d
+# %% ../nbs/50_report.ipynb #a3015665
 KINDS = {"unanimous": shade(1), "clear, at least ¾": shade(.6), "narrow": shade(.15), "tie": STONE, "invalid": SAND}
 
 def vote_kind(
@@ -336,7 +341,7 @@ def vote_kind(
     share = max(row["p_a"], 1 - row["p_a"])
     return "unanimous" if share == 1 else "clear, at least ¾" if share >= .75 else "narrow"
 
-# %% ../nbs/50_report.ipynb #5db2d6be
+# %% ../nbs/50_report.ipynb #bcb0b5a8
 def votes_figure(results: Results):
     "Verdicts by how united the votes were, and the distribution of PCE, per round."
     votes = results.tables("votes.parquet")
@@ -353,12 +358,13 @@ def votes_figure(results: Results):
         share = torch.histc(pce, 10, 0, 1)/len(pce)
         color = shade((i + 1)/len(votes))
         fig.add_trace(go.Scatter(x=edges, y=[*share.tolist(), 0], mode="lines", line=dict(shape="hv", color=color, width=2), name=f"round {k}", showlegend=False, hovertemplate="%{y:.0%}<extra>%{fullData.name}</extra>"), 1, 2)
-    fig.add_vline(.5, line=dict(color=SAND, dash="dot", width=1.5), row=1, col=2)
+    if len(fig.data) == len(KINDS): fig.add_annotation(text="no pair was decided, so none has a PCE", x=.5, y=.5, xref="x2 domain", yref="y2 domain", showarrow=False, font=dict(color=GREY, size=12))
+    fig.add_shape(type="line", x0=.5, x1=.5, y0=0, y1=1, xref="x2", yref="y2 domain", line=dict(color=SAND, dash="dot", width=1.5))
     fig.update_xaxes(tickformat=".0%", range=[0, 1], row=1, col=1); fig.update_yaxes(autorange="reversed", showgrid=False, row=1, col=1)
     fig.update_xaxes(title="PCE; pairs right of the line are kept", range=[0, 1], row=1, col=2); fig.update_yaxes(title="share of pairs", tickformat=".0%", rangemode="tozero", row=1, col=2)
     return panel_titles(fig).update_layout(template=TEMPLATE, barmode="stack", height=330, margin_t=36, legend=dict(y=-.18, yanchor="top", traceorder="normal"))
 
-# %% ../nbs/50_report.ipynb #e0352a0c
+# %% ../nbs/50_report.ipynb #7dee3b4e
 def reliability_figure(results: Results):
     "How sure the judges were against how often they were right, on the last round's fresh pairs."
     votes = results.tables("evaluate/votes.parquet")
@@ -373,12 +379,12 @@ def reliability_figure(results: Results):
         fig.add_trace(go.Scatter(x=[b["confidence"] for b in bins], y=[b["accuracy"] for b in bins], customdata=[b["n"] for b in bins], mode="lines+markers", name=name, line=dict(color=color, width=2),
             marker=dict(size=[7 + 24*math.sqrt(b["n"]/len(rows)) for b in bins], opacity=.85, line=dict(color="white", width=1.5)), legendgroup=name,
             hovertemplate="%{x:.0%} sure, %{y:.0%} right, %{customdata} pairs<extra>%{fullData.name}</extra>"), 1, 1)
-        fig.add_trace(go.Bar(x=[(b["low"] + b["high"])/2 for b in bins], y=[b["n"]/len(rows) for b in bins], marker_color=color, name=name, legendgroup=name, showlegend=False, hovertemplate="%{y:.0%}<extra>%{fullData.name}</extra>"), 1, 2)
+        fig.add_trace(go.Bar(x=[(b["low"] + b["high"])/2 for b in bins], y=[b["n"]/len(rows) for b in bins], width=.02, offset=0 if p == "p_a" else -.02, marker_color=color, name=name, legendgroup=name, showlegend=False, hovertemplate="%{y:.0%}<extra>%{fullData.name}</extra>"), 1, 2)
     fig.update_xaxes(title=f"how sure the judge was, round {k}", tickformat=".0%", range=[.48, 1.02])
     fig.update_yaxes(title="how often it was right", tickformat=".0%", range=[-.04, 1.06], row=1, col=1); fig.update_yaxes(title="share of pairs", tickformat=".0%", row=1, col=2)
     return panel_titles(fig).update_layout(template=TEMPLATE, height=390, margin_t=36, legend=dict(y=-.22, yanchor="top"))
 
-# %% ../nbs/50_report.ipynb #c45f0307
+# %% ../nbs/50_report.ipynb #e87486ba
 def smooth(
     ys: list,
     window: int,
@@ -387,7 +393,7 @@ def smooth(
     tail = lambda i: [y for y in ys[max(0, i - window + 1):i + 1] if y is not None and math.isfinite(y)]
     return [sum(t)/len(t) if (t := tail(i)) else None for i in range(len(ys))]
 
-# %% ../nbs/50_report.ipynb #84c66633
+# %% ../nbs/50_report.ipynb #8172fc8d
 def margins_figure(results: Results):
     "Winner and loser error above the reference, and implicit accuracy, over the steps of all rounds."
     histories = results.tables("align/history.parquet")
@@ -409,7 +415,7 @@ def margins_figure(results: Results):
     fig.update_yaxes(title="E − E<sub>ref</sub>", row=1, col=1, exponentformat="power"); fig.update_yaxes(title="accuracy", range=[.3, 1.02], row=2, col=1); fig.update_xaxes(title="step", row=2, col=1)
     return fig.update_layout(template=TEMPLATE, height=460, margin_t=70, legend=dict(y=1.08))
 
-# %% ../nbs/50_report.ipynb #cf81e31e
+# %% ../nbs/50_report.ipynb #7124201e
 def time_figure(results: Results):
     "Seconds per stage, a bar a round."
     rounds = [entry for entry in results.rounds if entry.get("seconds")]
@@ -421,7 +427,7 @@ def time_figure(results: Results):
             hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>"))
     return fig.update_layout(template=TEMPLATE, barmode="stack", height=110 + 46*len(rounds), xaxis=dict(title="seconds"), yaxis=dict(autorange="reversed", showgrid=False), legend=dict(traceorder="normal"))
 
-# %% ../nbs/50_report.ipynb #a0d12ab4
+# %% ../nbs/50_report.ipynb #6c47881c
 def video_tag(
     folder,     # of the report
     path: str,  # of the mp4, relative to it
@@ -432,7 +438,7 @@ def video_tag(
     with av.open(str(file)) as container: width = container.streams.video[0].width
     return f'<video class="{"small" if width <= 128 else ""}" src="{html.escape(quote(path))}" width="130" loop muted playsinline {"autoplay" if file.stat().st_size < 300_000 else "controls preload=none"}></video>'
 
-# %% ../nbs/50_report.ipynb #8c19b96c
+# %% ../nbs/50_report.ipynb #a7e28b74
 def reel(
     prompt: str,
     clips: list,  # (video tag, words beneath as HTML) each
@@ -449,7 +455,7 @@ def spread(
     n = min(n, len(rows))
     return [rows[round(i*(len(rows) - 1)/max(1, n - 1))] for i in range(n)]
 
-# %% ../nbs/50_report.ipynb #abb69c1d
+# %% ../nbs/50_report.ipynb #eaf86052
 def pairs_gallery(
     results: Results,
     k: int | None = None,  # the round; None: the last one that has pairs
@@ -471,7 +477,7 @@ def pairs_gallery(
         reels.append(reel(row["prompt"], clips))
     return block(f'<p class="quiet">Round {k}: {len(reels)} of {len(rows)} pairs, evenly spread by the judge\'s margin.</p><div class="gallery">{"".join(reels)}</div>')
 
-# %% ../nbs/50_report.ipynb #161bf312
+# %% ../nbs/50_report.ipynb #0b1fab36
 def rounds_gallery(
     results: Results,
     n: int = 6,  # prompts
@@ -491,7 +497,7 @@ def rounds_gallery(
     order = "from most gained to most lost; beneath each its true total and dynamic degree" if known else "in the order of the table"
     return block(f'<p class="quiet">{len(reels)} of {len(keys)} clips, evenly spread {order}.</p><div class="gallery wide">{"".join(reels)}</div>')
 
-# %% ../nbs/50_report.ipynb #b10645f1
+# %% ../nbs/50_report.ipynb #e8c22ea3
 def quarantine_table(
     results: Results,
     n: int = 20,  # rows to show
@@ -503,7 +509,7 @@ def quarantine_table(
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
     return block(table_html(["clip", "reason"], [[row["path"], row["reason"]] for row in rows[:n]], "text"), more)
 
-# %% ../nbs/50_report.ipynb #e36127b8
+# %% ../nbs/50_report.ipynb #63910bc7
 def preview(
     path,                  # an mp4
     limit: int = 300_000,  # bytes; larger files are scaled down
@@ -520,7 +526,7 @@ def preview(
         write_mp4(Path(folder)/"small.mp4", small, fps)
         return (Path(folder)/"small.mp4").read_bytes()
 
-# %% ../nbs/50_report.ipynb #f10f96b6
+# %% ../nbs/50_report.ipynb #cc1881e1
 def embed(
     page: str,   # HTML with relative links to mp4 files
     folder,      # they are relative to
@@ -533,7 +539,7 @@ def embed(
         return f'src="data:video/mp4;base64,{seen[path]}"'
     return re.sub(r'src="([^":]+\.mp4)"', data, page).replace("controls preload=none", "autoplay")
 
-# %% ../nbs/50_report.ipynb #4dfbef9a
+# %% ../nbs/50_report.ipynb #a4dc8f55
 SCRIPT = """
 const sight = new IntersectionObserver(entries => entries.forEach(e => e.isIntersecting ? e.target.play().catch(() => {}) : e.target.pause()));
 document.querySelectorAll('.reel').forEach(reel => {
@@ -553,7 +559,7 @@ PAGE = """<!doctype html>
 </main><script>{script}</script></body></html>
 """
 
-# %% ../nbs/50_report.ipynb #7c9bb782
+# %% ../nbs/50_report.ipynb #b0a43df3
 def cell_html(cell) -> str:
     "What a cell says to a reader: prose, figures and tables; no code."
     if cell.cell_type == "markdown": return "" if cell.source.startswith("# ") else markdown2html(cell.source)   # the page has its own title
@@ -565,7 +571,7 @@ def cell_html(cell) -> str:
         elif "text/html" in data: parts.append("".join(data["text/html"]))
     return "\n".join(parts)
 
-# %% ../nbs/50_report.ipynb #b7bdc29a
+# %% ../nbs/50_report.ipynb #c868ad56
 def page(
     notebook,    # executed
     folder,      # its clips are relative to
@@ -574,7 +580,7 @@ def page(
     body = embed("\n".join(cell_html(cell) for cell in notebook.cells), folder)
     return PAGE.format(title=f"Dual-IPO · {html.escape(Path(folder).resolve().name)}", style=STYLE, plotly=get_plotlyjs(), script=SCRIPT, body=body)
 
-# %% ../nbs/50_report.ipynb #e9160716
+# %% ../nbs/50_report.ipynb #7ab02bac
 NOTEBOOK = Path(dual_ipo.__file__).resolve().parent.parent/"nbs/rounds/report.ipynb"
 
 def make_report(
@@ -585,7 +591,7 @@ def make_report(
     folder = Path(folder)
     if not any((folder/name).is_file() for name in ("run.yaml", "summary.json")): raise UserError(f"{folder}: is no run folder (it has no run.yaml); check the path")
     executed = papermill.execute_notebook(str(notebook), None, parameters=dict(run="."), kernel_name="python3", cwd=str(folder), progress_bar=False,
-        extra_arguments=["--log-level=ERROR"])
+        extra_arguments=["--log-level=CRITICAL"])
     executed.metadata.pop("papermill", None)
     for cell in executed.cells: cell.metadata.pop("papermill", None)
     with whole_file(folder/"report.ipynb") as beside: nbformat.write(executed, beside)

@@ -6,7 +6,7 @@
 __all__ = ['PLAYER', 'PLAYER_STYLE', 'COLORS', 'PairPlayer', 'pair_player', 'clip_tag', 'vote_dots', 'vote_card', 'VoteBrowser',
            'vote_browser', 'clock', 'state_of', 'state_html', 'Watch', 'watch']
 
-# %% ../nbs/51_widgets.ipynb #d23dc4d2
+# %% ../nbs/51_widgets.ipynb #edd436df
 import html, os, threading, time
 from pathlib import Path
 import anywidget, ipywidgets, traitlets
@@ -15,7 +15,7 @@ from .core import Pair, UserError, video_html
 from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind
 from .store import read_json, read_table, read_yaml
 
-# %% ../nbs/51_widgets.ipynb #9f5529ef
+# %% ../nbs/51_widgets.ipynb #ab0117c5
 PLAYER = """
 function render({ model, el }) {
   const fps = model.get('fps'), n = model.get('n_frames');
@@ -58,7 +58,7 @@ PLAYER_STYLE = f"""
 .dipo-player span {{ color: {GREY}; font-variant-numeric: tabular-nums; min-width: 8em; }}
 """
 
-# %% ../nbs/51_widgets.ipynb #ec83bbe6
+# %% ../nbs/51_widgets.ipynb #72f356e9
 class PairPlayer(anywidget.AnyWidget):
     "Two clips on one clock."
     _esm, _css = PLAYER, PLAYER_STYLE
@@ -73,7 +73,7 @@ class PairPlayer(anywidget.AnyWidget):
         data, metadata = super()._repr_mimebundle_(**kwargs)
         return data | {"text/html": self.fallback}, metadata
 
-# %% ../nbs/51_widgets.ipynb #6b396a19
+# %% ../nbs/51_widgets.ipynb #1d7fc61c
 def pair_player(
     pair: Pair,
 ) -> PairPlayer:  # display it; `.frame` is where the reader stopped
@@ -84,7 +84,7 @@ def pair_player(
     player.fallback = pair._repr_html_()
     return player
 
-# %% ../nbs/51_widgets.ipynb #41f8315a
+# %% ../nbs/51_widgets.ipynb #61273a06
 def clip_tag(
     path,   # an mp4
 ) -> str:
@@ -93,7 +93,7 @@ def clip_tag(
     if path.is_file() and not path.is_relative_to(Path.cwd().resolve()): return video_html(preview(path))
     return video_tag(".", os.path.relpath(path))
 
-# %% ../nbs/51_widgets.ipynb #bbaa790f
+# %% ../nbs/51_widgets.ipynb #67b6ae75
 COLORS = {"A": BLUE, "B": SAND, "tie": STONE, "invalid": "white"}
 
 def vote_dots(
@@ -104,7 +104,7 @@ def vote_dots(
     half = len(votes)//2
     return "".join(map(dot, votes[:half])) + '<span style="display:inline-block;width:14px"></span>' + "".join(map(dot, votes[half:]))
 
-# %% ../nbs/51_widgets.ipynb #a90ded9d
+# %% ../nbs/51_widgets.ipynb #59f89ff6
 def vote_card(
     row: dict,     # of votes.parquet
     folder,        # of the round
@@ -114,9 +114,11 @@ def vote_card(
     verdict = {"A": "A is better", "B": "B is better", "tie": "a tie", "invalid": "too few votes can be read"}[row["label"]]
     facts = [f"<b>{verdict}</b>, {vote_kind(row)}" if row["label"] in "AB" else f"<b>{verdict}</b>", f"p(A) = {row['p_a']:.2f}", f"{row['n_valid']} of {row['n_votes']} votes read"]
     if row.get("pce") is not None: facts.append(f"PCE {row['pce']:.2f}, {'kept' if row['kept'] else 'not kept'}")
-    return block(reel(row["prompt"], clips), f'<div style="margin:12px 0 4px">{vote_dots(row["votes"])}</div>', f'<div class="tag" style="font-size:13px">{" · ".join(facts)}</div>')
+    said = "".join(f"<p><b>{label}</b> ({path['order']})<br>{html.escape(path['text'])}</p>" for label, path in zip(row["votes"], row.get("paths") or []))
+    reasons = f'<details><summary>what it said</summary><div style="white-space:pre-wrap;font-size:13px">{said}</div></details>' if said else ""
+    return block(reel(row["prompt"], clips), f'<div style="margin:12px 0 4px">{vote_dots(row["votes"])}</div>', f'<div class="tag" style="font-size:13px">{" · ".join(facts)}</div>', reasons)
 
-# %% ../nbs/51_widgets.ipynb #ddf50544
+# %% ../nbs/51_widgets.ipynb #26487326
 class VoteBrowser:
     "Step through judged pairs; `.row` is the one that is shown."
     def __init__(self, rows: list, folder):
@@ -149,7 +151,7 @@ class VoteBrowser:
         display(style(), self.controls)
         self.handle = display(vote_card(self.row, self.folder), display_id=True)
 
-# %% ../nbs/51_widgets.ipynb #baf04780
+# %% ../nbs/51_widgets.ipynb #14634730
 def vote_browser(
     run,          # run folder
     round: int,   # 1, 2, …
@@ -159,13 +161,13 @@ def vote_browser(
     if not (folder/"votes.parquet").is_file(): raise UserError(f"{folder}/votes.parquet: no votes there; wait for the round, or name another")
     return VoteBrowser(read_table(folder/"votes.parquet"), folder)
 
-# %% ../nbs/51_widgets.ipynb #a1c41ae7
+# %% ../nbs/51_widgets.ipynb #1b111a7b
 def clock(seconds: float) -> str:
     "1:02:03 or 2:03."
     m, s = divmod(int(seconds), 60)
     return f"{m//60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
-# %% ../nbs/51_widgets.ipynb #ad75e563
+# %% ../nbs/51_widgets.ipynb #4c299cff
 def state_of(
     run,   # run folder
 ) -> dict: # {"entries", "progress" or None, "finished", "silent": seconds since the last sign of life}
@@ -176,7 +178,7 @@ def state_of(
     return dict(entries=entries, progress=read_json(path) if path.is_file() else None, finished=rounds is not None and len(entries) > rounds,
         silent=time.time() - path.stat().st_mtime if path.is_file() else None)
 
-# %% ../nbs/51_widgets.ipynb #1b9c983f
+# %% ../nbs/51_widgets.ipynb #d981e137
 def state_html(
     state: dict,  # of `state_of`
 ) -> str:
@@ -197,7 +199,7 @@ def state_html(
     if rows: parts.append(table_html(["round", "true total", "dynamic degree", "reward accuracy, %"], rows))
     return f'<div class="dipo">{"".join(parts)}</div>'
 
-# %% ../nbs/51_widgets.ipynb #20b3f4ad
+# %% ../nbs/51_widgets.ipynb #350ae276
 class Watch:
     "Live progress of a run; `stop()` it, or let it end with the run."
     def __init__(self,
@@ -227,7 +229,7 @@ class Watch:
         display(style(), self.live)
         self.handle = display(HTML("" if self.thread.is_alive() else self.live.value), display_id=True)
 
-# %% ../nbs/51_widgets.ipynb #e1b24849
+# %% ../nbs/51_widgets.ipynb #c9e0cfcf
 def watch(
     run,  # run folder
 ) -> Watch:

@@ -107,6 +107,7 @@ def synthetic_run(
             write_table(at/"pairs.parquet", pairs)
             write_table(at/"votes.parquet", [{key: value for key, value in row.items() if key not in ("truth", "gap")} for row in votes(at, k, train, table, 8 + 2*k, rng)])
             write_table(at/"align/history.parquet", history(k, 60, margins, rng))
+        if k == rounds: entry["extra_srpo"] = ["(made up) implicit accuracy ended at 0.93"]
         write_json(at/"round.json", entry)
         entries.append(entry)
     write_json(folder/"summary.json", dict(config=config, rounds=entries))
