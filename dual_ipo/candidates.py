@@ -6,7 +6,7 @@
 __all__ = ['sample_shard', 'sample_candidates', 'best_worst', 'random_two', 'make_pairs', 'open_latents', 'read_latents',
            'preview']
 
-# %% ../nbs/22_candidates.ipynb #824b9dcc
+# %% ../nbs/22_candidates.ipynb #1c8f2376
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import Pair, UserError, Video, generator, write_mp4
 from .store import progress, read_table, stage, write_table, write_tensors
 from .training import ranks
 
-# %% ../nbs/22_candidates.ipynb #66072fda
+# %% ../nbs/22_candidates.ipynb #1b0d88cc
 def sample_shard(
     model,                # a `Generator`
     prompts: list[str],   # of this shard
@@ -44,7 +44,7 @@ def sample_shard(
     write_tensors(folder/"latents.safetensors", latents)
     write_table(folder/"table.parquet", rows)
 
-# %% ../nbs/22_candidates.ipynb #08575d3b
+# %% ../nbs/22_candidates.ipynb #66b7db03
 def sample_candidates(
     model,                       # a `Generator`
     prompts: list[str],          # unique
@@ -53,12 +53,13 @@ def sample_candidates(
     seed, round,                 # in the name of the noise
     prompts_per_shard: int = 8,
     batch_size: int = 16,        # videos per call of the pipeline
+    what: str = "candidates",    # on the progress bar
 ) -> list[dict]:                 # the rows of all shards, in the order of the prompts
     "Sample `n` videos per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
     folder, text, state = Path(folder), {}, ranks()
     shards = [(folder/f"shard_{k:04d}", first) for k, first in enumerate(range(0, len(prompts), prompts_per_shard))]
-    for path, first in progress(shards[state.process_index::state.num_processes], "candidates"):
+    for path, first in progress(shards[state.process_index::state.num_processes], what):
         with stage(path) as todo:
             if not todo: continue
             part = prompts[first:first+prompts_per_shard]
@@ -66,14 +67,14 @@ def sample_candidates(
     state.wait_for_everyone()
     return [row for path, _ in shards for row in read_table(path/"table.parquet")]
 
-# %% ../nbs/22_candidates.ipynb #4d5176fa
+# %% ../nbs/22_candidates.ipynb #4f0b9ee9
 def best_worst(
     scores: Tensor,   # [N] finite
 ) -> tuple[int, int]: # (winner, loser)
     "Top-1 and bottom-1."
     return scores.argmax().item(), scores.argmin().item()
 
-# %% ../nbs/22_candidates.ipynb #2cfde9fe
+# %% ../nbs/22_candidates.ipynb #61b76fd3
 def random_two(
     scores: Tensor,   # [N] finite
     *keys,            # name the draw
@@ -82,7 +83,7 @@ def random_two(
     a, b = torch.randperm(len(scores), generator=generator("pair", *keys))[:2].tolist()
     return (a, b) if scores[a] >= scores[b] else (b, a)
 
-# %% ../nbs/22_candidates.ipynb #7c3a888b
+# %% ../nbs/22_candidates.ipynb #0c580a96
 def make_pairs(
     rows: list[dict],            # of `sample_candidates`
     scores,                      # [len(rows)], larger is better; NaN: no verdict
@@ -105,13 +106,13 @@ def make_pairs(
             | {f"score_{side}": scores[i].item() for side, i in (("w", w), ("l", l))})
     return pairs
 
-# %% ../nbs/22_candidates.ipynb #2a2fc8c7
+# %% ../nbs/22_candidates.ipynb #649655fe
 @lru_cache(256)
 def open_latents(path):
     "A safetensors file, mapped but not read."
     return safe_open(path, "pt")
 
-# %% ../nbs/22_candidates.ipynb #a2bcc9bd
+# %% ../nbs/22_candidates.ipynb #b9636def
 def read_latents(
     folder,            # of the candidates
     file: str,         # within it, from column latents_w or latents_l
@@ -120,7 +121,7 @@ def read_latents(
     "One candidate's latents."
     return open_latents(str(Path(folder)/file)).get_tensor(name)
 
-# %% ../nbs/22_candidates.ipynb #b8531210
+# %% ../nbs/22_candidates.ipynb #446256e6
 def preview(
     pair: dict,   # a row of `make_pairs`
     folder,       # of the candidates

@@ -11,7 +11,7 @@ __all__ = ['INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'FONT', 'AXIS', 'TEM
            'time_figure', 'video_tag', 'reel', 'spread', 'pairs_gallery', 'rounds_gallery', 'quarantine_table',
            'preview', 'embed', 'cell_html', 'page', 'make_report']
 
-# %% ../nbs/50_report.ipynb #e24ff71c
+# %% ../nbs/50_report.ipynb #501f184b
 import base64, html, json, math, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .monitor import warnings_of
 from .pce import reliability
 from .store import read_json, read_table, read_yaml
 
-# %% ../nbs/50_report.ipynb #550411f0
+# %% ../nbs/50_report.ipynb #a50177c7
 @dataclass
 class Results:
     "What a run folder holds so far."
@@ -51,7 +51,7 @@ class Results:
         found = {int(path.name[6:]): self.rows(int(path.name[6:]), name) for path in sorted(self.folder.glob("round_*"))}
         return {k: rows for k, rows in found.items() if rows}
 
-# %% ../nbs/50_report.ipynb #7a9b9d47
+# %% ../nbs/50_report.ipynb #379c8ba4
 def read_results(
     folder,     # of a run, finished or not
 ) -> Results:
@@ -62,7 +62,7 @@ def read_results(
     config = read_yaml(folder/"run.yaml") if (folder/"run.yaml").is_file() else summary.get("config", {})
     return Results(folder, config, entries or summary.get("rounds", []))
 
-# %% ../nbs/50_report.ipynb #9d2438be
+# %% ../nbs/50_report.ipynb #c6e9fc56
 INK, GREY, FAINT = "#1f2a37", "#6b7683", "#e5e8ec"
 BLUE, SAND, STONE = "#2f5d8a", "#c77b43", "#a7b0ba"
 FONT = "'Inter', 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
@@ -73,7 +73,7 @@ TEMPLATE = go.layout.Template(layout=dict(
     hoverlabel=dict(font=dict(family=FONT), bgcolor="white", bordercolor=FAINT), hovermode="closest", bargap=.35, barcornerradius=3,
     legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", font=dict(color=INK)), annotationdefaults=dict(font=dict(color=INK, size=13))))
 
-# %% ../nbs/50_report.ipynb #f4f50997
+# %% ../nbs/50_report.ipynb #1a022050
 def shade(
     x: float,  # 0 light … 1 dark
 ) -> str:
@@ -81,7 +81,7 @@ def shade(
     light, dark = (184, 205, 226), (30, 66, 104)
     return "rgb({},{},{})".format(*(round(a + (b - a)*x) for a, b in zip(light, dark)))
 
-# %% ../nbs/50_report.ipynb #b8619cd3
+# %% ../nbs/50_report.ipynb #8b721aec
 def see_through(
     color: str,  # "#rrggbb"
     alpha: float = 0.14,
@@ -89,7 +89,7 @@ def see_through(
     "The same colour as a veil, for intervals."
     return "rgba({},{},{},{})".format(*(int(color[i:i + 2], 16) for i in (1, 3, 5)), alpha)
 
-# %% ../nbs/50_report.ipynb #31fba16c
+# %% ../nbs/50_report.ipynb #16900681
 COLORS = dict(ink=INK, grey=GREY, faint=FAINT, blue=BLUE, sand=SAND, stone=STONE, font=FONT)
 STYLE = ".dipo { " + " ".join(f"--{name}: {value};" for name, value in COLORS.items()) + " }" + """
 .dipo { font-family: var(--font); color: var(--ink); font-size: 15px; line-height: 1.55; }
@@ -128,7 +128,7 @@ STYLE = ".dipo { " + " ".join(f"--{name}: {value};" for name, value in COLORS.it
 .dipo .reel .tag b { color: var(--ink); font-weight: 600; } .dipo .reel .tag .win { color: var(--blue); } .dipo .reel .tag .lose { color: var(--sand); }
 """
 
-# %% ../nbs/50_report.ipynb #de43dd66
+# %% ../nbs/50_report.ipynb #94145ae8
 def block(*parts: str) -> HTML:
     "HTML in the report's style."
     return HTML(f'<div class="dipo">{"".join(parts)}</div>')
@@ -143,7 +143,7 @@ def style() -> HTML:
     "The style sheet, for the notebook."
     return HTML(f"<style>{STYLE}</style>")
 
-# %% ../nbs/50_report.ipynb #2d09933e
+# %% ../nbs/50_report.ipynb #c00a24e4
 def table_html(
     head: list,        # column names
     rows: list[list],  # numbers, text or None; None becomes a dash
@@ -154,7 +154,7 @@ def table_html(
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<table class="{kind}"><tr>{cells(head, "th")}</tr>{body}</table>'
 
-# %% ../nbs/50_report.ipynb #51bd66a4
+# %% ../nbs/50_report.ipynb #33e73d15
 def gain(
     results: Results,
     name: str = "total",
@@ -163,12 +163,12 @@ def gain(
     scores = {k: rows for k, rows in results.tables("evaluate/scores.parquet").items() if name in rows[0]}
     return paired_difference(scores[0], scores[max(scores)], name) if 0 in scores and len(scores) > 1 else None
 
-# %% ../nbs/50_report.ipynb #c22f0599
+# %% ../nbs/50_report.ipynb #fd72b2c8
 def signed(x: float) -> str:
     "With its sign, and a minus that is one."
     return f"{round(x, 1) + 0:+.1f}".replace("-", "−")
 
-# %% ../nbs/50_report.ipynb #56aebf38
+# %% ../nbs/50_report.ipynb #1e0927a0
 def in_words(results: Results) -> str:
     "What came of the run, in a sentence or two."
     rounds = results.rounds
@@ -187,7 +187,7 @@ def in_words(results: Results) -> str:
     if reward.get("accuracy_static") is not None: text += f"; in its state after the cold start, in {reward['accuracy_static']:.0%}"
     return text.rstrip(".") + "."
 
-# %% ../nbs/50_report.ipynb #a38c3ef1
+# %% ../nbs/50_report.ipynb #be548409
 def find(
     config: dict,  # nested
     *names: str,   # the first that is there counts
@@ -198,7 +198,7 @@ def find(
         for value in config.values():
             if isinstance(value, dict) and (found := find(value, name)) is not None: return found
 
-# %% ../nbs/50_report.ipynb #90f01e0e
+# %% ../nbs/50_report.ipynb #b4f5d0ac
 def recipe(config: dict) -> str:
     "What a round consisted of, in words; '' for a config that isn't one of ours."
     try: c, a, v = config["candidates"], config["align"], config["votes"]
@@ -207,7 +207,7 @@ def recipe(config: dict) -> str:
     return (f"Each round: {c['prompts_per_round']} prompts with {c['per_prompt']} candidates; {a['steps']} steps of {a['batch_size']} pairs, β = {a['beta']:g}, learning rate {a['lr']:g}, "
         f"{f'LoRA of rank {rank}' if rank else 'all weights'}, NLL weights {a['lambda_win']:g} (winners) and {a['lambda_real']:g} (real clips); {v['pairs']} pairs judged with {v['k']} votes each.")
 
-# %% ../nbs/50_report.ipynb #cda8ffee
+# %% ../nbs/50_report.ipynb #7fa97d4f
 def title(results: Results) -> HTML:
     "Name, config in words, result in words, the numbers people ask for first, the whole config folded away."
     config, rounds = results.config, results.rounds
@@ -229,7 +229,7 @@ def flat(config: dict, prefix: str = ""):
         if isinstance(value, dict): yield from flat(value, f"{prefix}{key}.")
         else: yield [prefix + str(key), json.dumps(value, ensure_ascii=False, default=str)]
 
-# %% ../nbs/50_report.ipynb #d0e65938
+# %% ../nbs/50_report.ipynb #b5a49d85
 def rounds_table(results: Results) -> HTML:
     "The headline table."
     if not results.rounds: return missing("No round has written its round.json yet.")
@@ -245,7 +245,7 @@ def rounds_table(results: Results) -> HTML:
     known = [i for i in range(len(head)) if any(row[i] is not None for row in rows)]
     return block(table_html([head[i] for i in known], [[row[i] for i in known] for row in rows]))
 
-# %% ../nbs/50_report.ipynb #808384b6
+# %% ../nbs/50_report.ipynb #2e515038
 def monitor_notes(results: Results) -> HTML:
     "Every warning of the run."
     judged = {k - 1: sum(row["score"] for row in rows)/len(rows) for k, rows in results.tables("scores.parquet").items()}   # round k's candidates are by the generator of round k - 1
@@ -259,7 +259,7 @@ def monitor_notes(results: Results) -> HTML:
     items = "".join(f"<li><b>{html.escape(name)}</b><br>{'<br>'.join(map(html.escape, said))}</li>" for name, said in rounds.items())
     return block(f'<ul class="warnings">{items}</ul>')
 
-# %% ../nbs/50_report.ipynb #c075f0dc
+# %% ../nbs/50_report.ipynb #a3d41ba1
 def interval_trace(x, low, high, color, **kwargs) -> go.Scatter:
     "A veil between two curves."
     return go.Scatter(x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", fillcolor=see_through(color), mode="lines", line=dict(width=0), hoverinfo="skip", showlegend=False, **kwargs)
@@ -273,7 +273,7 @@ def round_axis(ks: list) -> dict:
     "Rounds as whole numbers; 0 is the base."
     return dict(tickvals=ks, ticktext=["base" if k == 0 else str(k) for k in ks], range=[min(ks) - .25, max(ks) + .25])
 
-# %% ../nbs/50_report.ipynb #1fabd097
+# %% ../nbs/50_report.ipynb #49a83b71
 def quality_figure(results: Results):
     "Every score over rounds, with intervals."
     entries = {entry["round"]: entry["generator"] for entry in results.rounds if entry.get("generator")}
@@ -304,7 +304,7 @@ def interval_of(
     cis = [bootstrap_ci([row[name] for row in scores[k]], [row["prompt"] for row in scores[k]], n=1000) for k in ks]
     return [100*low for low, _ in cis], [100*high for _, high in cis]
 
-# %% ../nbs/50_report.ipynb #4ddb605b
+# %% ../nbs/50_report.ipynb #7cc5825c
 def right(
     rows: list,         # {"truth", p}
     p: str = "p_a",
@@ -313,7 +313,7 @@ def right(
     rows = [row for row in rows if row["truth"] != "same" and row.get(p) is not None]
     return [.5 if row[p] == .5 else float((row[p] > .5) == (row["truth"] == "A")) for row in rows], [row["prompt"] for row in rows]
 
-# %% ../nbs/50_report.ipynb #d6d30858
+# %% ../nbs/50_report.ipynb #8b1f898d
 def reward_figure(results: Results):
     "Reward accuracy over rounds."
     entries = {e["round"]: e["reward"] for e in results.rounds if (e.get("reward") or {}).get("accuracy") is not None}
@@ -330,7 +330,7 @@ def reward_figure(results: Results):
     fig.add_hline(.5, line=dict(color=FAINT), annotation=dict(text="guessing", font=dict(size=11, color=GREY)), annotation_position="bottom right")
     return fig.update_layout(template=TEMPLATE, height=340, xaxis=round_axis(ks) | dict(title="round"), yaxis=dict(title="share of pairs judged right", tickformat=".0%", range=[low - .02, 1.02]))
 
-# %% ../nbs/50_report.ipynb #a3015665
+# %% ../nbs/50_report.ipynb #f92d8210
 KINDS = {"unanimous": shade(1), "clear, at least ¾": shade(.6), "narrow": shade(.15), "tie": STONE, "invalid": SAND}
 
 def vote_kind(
@@ -341,7 +341,7 @@ def vote_kind(
     share = max(row["p_a"], 1 - row["p_a"])
     return "unanimous" if share == 1 else "clear, at least ¾" if share >= .75 else "narrow"
 
-# %% ../nbs/50_report.ipynb #bcb0b5a8
+# %% ../nbs/50_report.ipynb #9823c111
 def votes_figure(results: Results):
     "Verdicts by how united the votes were, and the distribution of PCE, per round."
     votes = results.tables("votes.parquet")
@@ -364,7 +364,7 @@ def votes_figure(results: Results):
     fig.update_xaxes(title="PCE; pairs right of the line are kept", range=[0, 1], row=1, col=2); fig.update_yaxes(title="share of pairs", tickformat=".0%", rangemode="tozero", row=1, col=2)
     return panel_titles(fig).update_layout(template=TEMPLATE, barmode="stack", height=330, margin_t=36, legend=dict(y=-.18, yanchor="top", traceorder="normal"))
 
-# %% ../nbs/50_report.ipynb #7dee3b4e
+# %% ../nbs/50_report.ipynb #35e41248
 def reliability_figure(results: Results):
     "How sure the judges were against how often they were right, on the last round's fresh pairs."
     votes = results.tables("evaluate/votes.parquet")
@@ -384,7 +384,7 @@ def reliability_figure(results: Results):
     fig.update_yaxes(title="how often it was right", tickformat=".0%", range=[-.04, 1.06], row=1, col=1); fig.update_yaxes(title="share of pairs", tickformat=".0%", row=1, col=2)
     return panel_titles(fig).update_layout(template=TEMPLATE, height=390, margin_t=36, legend=dict(y=-.22, yanchor="top"))
 
-# %% ../nbs/50_report.ipynb #e87486ba
+# %% ../nbs/50_report.ipynb #2e689dfc
 def smooth(
     ys: list,
     window: int,
@@ -393,7 +393,7 @@ def smooth(
     tail = lambda i: [y for y in ys[max(0, i - window + 1):i + 1] if y is not None and math.isfinite(y)]
     return [sum(t)/len(t) if (t := tail(i)) else None for i in range(len(ys))]
 
-# %% ../nbs/50_report.ipynb #8172fc8d
+# %% ../nbs/50_report.ipynb #09d01f84
 def margins_figure(results: Results):
     "Winner and loser error above the reference, and implicit accuracy, over the steps of all rounds."
     histories = results.tables("align/history.parquet")
@@ -415,7 +415,7 @@ def margins_figure(results: Results):
     fig.update_yaxes(title="E − E<sub>ref</sub>", row=1, col=1, exponentformat="power"); fig.update_yaxes(title="accuracy", range=[.3, 1.02], row=2, col=1); fig.update_xaxes(title="step", row=2, col=1)
     return fig.update_layout(template=TEMPLATE, height=460, margin_t=70, legend=dict(y=1.08))
 
-# %% ../nbs/50_report.ipynb #7124201e
+# %% ../nbs/50_report.ipynb #acc47efc
 def time_figure(results: Results):
     "Seconds per stage, a bar a round."
     rounds = [entry for entry in results.rounds if entry.get("seconds")]
@@ -427,7 +427,7 @@ def time_figure(results: Results):
             hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>"))
     return fig.update_layout(template=TEMPLATE, barmode="stack", height=110 + 46*len(rounds), xaxis=dict(title="seconds"), yaxis=dict(autorange="reversed", showgrid=False), legend=dict(traceorder="normal"))
 
-# %% ../nbs/50_report.ipynb #6c47881c
+# %% ../nbs/50_report.ipynb #2ce3f7f6
 def video_tag(
     folder,     # of the report
     path: str,  # of the mp4, relative to it
@@ -438,7 +438,7 @@ def video_tag(
     with av.open(str(file)) as container: width = container.streams.video[0].width
     return f'<video class="{"small" if width <= 128 else ""}" src="{html.escape(quote(path))}" width="130" loop muted playsinline {"autoplay" if file.stat().st_size < 300_000 else "controls preload=none"}></video>'
 
-# %% ../nbs/50_report.ipynb #a7e28b74
+# %% ../nbs/50_report.ipynb #b0c6184b
 def reel(
     prompt: str,
     clips: list,  # (video tag, words beneath as HTML) each
@@ -455,7 +455,7 @@ def spread(
     n = min(n, len(rows))
     return [rows[round(i*(len(rows) - 1)/max(1, n - 1))] for i in range(n)]
 
-# %% ../nbs/50_report.ipynb #eaf86052
+# %% ../nbs/50_report.ipynb #50498262
 def pairs_gallery(
     results: Results,
     k: int | None = None,  # the round; None: the last one that has pairs
@@ -477,7 +477,7 @@ def pairs_gallery(
         reels.append(reel(row["prompt"], clips))
     return block(f'<p class="quiet">Round {k}: {len(reels)} of {len(rows)} pairs, evenly spread by the judge\'s margin.</p><div class="gallery">{"".join(reels)}</div>')
 
-# %% ../nbs/50_report.ipynb #0b1fab36
+# %% ../nbs/50_report.ipynb #12b020f0
 def rounds_gallery(
     results: Results,
     n: int = 6,  # prompts
@@ -497,7 +497,7 @@ def rounds_gallery(
     order = "from most gained to most lost; beneath each its true total and dynamic degree" if known else "in the order of the table"
     return block(f'<p class="quiet">{len(reels)} of {len(keys)} clips, evenly spread {order}.</p><div class="gallery wide">{"".join(reels)}</div>')
 
-# %% ../nbs/50_report.ipynb #e8c22ea3
+# %% ../nbs/50_report.ipynb #48122e6c
 def quarantine_table(
     results: Results,
     n: int = 20,  # rows to show
@@ -509,7 +509,7 @@ def quarantine_table(
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
     return block(table_html(["clip", "reason"], [[row["path"], row["reason"]] for row in rows[:n]], "text"), more)
 
-# %% ../nbs/50_report.ipynb #63910bc7
+# %% ../nbs/50_report.ipynb #eb795094
 def preview(
     path,                  # an mp4
     limit: int = 300_000,  # bytes; larger files are scaled down
@@ -526,7 +526,7 @@ def preview(
         write_mp4(Path(folder)/"small.mp4", small, fps)
         return (Path(folder)/"small.mp4").read_bytes()
 
-# %% ../nbs/50_report.ipynb #cc1881e1
+# %% ../nbs/50_report.ipynb #0756f5e5
 def embed(
     page: str,   # HTML with relative links to mp4 files
     folder,      # they are relative to
@@ -539,7 +539,7 @@ def embed(
         return f'src="data:video/mp4;base64,{seen[path]}"'
     return re.sub(r'src="([^":]+\.mp4)"', data, page).replace("controls preload=none", "autoplay")
 
-# %% ../nbs/50_report.ipynb #a4dc8f55
+# %% ../nbs/50_report.ipynb #90e150b7
 SCRIPT = """
 const sight = new IntersectionObserver(entries => entries.forEach(e => e.isIntersecting ? e.target.play().catch(() => {}) : e.target.pause()));
 document.querySelectorAll('.reel').forEach(reel => {
@@ -559,7 +559,7 @@ PAGE = """<!doctype html>
 </main><script>{script}</script></body></html>
 """
 
-# %% ../nbs/50_report.ipynb #b0a43df3
+# %% ../nbs/50_report.ipynb #d8defd5a
 def cell_html(cell) -> str:
     "What a cell says to a reader: prose, figures and tables; no code."
     if cell.cell_type == "markdown": return "" if cell.source.startswith("# ") else markdown2html(cell.source)   # the page has its own title
@@ -571,7 +571,7 @@ def cell_html(cell) -> str:
         elif "text/html" in data: parts.append("".join(data["text/html"]))
     return "\n".join(parts)
 
-# %% ../nbs/50_report.ipynb #c868ad56
+# %% ../nbs/50_report.ipynb #4a0158e0
 def page(
     notebook,    # executed
     folder,      # its clips are relative to
@@ -580,8 +580,8 @@ def page(
     body = embed("\n".join(cell_html(cell) for cell in notebook.cells), folder)
     return PAGE.format(title=f"Dual-IPO · {html.escape(Path(folder).resolve().name)}", style=STYLE, plotly=get_plotlyjs(), script=SCRIPT, body=body)
 
-# %% ../nbs/50_report.ipynb #7ab02bac
-NOTEBOOK = Path(dual_ipo.__file__).resolve().parent.parent/"nbs/rounds/report.ipynb"
+# %% ../nbs/50_report.ipynb #80e93677
+NOTEBOOK = Path(dual_ipo.__file__).parent/"notebooks/report.ipynb"
 
 def make_report(
     folder,              # of a run, finished or not
