@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINS', 'encode_once', 'epoch_order', 'batch_items', 'Batches', 'step_loss', 'margins', 'by_timestep', 'align']
 
-# %% ../nbs/23_align.ipynb #537a14f9
+# %% ../nbs/23_align.ipynb #c2bbb60b
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .losses import KtoBaseline, dpo_loss, kto_loss, nll
 from .store import progress, read_json, stage, write_json, write_tensors
 from .training import rank_slice, ranks, train
 
-# %% ../nbs/23_align.ipynb #66653280
+# %% ../nbs/23_align.ipynb #3a421851
 def encode_once(
     items: list,         # prompts, or clips
     encode: Callable,    # list of items -> as many tensors
@@ -38,7 +38,7 @@ def encode_once(
     state.wait_for_everyone()
     return [(f"shard_{i//per_shard:04d}/tensors.safetensors", str(i)) for i in range(len(items))]
 
-# %% ../nbs/23_align.ipynb #9c1fc3e9
+# %% ../nbs/23_align.ipynb #74130259
 @lru_cache(8)
 def epoch_order(
     n: int,       # items
@@ -48,7 +48,7 @@ def epoch_order(
     "The items of one epoch, shuffled."
     return torch.randperm(n, generator=generator("order", epoch, *keys)).tolist()
 
-# %% ../nbs/23_align.ipynb #9931eca1
+# %% ../nbs/23_align.ipynb #2b3042ab
 def batch_items(
     n: int,       # items
     B: int,       # per batch
@@ -58,7 +58,7 @@ def batch_items(
     "The items of batch `index`."
     return [epoch_order(n, p//n, *keys)[p % n] for p in range(index*B, (index + 1)*B)]
 
-# %% ../nbs/23_align.ipynb #393f0361
+# %% ../nbs/23_align.ipynb #ae0b0973
 class Batches:
     "Latents, t, ε and texts of each batch: winners, then losers, then real clips; the share of this process."
     def __init__(self,
@@ -94,7 +94,7 @@ class Batches:
         if self.R: streams += [self.draw(self.R, index, "real")]
         return torch.stack(latents).float(), torch.cat([t for t, _ in streams]), torch.stack([e for _, eps in streams for e in eps]), text
 
-# %% ../nbs/23_align.ipynb #aa0d8ef4
+# %% ../nbs/23_align.ipynb #782afb70
 def step_loss(
     model,              # a `Generator`
     wrapped,            # its transformer, as the training loop has it
@@ -126,7 +126,7 @@ def step_loss(
     metrics |= margins(E[:2*B] - E_ref, t[:2*B].to(E.device))
     return total, dict(zip(metrics, torch.stack([m.detach().float().to(E.device) for m in metrics.values()]).tolist()))
 
-# %% ../nbs/23_align.ipynb #b9ec05d9
+# %% ../nbs/23_align.ipynb #e7891a09
 BINS = 4   # of timesteps
 
 def margins(
@@ -141,7 +141,7 @@ def margins(
         for k in range(BINS): rows |= {f"margin_{side}_t{k}": (d*(bins == k)).mean(), f"share_{side}_t{k}": (bins == k).float().mean()}
     return rows
 
-# %% ../nbs/23_align.ipynb #819643a4
+# %% ../nbs/23_align.ipynb #0f8bc272
 def by_timestep(
     history: list[dict],   # of `align`
 ) -> list[dict]:           # a row per bin of timesteps
@@ -151,7 +151,7 @@ def by_timestep(
         return sum(row[f"margin_{side}_t{k}"] for row in history)/n if n else None
     return [{"from": k*1000//BINS, "to": (k + 1)*1000//BINS, "margin_w": mean(k, "w"), "margin_l": mean(k, "l")} for k in range(BINS)]
 
-# %% ../nbs/23_align.ipynb #540b7e25
+# %% ../nbs/23_align.ipynb #5fae4287
 def align(
     model,                        # a `Generator`; its adapter, or all of it, is trained in place
     pairs: list[dict],            # rows of `make_pairs`
