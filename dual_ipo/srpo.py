@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['srpo_loss', 'freeze_vision', 'take', 'batches_by_kind', 'cold_start', 'pseudo_label', 'turned', 'preferences', 'srpo']
 
-# %% ../nbs/14_srpo.ipynb #dd7781d6
+# %% ../nbs/14_srpo.ipynb #994f691a
 import math
 import re
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from .pce import keep, log_ratios, mean_reward, pce
 from .store import progress
 from .training import rank_slice, train
 
-# %% ../nbs/14_srpo.ipynb #7c99bb69
+# %% ../nbs/14_srpo.ipynb #a3417a8e
 def srpo_loss(
     logp_w: Tensor, logp_l: Tensor,  # [B] log-probabilities of the preferred and the other response, nats
     ref_w: Tensor, ref_l: Tensor,    # [B] the same under the reference
@@ -31,7 +31,7 @@ def srpo_loss(
     logit = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     return -weight * F.logsigmoid(logit), logit
 
-# %% ../nbs/14_srpo.ipynb #1899c6e8
+# %% ../nbs/14_srpo.ipynb #c6c25845
 def freeze_vision(
     model: torch.nn.Module,
 ):
@@ -39,7 +39,7 @@ def freeze_vision(
     for name, p in model.named_parameters():
         if re.search(r"vision|visual", name): p.requires_grad_(False)
 
-# %% ../nbs/14_srpo.ipynb #b5de91ac
+# %% ../nbs/14_srpo.ipynb #b4c26eaf
 def take(
     n: int,     # items
     size: int,  # of a batch, over all processes
@@ -51,7 +51,7 @@ def take(
     orders = {e: torch.randperm(n, generator=generator(*keys, e)).tolist() for e in {i // n for i in rows}}
     return rank_slice([orders[i // n][i % n] for i in rows])
 
-# %% ../nbs/14_srpo.ipynb #319818ea
+# %% ../nbs/14_srpo.ipynb #11d50cab
 def batches_by_kind(
     kinds: list,  # the kind of each item
     size: int,    # of a batch
@@ -65,7 +65,7 @@ def batches_by_kind(
     own = [i for i, kind in enumerate(kinds) if kind == names[turn]]
     return [own[j] for j in take(len(own), size, index, *keys, names[turn])]
 
-# %% ../nbs/14_srpo.ipynb #e2b62ed9
+# %% ../nbs/14_srpo.ipynb #3849668d
 def cold_start(
     judge,            # a `Judge`; changed in place
     items: list,      # from `cold_start_items`
@@ -86,7 +86,7 @@ def cold_start(
         return per_item.mean(), {f"loss_{kind}": per_item.mean().item() if rows[0].kind == kind else math.nan for kind in dict.fromkeys(kinds)}
     return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start", **{"warmup": max(steps // 10, 1)} | training)
 
-# %% ../nbs/14_srpo.ipynb #25401693
+# %% ../nbs/14_srpo.ipynb #e9229398
 def pseudo_label(
     judge,             # a `Judge`
     pairs: list,       # of Pair, unlabelled
@@ -113,7 +113,7 @@ def pseudo_label(
                  paths=[asdict(v) for v in j.votes])
             for p, j, d, r, c, use in zip(pairs, judgements, decided, R, certainty, kept)]
 
-# %% ../nbs/14_srpo.ipynb #6841aa7a
+# %% ../nbs/14_srpo.ipynb #8cc46934
 def turned(
     text: str,  # a response that can be read
 ) -> str:       # ends in the opposite verdict
@@ -121,7 +121,7 @@ def turned(
     head, answer, tail = re.split(r"(?s)^(.*<\s*answer\s*>)(.*?)(?=<\s*/\s*answer\s*>)", text)[1:]
     return head + answer.replace("1", "x").replace("2", "1").replace("x", "2") + tail
 
-# %% ../nbs/14_srpo.ipynb #de2d3d38
+# %% ../nbs/14_srpo.ipynb #f52639e0
 def preferences(
     pairs: list,       # of Pair
     rows: list,        # of `pseudo_label`, in the same order
@@ -138,7 +138,7 @@ def preferences(
             if agree: found.append((pair_item(pair, order, dimensions), agree["ids"], other["ids"] if other else turned(agree["text"]), row["pce"]))
     return found
 
-# %% ../nbs/14_srpo.ipynb #ab899955
+# %% ../nbs/14_srpo.ipynb #da4ef349
 def srpo(
     judge,             # a `Judge`; changed in place
     pairs: list,       # of Pair

@@ -11,7 +11,8 @@ from dual_ipo.pce import FORMS, ece, log_ratios, mean_reward, pce
 from dual_ipo.reward import Judge, uniform
 from dual_ipo.srpo import cold_start, preferences, pseudo_label, srpo, srpo_loss, turned
 from dual_ipo.store import read_json, read_table, write_table
-from dual_ipo.toyworld import CHECKPOINTS, human_pairs
+from dual_ipo.toymodels import blank_judge
+from dual_ipo.toyworld import human_pairs
 from dual_ipo.voting import Vote, check_k, stats, tally
 
 CLOSE = dict(atol=2e-4, rtol=0)
@@ -20,8 +21,11 @@ SHORT = dict(max_new_tokens=12)
 @pytest.fixture(scope="module")
 def pairs(): return human_pairs(5)
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory): return blank_judge(tmp_path_factory.mktemp("judge"))
+
 @pytest.fixture
-def judge(): return Judge.load(CHECKPOINTS/"judge", lora_rank=4, frames_per_video=2)
+def judge(checkpoint): return Judge.load(checkpoint, lora_rank=4, frames_per_video=2)
 
 def learn(judge, pairs, lr=1e-2):
     "Three steps on the human verdicts."
@@ -139,8 +143,8 @@ def test_grades_are_expectations_over_digits(judge, pairs):
     torch.testing.assert_close((p*torch.arange(1., 6.)).sum(), grades[3, DIMENSIONS.index("motion")], **CLOSE)
 
 @pytest.mark.parametrize("lora_rank", [4, None])
-def test_policy_is_its_reference_at_first_and_leaves_it(pairs, lora_rank):
-    judge = Judge.load(CHECKPOINTS/"judge", lora_rank=lora_rank, frames_per_video=2)
+def test_policy_is_its_reference_at_first_and_leaves_it(checkpoint, pairs, lora_rank):
+    judge = Judge.load(checkpoint, lora_rank=lora_rank, frames_per_video=2)
     judge.freeze_reference()
     start = scores(judge, pairs)
     with judge.reference(): assert torch.equal(scores(judge, pairs), start)
@@ -152,12 +156,12 @@ def test_policy_is_its_reference_at_first_and_leaves_it(pairs, lora_rank):
     with judge.reference(): assert torch.equal(scores(judge, pairs), start)
     assert sum(p.requires_grad for p in judge.model.parameters()) > 0     # the reference hands the trained weights back
 
-def test_saving_keeps_the_judge(judge, pairs, tmp_path):
+def test_saving_keeps_the_judge(checkpoint, judge, pairs, tmp_path):
     learn(judge, pairs)
     judge.save(tmp_path/"lora")
     again = Judge.load(tmp_path/"lora")
     assert again.frames_per_video == 2 and torch.equal(scores(again, pairs), scores(judge, pairs))
-    assert read_json(tmp_path/"lora/judge.json")["base"] == str(CHECKPOINTS.resolve()/"judge") and not (tmp_path/"lora/model.safetensors").exists()
+    assert read_json(tmp_path/"lora/judge.json")["base"] == str(checkpoint.resolve()) and not (tmp_path/"lora/model.safetensors").exists()
     assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {n for n, p in judge.model.named_parameters() if p.requires_grad}
     learned = scores(judge, pairs)
     judge.merge()

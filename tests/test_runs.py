@@ -14,17 +14,16 @@ import yaml
 import tiny
 from dual_ipo.cli import demo_config, main, write_toy_input
 from dual_ipo.store import read_json, read_table
-from dual_ipo.toyworld import CHECKPOINTS
+from dual_ipo.toymodels import blank_judge
 
-pytestmark = pytest.mark.skipif(not (CHECKPOINTS/"judge").exists(), reason="the toy judge is not there; make it with nbs/toy/judge.ipynb")
 COMMAND = [sys.executable, "-c", "from dual_ipo.cli import main; raise SystemExit(main())"]
 
 
 def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
-    "The demo's config with everything that takes time made small, and a random generator; the judge is the real one."
+    "The demo's config with everything that takes time made small, and models of the real classes that know nothing yet."
     data = demo_config(arch, objective, rounds, seed=0).model_dump()
-    data["generator"]["path"] = arch
-    for part, keys in dict(cold_start=dict(steps=30, batch_size=12), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
+    data["generator"]["path"], data["reward"]["path"] = arch, "judge"
+    for part, keys in dict(cold_start=dict(steps=120, batch_size=12, lr=3e-3), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
                            votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6), reward=dict(max_new_tokens=48, lora_rank=lora_rank),
                            generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
     return data
@@ -36,6 +35,7 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     write_toy_input(folder/"input", seed=0, pairs=24, real=6)
     for arch, make in dict(wan=tiny.wan, cogvideox=tiny.cogvideox).items(): make().save_pretrained(folder/arch)
+    blank_judge(folder/"judge", vision=64, width=64, layers=(1, 2), patch=16)
     return folder
 
 
