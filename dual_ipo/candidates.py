@@ -6,7 +6,7 @@
 __all__ = ['sample_shard', 'sample_candidates', 'best_worst', 'random_two', 'make_pairs', 'open_latents', 'read_latents',
            'preview']
 
-# %% ../nbs/22_candidates.ipynb #1c8f2376
+# %% ../nbs/22_candidates.ipynb #806e1943
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import Pair, UserError, Video, generator, write_mp4
 from .store import progress, read_table, stage, write_table, write_tensors
 from .training import ranks
 
-# %% ../nbs/22_candidates.ipynb #1b0d88cc
+# %% ../nbs/22_candidates.ipynb #a2725d22
 def sample_shard(
     model,                # a `Generator`
     prompts: list[str],   # of this shard
@@ -44,7 +44,7 @@ def sample_shard(
     write_tensors(folder/"latents.safetensors", latents)
     write_table(folder/"table.parquet", rows)
 
-# %% ../nbs/22_candidates.ipynb #66b7db03
+# %% ../nbs/22_candidates.ipynb #9ab55373
 def sample_candidates(
     model,                       # a `Generator`
     prompts: list[str],          # unique
@@ -67,14 +67,14 @@ def sample_candidates(
     state.wait_for_everyone()
     return [row for path, _ in shards for row in read_table(path/"table.parquet")]
 
-# %% ../nbs/22_candidates.ipynb #4f0b9ee9
+# %% ../nbs/22_candidates.ipynb #5502d851
 def best_worst(
     scores: Tensor,   # [N] finite
 ) -> tuple[int, int]: # (winner, loser)
     "Top-1 and bottom-1."
     return scores.argmax().item(), scores.argmin().item()
 
-# %% ../nbs/22_candidates.ipynb #61b76fd3
+# %% ../nbs/22_candidates.ipynb #87a66f3d
 def random_two(
     scores: Tensor,   # [N] finite
     *keys,            # name the draw
@@ -83,7 +83,7 @@ def random_two(
     a, b = torch.randperm(len(scores), generator=generator("pair", *keys))[:2].tolist()
     return (a, b) if scores[a] >= scores[b] else (b, a)
 
-# %% ../nbs/22_candidates.ipynb #0c580a96
+# %% ../nbs/22_candidates.ipynb #d72141db
 def make_pairs(
     rows: list[dict],            # of `sample_candidates`
     scores,                      # [len(rows)], larger is better; NaN: no verdict
@@ -106,13 +106,13 @@ def make_pairs(
             | {f"score_{side}": scores[i].item() for side, i in (("w", w), ("l", l))})
     return pairs
 
-# %% ../nbs/22_candidates.ipynb #649655fe
+# %% ../nbs/22_candidates.ipynb #8e43a2e8
 @lru_cache(256)
 def open_latents(path):
     "A safetensors file, mapped but not read."
     return safe_open(path, "pt")
 
-# %% ../nbs/22_candidates.ipynb #b9636def
+# %% ../nbs/22_candidates.ipynb #fc2af941
 def read_latents(
     folder,            # of the candidates
     file: str,         # within it, from column latents_w or latents_l
@@ -121,7 +121,7 @@ def read_latents(
     "One candidate's latents."
     return open_latents(str(Path(folder)/file)).get_tensor(name)
 
-# %% ../nbs/22_candidates.ipynb #446256e6
+# %% ../nbs/22_candidates.ipynb #c3eada2d
 def preview(
     pair: dict,   # a row of `make_pairs`
     folder,       # of the candidates

@@ -6,7 +6,7 @@
 __all__ = ['add_lora', 'stack_lora', 'split_lora', 'fold_lora', 'read_checkpoint', 'pipeline_class', 'mixed_precision', 'Weights',
            'Generator', 'CogVideoX', 'Wan']
 
-# %% ../nbs/21_generator.ipynb #be7f00ae
+# %% ../nbs/21_generator.ipynb #2010b063
 import copy, math, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from .core import UserError, generator, noise
 from .store import is_done, mark_done, read_json, read_tensors, write_json
 
-# %% ../nbs/21_generator.ipynb #494af02b
+# %% ../nbs/21_generator.ipynb #1cd6a3ea
 def add_lora(
     transformer,   # a diffusers transformer
     rank: int,
@@ -33,14 +33,14 @@ def add_lora(
     for name, p in transformer.named_parameters():
         if p.requires_grad: p.data = (noise(p.shape, "lora", *keys, name)/rank if "lora_A" in name else torch.zeros(p.shape)).to(p.device)
 
-# %% ../nbs/21_generator.ipynb #4dddf41e
+# %% ../nbs/21_generator.ipynb #732f73c5
 def stack_lora(
     loras: list[dict],   # each {"blocks.0.attn1.to_q.lora_A.weight": [rank, in], "….lora_B.weight": [out, rank], …}
 ) -> dict:
     "One adapter that does what all do together."
     return {name: torch.cat([lora[name] for lora in loras], 0 if "lora_A" in name else 1) for name in loras[0]}
 
-# %% ../nbs/21_generator.ipynb #04ba01e8
+# %% ../nbs/21_generator.ipynb #c7695fa3
 def split_lora(
     lora: dict,         # as `stack_lora` made it
     ranks: list[int],   # of its parts
@@ -49,7 +49,7 @@ def split_lora(
     parts = {name: weight.split(ranks, 0 if "lora_A" in name else 1) for name, weight in lora.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(ranks))]
 
-# %% ../nbs/21_generator.ipynb #965b4221
+# %% ../nbs/21_generator.ipynb #660fd54a
 @torch.no_grad()
 def fold_lora(
     transformer,   # without adapter
@@ -61,7 +61,7 @@ def fold_lora(
         A, B = (lora[f"{name}.lora_{x}.weight"].to(weight.device, torch.float32) for x in "AB")
         weight.copy_(weight.float() + B @ A)
 
-# %% ../nbs/21_generator.ipynb #df69c110
+# %% ../nbs/21_generator.ipynb #494337e7
 def read_checkpoint(
     path,           # a pipeline folder, a hub id, or a folder written by `Generator.save`
 ) -> tuple:         # (where the pipeline is, adapters to fold in, the oldest first)
@@ -75,7 +75,7 @@ def read_checkpoint(
         raise UserError(f"{folder}: holds no model_index.json; give the folder of a diffusers pipeline, or of a round's generator")
     return str(path), []
 
-# %% ../nbs/21_generator.ipynb #e4a993af
+# %% ../nbs/21_generator.ipynb #17546bfd
 def pipeline_class(
     base: str,      # a pipeline folder or hub id
 ) -> str:           # "WanPipeline", …
@@ -84,7 +84,7 @@ def pipeline_class(
     try: return DiffusionPipeline.load_config(base)["_class_name"]
     except (OSError, ValueError) as error: raise UserError(f"{base}: no pipeline to be had there ({' '.join(str(error).split())[:120]}); check the path or hub id") from None
 
-# %% ../nbs/21_generator.ipynb #b5540402
+# %% ../nbs/21_generator.ipynb #40951900
 def mixed_precision(
     transformer,          # with fp32 weights
     dtype: torch.dtype,   # of the arithmetic
@@ -94,7 +94,7 @@ def mixed_precision(
     transformer.forward = torch.autocast(transformer.device.type, dtype)(forward)
     return transformer
 
-# %% ../nbs/21_generator.ipynb #f7afd16e
+# %% ../nbs/21_generator.ipynb #ef800a3a
 class Weights:
     "A diffusers pipeline and the part of it that learns."
     def __init__(self,
@@ -180,7 +180,7 @@ class Weights:
         finally:
             for part in parts: part.to(self.device)
 
-# %% ../nbs/21_generator.ipynb #98d4b0d5
+# %% ../nbs/21_generator.ipynb #d264e7c1
 class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise` and `predict`."
     vae_dtype = None   # None: as the rest
@@ -277,7 +277,7 @@ class Generator(Weights):
             guidance_scale=self.guidance_scale, output_type="pt", callback_on_step_end=catch).frames
         return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
-# %% ../nbs/21_generator.ipynb #f9928307
+# %% ../nbs/21_generator.ipynb #ad6c38d3
 class CogVideoX(Generator):
     "CogVideoX 2B, 5B and 1.5."
     pipeline, size_multiple, clean = CogVideoXPipeline, 8, staticmethod(str)
@@ -331,7 +331,7 @@ class CogVideoX(Generator):
         positions = self.pipe._prepare_rotary_positional_embeddings(self.height, self.width, noisy.shape[1], self.device) if rotary else None
         return model(hidden_states=noisy, encoder_hidden_states=text, timestep=t, image_rotary_emb=positions, return_dict=False)[0]
 
-# %% ../nbs/21_generator.ipynb #1cf14b02
+# %% ../nbs/21_generator.ipynb #55929ad7
 class Wan(Generator):
     "Wan 2.1."
     pipeline, size_multiple, clean = WanPipeline, 16, staticmethod(prompt_clean)
