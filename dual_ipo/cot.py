@@ -7,15 +7,15 @@ __all__ = ['DIMENSIONS', 'pair_prompt', 'clip_prompt', 'to_answer', 'to_label', 
            'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'cold_start_items', 'annotation_prompt',
            'annotate']
 
-# %% ../nbs/10_cot.ipynb #7c184c92
+# %% ../nbs/10_cot.ipynb #3f3615cb
 import re
 from dataclasses import dataclass, replace
 from .core import Pair, Video
 
-# %% ../nbs/10_cot.ipynb #5586f53d
+# %% ../nbs/10_cot.ipynb #23dfc673
 DIMENSIONS = ["alignment", "motion", "consistency", "quality"]
 
-# %% ../nbs/10_cot.ipynb #566f5136
+# %% ../nbs/10_cot.ipynb #34340d88
 def pair_prompt(
     prompt: str,            # what both videos were made from
     dimensions=DIMENSIONS,  # reasons wanted; none: only the verdict
@@ -24,7 +24,7 @@ def pair_prompt(
     question = f"Compare {', '.join(dimensions)}, grade each 1 to 5" if dimensions else "Compare"
     return f"Frames of video 1, then video 2. Prompt: {prompt}\n{question}, then <answer>1, 2 or tie</answer>."
 
-# %% ../nbs/10_cot.ipynb #04b6ad6f
+# %% ../nbs/10_cot.ipynb #1b10597e
 def clip_prompt(
     prompt: str,     # what the video was made from
     dimension: str,  # one of the dimensions
@@ -32,7 +32,7 @@ def clip_prompt(
     "Ask for a grade of one video."
     return f"Frames of a video. Prompt: {prompt}\nGrade 1 to 5 as <answer>grade</answer>: {dimension}"
 
-# %% ../nbs/10_cot.ipynb #3ea2c3af
+# %% ../nbs/10_cot.ipynb #7c3413a6
 def to_answer(
     label: str,  # "A", "B", "same" or "tie"
     order: str,  # "ab": A is shown first; "ba": B is
@@ -40,7 +40,7 @@ def to_answer(
     "What the judge should answer when the videos are shown in this order."
     return {"A": "12", "B": "21"}[label]["ab ba".split().index(order)] if label in ("A", "B") else "tie"
 
-# %% ../nbs/10_cot.ipynb #18e34cd4
+# %% ../nbs/10_cot.ipynb #bfba82fb
 def to_label(
     answer: str | None,  # "1", "2", "tie"; None: could not be read
     order: str,          # "ab" or "ba"
@@ -48,7 +48,7 @@ def to_label(
     "Whom an answer means."
     return {"1": order[0].upper(), "2": order[1].upper()}.get(answer, answer)
 
-# %% ../nbs/10_cot.ipynb #e0ca8d35
+# %% ../nbs/10_cot.ipynb #ff451449
 def pair_response(
     rationale: dict | None,  # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}; None: verdict only
     verdict: str,            # "A", "B", "same" or "tie"
@@ -59,14 +59,14 @@ def pair_response(
     lines = [f"{d} : {r[first]} {r[f'grade_{first}']} | {r[second]} {r[f'grade_{second}']}\n" for d, r in (rationale or {}).items()]
     return "".join(lines) + f"<answer>{to_answer(verdict, order)}</answer>"
 
-# %% ../nbs/10_cot.ipynb #598c7549
+# %% ../nbs/10_cot.ipynb #dbe4ec1f
 def clip_response(
     grade: int,  # 1..5
 ) -> str:
     "A grade as the judge should write it."
     return f"<answer>{grade}</answer>"
 
-# %% ../nbs/10_cot.ipynb #f955ad16
+# %% ../nbs/10_cot.ipynb #53ad31f2
 def parse_answer(
     text: str,       # a response
 ) -> str | None:     # "1", "2", "tie"; None: no verdict
@@ -75,7 +75,7 @@ def parse_answer(
     answer = blocks[-1].strip().lower() if blocks else None
     return answer if answer in ("1", "2", "tie") else None
 
-# %% ../nbs/10_cot.ipynb #4fad8d4b
+# %% ../nbs/10_cot.ipynb #639720ad
 def parse_rationale(
     text: str,              # a response shown in order "ab"
     dimensions=DIMENSIONS,
@@ -89,7 +89,7 @@ def parse_rationale(
         if m: found[name] = dict(a=m[1], b=m[3], grade_a=int(m[2]), grade_b=int(m[4]))
     return found
 
-# %% ../nbs/10_cot.ipynb #5afcfe33
+# %% ../nbs/10_cot.ipynb #09e522df
 def parse_grades(
     text: str,              # a response
     dimensions=DIMENSIONS,
@@ -97,7 +97,7 @@ def parse_grades(
     "The grades among the reasons."
     return {d: (r["grade_a"], r["grade_b"]) for d, r in parse_rationale(text, dimensions).items()}
 
-# %% ../nbs/10_cot.ipynb #0cb022e6
+# %% ../nbs/10_cot.ipynb #08d4e08c
 @dataclass
 class Item:
     "A question to the judge."
@@ -106,7 +106,7 @@ class Item:
     response: str = ""       # what it should answer, if that is known
     kind: str = "cot"        # "cot": reasons and verdict; "verdict": verdict only; "grade": one clip, one dimension
 
-# %% ../nbs/10_cot.ipynb #e13e627f
+# %% ../nbs/10_cot.ipynb #965066b8
 def pair_item(
     pair: Pair,
     order: str = "ab",      # "ab" or "ba"
@@ -118,7 +118,7 @@ def pair_item(
     response = pair_response(reasons, pair.label, order) if pair.label else ""
     return Item(pair_prompt(pair.prompt, dimensions), videos, response, "cot" if dimensions else "verdict")
 
-# %% ../nbs/10_cot.ipynb #004d121d
+# %% ../nbs/10_cot.ipynb #2daa2589
 def clip_item(
     prompt: str,
     video: Video,
@@ -128,7 +128,7 @@ def clip_item(
     "The question about one clip in one dimension."
     return Item(clip_prompt(prompt, dimension), [video], clip_response(grade) if grade else "", "grade")
 
-# %% ../nbs/10_cot.ipynb #6189917a
+# %% ../nbs/10_cot.ipynb #bb6aeccc
 def cold_start_items(
     pairs,                  # human pairs, with labels
     dimensions=DIMENSIONS,
@@ -143,7 +143,7 @@ def cold_start_items(
                   for d in dimensions for side, video in (("a", pair.a), ("b", pair.b))]
     return items
 
-# %% ../nbs/10_cot.ipynb #8924d41b
+# %% ../nbs/10_cot.ipynb #98a46e5f
 def annotation_prompt(
     pair: Pair,             # with its label
     dimensions=DIMENSIONS,
@@ -153,9 +153,11 @@ def annotation_prompt(
     verdict = "found them equally good" if answer == "tie" else f"preferred video {answer}"
     form = "\n".join(f"{d} : (video 1 in a few words) (grade) | (video 2 in a few words) (grade)" for d in dimensions)
     return ("The first half of the frames is video 1, the second half video 2. "
-            f"Both were made from the prompt: {pair.prompt}\nA careful viewer {verdict}. Explain why in exactly this form, with grades from 1 (bad) to 5 (good):\n{form}\n<answer>{answer}</answer>")
+            f"Both were made from the prompt: {pair.prompt}\n"
+            f"A careful viewer {verdict}. Explain why in exactly this form, with grades from 1 (bad) to 5 (good):\n"
+            f"{form}\n<answer>{answer}</answer>")
 
-# %% ../nbs/10_cot.ipynb #d0fa83bf
+# %% ../nbs/10_cot.ipynb #7c1b9da9
 def annotate(
     judge,                  # anything with `sample`, see `reward.Judge`
     pairs: list,            # human pairs; those with a rationale are left alone

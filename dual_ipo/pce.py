@@ -6,12 +6,12 @@
 __all__ = ['FORMS', 'log_ratios', 'mean_reward', 'bradley_terry', 'paths', 'normal', 'pce', 'keep', 'reliability', 'ece',
            'verdict_ece']
 
-# %% ../nbs/12_pce.ipynb #e89f1ca6
+# %% ../nbs/12_pce.ipynb #13c13d34
 import torch
 from torch import Tensor
 from .core import Judgement, UserError
 
-# %% ../nbs/12_pce.ipynb #899d0aac
+# %% ../nbs/12_pce.ipynb #35fa70e8
 def log_ratios(
     judgement: Judgement,     # with its votes
     per_token: bool = False,  # divide by the number of tokens
@@ -20,7 +20,7 @@ def log_ratios(
     won = [v for v in judgement.votes if v.label == judgement.label]
     return torch.tensor([(v.log_prob - v.log_prob_ref)/(len(v.ids) if per_token else 1) for v in won], dtype=torch.float64)
 
-# %% ../nbs/12_pce.ipynb #012460aa
+# %% ../nbs/12_pce.ipynb #6de8529f
 def mean_reward(
     R: list[Tensor],   # per item: R of its winning paths
 ) -> float:            # nats
@@ -28,7 +28,7 @@ def mean_reward(
     means = [r.mean() for r in R if len(r)]
     return float(torch.stack(means).mean()) if means else 0.
 
-# %% ../nbs/12_pce.ipynb #2866363c
+# %% ../nbs/12_pce.ipynb #0bb07be1
 def bradley_terry(
     R: Tensor,         # [n] of one item
     Q: float,
@@ -37,7 +37,7 @@ def bradley_terry(
     r"$\sigma((\bar R - Q)/\tau)$."
     return torch.sigmoid((R.mean() - Q)/tau)
 
-# %% ../nbs/12_pce.ipynb #827ce17e
+# %% ../nbs/12_pce.ipynb #efc07c00
 def paths(
     R: Tensor,   # [n] of one item
     Q: float,
@@ -45,7 +45,7 @@ def paths(
     r"$\frac1n \sum_i [R_i > Q] + \frac12 [R_i = Q]$."
     return ((R > Q).double() + (R == Q).double()/2).mean()
 
-# %% ../nbs/12_pce.ipynb #4d3bb64d
+# %% ../nbs/12_pce.ipynb #0fb0e84b
 def normal(
     R: Tensor,   # [n] of one item
     Q: float,
@@ -54,7 +54,7 @@ def normal(
     s = R.std() if len(R) > 1 else torch.zeros(())
     return torch.special.ndtr((R.mean() - Q)/s.clamp(min=1e-9))
 
-# %% ../nbs/12_pce.ipynb #cf73fbaa
+# %% ../nbs/12_pce.ipynb #cb2d7ba5
 FORMS = ["bradley_terry", "paths", "normal"]
 
 def pce(
@@ -68,7 +68,7 @@ def pce(
     one = {"bradley_terry": lambda r: bradley_terry(r, Q, tau), "paths": lambda r: paths(r, Q), "normal": lambda r: normal(r, Q)}[form]
     return torch.tensor([float(one(r)) if len(r) else 0. for r in R])
 
-# %% ../nbs/12_pce.ipynb #693949e4
+# %% ../nbs/12_pce.ipynb #aee73a39
 def keep(
     certainty: Tensor,        # [B] PCE
     threshold: float = 0.5,   # the paper's
@@ -76,7 +76,7 @@ def keep(
     "Which pseudo-labels to train on."
     return certainty > threshold
 
-# %% ../nbs/12_pce.ipynb #0e22bc4b
+# %% ../nbs/12_pce.ipynb #a313bb86
 def reliability(
     p: Tensor,        # [B] stated probability of being right
     correct: Tensor,  # bool [B]
@@ -85,10 +85,11 @@ def reliability(
     "The reliability diagram as a table."
     p, correct = torch.as_tensor(p).double(), torch.as_tensor(correct).double()
     at = (p*bins).long().clamp(0, bins - 1)
-    row = lambda b, own: dict(low=b/bins, high=(b + 1)/bins, n=int(own.sum()), confidence=float(p[own].mean()), accuracy=float(correct[own].mean()))
+    row = lambda b, own: dict(low=b/bins, high=(b + 1)/bins, n=int(own.sum()),
+                              confidence=float(p[own].mean()), accuracy=float(correct[own].mean()))
     return [row(b, at == b) for b in range(bins) if (at == b).any()]
 
-# %% ../nbs/12_pce.ipynb #85d0120c
+# %% ../nbs/12_pce.ipynb #ec68ade5
 def ece(
     p: Tensor,        # [B] stated probability of being right
     correct: Tensor,  # bool [B]
@@ -98,7 +99,7 @@ def ece(
     rows = reliability(p, correct, bins)
     return sum(r["n"]*abs(r["accuracy"] - r["confidence"]) for r in rows)/sum(r["n"] for r in rows) if rows else float("nan")
 
-# %% ../nbs/12_pce.ipynb #a3023750
+# %% ../nbs/12_pce.ipynb #3a635420
 def verdict_ece(
     p_a: Tensor,        # [B] probability that A is better
     a_better: Tensor,   # bool [B] the truth

@@ -6,7 +6,7 @@
 __all__ = ['PER_TOKEN', 'defuse', 'RoomyLayer', 'Read', 'no_dropout', 'VLM', 'uniform', 'pick', 'Response', 'chosen', 'Writer',
            'common', 'Chooser', 'add_lora', 'open_judge', 'Judge']
 
-# %% ../nbs/13_reward.ipynb #f93946e4
+# %% ../nbs/13_reward.ipynb #be1ae931
 import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .cot import DIMENSIONS, Item, clip_item, pair_item
 from .store import read_json, write_json
 from .voting import Vote, check_k, tally
 
-# %% ../nbs/13_reward.ipynb #5fff7b04
+# %% ../nbs/13_reward.ipynb #8e48d8fc
 def defuse(
     text: str,       # what a user wrote
     tokenizer,
@@ -33,7 +33,7 @@ def defuse(
     for token in tokenizer.all_special_tokens: text = text.replace(token, " ")
     return text
 
-# %% ../nbs/13_reward.ipynb #22e5da07
+# %% ../nbs/13_reward.ipynb #89acb5ae
 class RoomyLayer(DynamicLayer):
     "A layer's keys and values, repeated, in a buffer that grows in place."
     def __init__(self,
@@ -52,7 +52,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (x[:, :, :n + keys.shape[2]] for x in self.buffers)
         return self.keys, self.values
 
-# %% ../nbs/13_reward.ipynb #f0499965
+# %% ../nbs/13_reward.ipynb #deea4492
 @dataclass
 class Read:
     "Prompts after their prefill: all that the next token needs. B rows, N tokens each with the padding."
@@ -71,7 +71,7 @@ class Read:
             else: layer.batch_repeat_interleave(k)  # sliding windows and the like
         return Read(self.cache, self.logits.repeat_interleave(k, 0), self.mask.repeat_interleave(k, 0), self.last.repeat_interleave(k, -2))
 
-# %% ../nbs/13_reward.ipynb #cd5970ef
+# %% ../nbs/13_reward.ipynb #cd02be44
 def no_dropout(
     model: nn.Module,   # changed in place
 ) -> nn.Module:
@@ -82,10 +82,10 @@ def no_dropout(
             if isinstance(vars(module).get(name), float): setattr(module, name, 0.)
     return model
 
-# %% ../nbs/13_reward.ipynb #123c6fbb
+# %% ../nbs/13_reward.ipynb #7bbf9628
 PER_TOKEN = ["input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"]  # inputs with one entry per token
 
-# %% ../nbs/13_reward.ipynb #49717a87
+# %% ../nbs/13_reward.ipynb #55aad19f
 class VLM:
     "A vision-language model that reads questions and scores or writes responses."
     def __init__(self,
@@ -113,7 +113,8 @@ class VLM:
         "The question as the model's chat template writes it."
         images = [{"type": "image"}]*(len(item.videos)*self.frames_per_video)
         text = {"type": "text", "text": defuse(item.text, self.tokenizer)}
-        return self.processor.apply_chat_template([{"role": "user", "content": [*images, text]}], tokenize=False, add_generation_prompt=True)
+        turn = {"role": "user", "content": [*images, text]}
+        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
     def special(self, text: str) -> bool:
         "Whether the tokenizer has to add its beginning-of-sequence token, because the template didn't."
@@ -149,7 +150,7 @@ class VLM:
         read.last = read.last + len(n)
         return out.logits.float()
 
-# %% ../nbs/13_reward.ipynb #e4f47acc
+# %% ../nbs/13_reward.ipynb #5967e642
 def uniform(
     seeds: np.ndarray,   # uint64 [N], one stream each
     position: int,       # which number of each stream
@@ -160,7 +161,7 @@ def uniform(
     z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64)*2.**-53
 
-# %% ../nbs/13_reward.ipynb #a8c81fa7
+# %% ../nbs/13_reward.ipynb #6d090da5
 def pick(
     logits: Tensor,      # [B, V]
     u: Tensor,           # float64 [B] in [0, 1)
@@ -175,7 +176,7 @@ def pick(
     at = (below <= u[:, None]*below[:, -1:]).sum(-1)
     return token.gather(1, torch.minimum(at, (p > 0).sum(-1) - 1)[:, None])[:, 0]
 
-# %% ../nbs/13_reward.ipynb #c8505eef
+# %% ../nbs/13_reward.ipynb #e87a9c2a
 @dataclass
 class Response:
     "What the judge wrote."
@@ -183,7 +184,7 @@ class Response:
     ids: list          # its tokens, with the end token unless it was cut off
     log_prob: float    # sum over its tokens, nats
 
-# %% ../nbs/13_reward.ipynb #a8ada3e6
+# %% ../nbs/13_reward.ipynb #777729f3
 def chosen(
     logits: Tensor,   # [..., V]
     ids: Tensor,      # int64 [...]
@@ -192,7 +193,7 @@ def chosen(
     logits = logits.float()
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
-# %% ../nbs/13_reward.ipynb #06a444d2
+# %% ../nbs/13_reward.ipynb #d9059ce0
 class Writer(VLM):
     "A reader that also writes, and scores what is written."
     def ids(self, response) -> list[int]:
@@ -272,14 +273,14 @@ class Writer(VLM):
         responses = [Response(*r) for r in zip(texts, rows, logp)]
         return [responses[i:i + k] for i in range(0, len(responses), k)]
 
-# %% ../nbs/13_reward.ipynb #06a26fae
+# %% ../nbs/13_reward.ipynb #c4182e5f
 def common(
     rows: list[list],   # token lists
 ) -> int:
     "Length of their common beginning."
     return next((i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1), min(map(len, rows)))
 
-# %% ../nbs/13_reward.ipynb #0d0a274b
+# %% ../nbs/13_reward.ipynb #7d50053c
 class Chooser(Writer):
     "A writer that can be held to a few answers."
     @torch.no_grad()
@@ -301,7 +302,7 @@ class Chooser(Writer):
         tokens = torch.tensor([[option[common(row)] for option in row] for row in rows], device=self.device)
         return logits.gather(1, tokens).log_softmax(-1).view(len(groups), D, O)
 
-# %% ../nbs/13_reward.ipynb #4eb1fc79
+# %% ../nbs/13_reward.ipynb #1e60f4d7
 def add_lora(
     model: nn.Module,
     rank: int,
@@ -313,7 +314,7 @@ def add_lora(
         torch.manual_seed(seed_of("lora", seed))
         return get_peft_model(model, config)
 
-# %% ../nbs/13_reward.ipynb #901c52af
+# %% ../nbs/13_reward.ipynb #b10153c3
 def open_judge(
     path,    # folder or hub id
     dtype: torch.dtype,
@@ -329,7 +330,7 @@ def open_judge(
         raise UserError(f"judge {path}: its processor needs a package ({' '.join(str(error).split())[:90]}); install it") from None
     return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), processor
 
-# %% ../nbs/13_reward.ipynb #ce7c12f6
+# %% ../nbs/13_reward.ipynb #4f9b83dd
 class Judge(Chooser):
     "A VLM that judges videos."
     source = None    # where the weights under the adapters can be read again; None: nowhere
