@@ -89,7 +89,8 @@ def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
     assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
     assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
     votes = read_table(out/"round_01/votes.parquet")
-    assert sum(row["n_valid"] for row in votes) > 0 and any(row["kept"] for row in votes) and (out/"round_01/srpo/history.parquet").exists()
+    assert len(votes) == 4 and all(row["n_votes"] == len(row["paths"]) == 2 for row in votes)
+    assert (out/"round_01/srpo/history.parquet").exists() == any(row["kept"] for row in votes)  # often none: this judge knows nothing
     assert "report.html" in capsys.readouterr().out and (out/"report.html").stat().st_size > 1e6
     assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
 
