@@ -6,13 +6,12 @@
 __all__ = ['ROUND', 'check_parameters', 'bars', 'execute_round', 'run_all', 'table', 'status', 'demo_config', 'write_toy_input',
            'parser', 'start_demo', 'start_run', 'command', 'main']
 
-# %% ../nbs/60_cli.ipynb #1facbd79
+# %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
 import os
 import sys
 import threading
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
-from .config import Config, commented_yaml, parse_config, read_config
-from .core import Pair, UserError, Video, generator
-from .store import Run, is_done, mark_done, read_json, stage
+from .config import Config, commented_yaml, read_config
+from .core import UserError, Video
+from .store import Run, is_done, read_json, stage
 
-# %% ../nbs/60_cli.ipynb #fb1ce791
+# %% ../nbs/60_cli.ipynb #ec6db7ea
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
 
 def check_parameters(
@@ -41,7 +40,7 @@ def check_parameters(
         if name not in given: raise UserError(f"{notebook}: parameter {name!r} is missing; give it")
     return given
 
-# %% ../nbs/60_cli.ipynb #9c85c230
+# %% ../nbs/60_cli.ipynb #4a16bead
 @contextmanager
 def bars(
     path: Path,  # RUN/progress.json
@@ -71,7 +70,7 @@ def bars(
         over.set()
         thread.join()
 
-# %% ../nbs/60_cli.ipynb #23d71df9
+# %% ../nbs/60_cli.ipynb #6d12b466
 def execute_round(
     run: Run,
     k: int,
@@ -88,7 +87,7 @@ def execute_round(
         raise
     if not is_done(folder): raise RuntimeError(f"{folder}: the notebook ended without finishing the round; see {folder / 'round.ipynb'}")
 
-# %% ../nbs/60_cli.ipynb #5f645f94
+# %% ../nbs/60_cli.ipynb #e886ed99
 def run_all(
     run: Run,
 ) -> Path:  # of the report
@@ -98,7 +97,7 @@ def run_all(
         for k in range(run.config["rounds"] + 1): execute_round(run, k)
     return make_report(run.path)
 
-# %% ../nbs/60_cli.ipynb #2a1d6cb4
+# %% ../nbs/60_cli.ipynb #af5c5ec6
 def table(
     summary: dict,  # summary.json
 ) -> str:
@@ -111,7 +110,7 @@ def table(
         rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e['seconds'].values()):.0f}"])
     return "\n".join("".join(f"{c:>12}" for c in row) for row in [head, *rows])
 
-# %% ../nbs/60_cli.ipynb #93ae097a
+# %% ../nbs/60_cli.ipynb #9dd6e102
 def status(
     path,  # a run folder
 ) -> str:
@@ -126,7 +125,7 @@ def status(
     if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json")))
     return "\n".join(lines)
 
-# %% ../nbs/60_cli.ipynb #3beb0aac
+# %% ../nbs/60_cli.ipynb #5d16fe49
 def demo_config(
     arch: str,       # "wan" or "cogvideox"
     objective: str,  # "dpo" or "kto"
@@ -134,18 +133,17 @@ def demo_config(
 ) -> Config:
     "The demo's settings."
     from dual_ipo.toyworld import CHECKPOINTS, FPS, FRAMES, SIZE
-    device = dict(dtype="float32")
     return Config(
         seed=seed, rounds=rounds,
         generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=3.,
-                       max_sequence_length=16, lora_rank=None, batch_size=16, **device),
-        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=80, batch_size=256, **device),
+                       max_sequence_length=16, lora_rank=None, batch_size=16, dtype="float32"),
+        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=80, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=60, batch_size=48, lr=5e-4), candidates=dict(prompts_per_round=48), votes=dict(pairs=96),
         align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=5000. if arch == "cogvideox" else 2000., lambda_real=.1, gradient_checkpointing=False),
         srpo=dict(steps=10, batch_size=16, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
-# %% ../nbs/60_cli.ipynb #e5d94754
+# %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
     folder: Path,
     seed: int,
@@ -164,7 +162,7 @@ def write_toy_input(
         for i, clip in enumerate(clips): Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, p in enumerate(prompts)))
 
-# %% ../nbs/60_cli.ipynb #d83b7331
+# %% ../nbs/60_cli.ipynb #254f4e98
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
     p = argparse.ArgumentParser(prog="dual-ipo", description="Dual-IPO: a video generator and its VLM judge post-train each other.")
@@ -184,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text).add_argument("run", type=Path)
     return p
 
-# %% ../nbs/60_cli.ipynb #f0af5293
+# %% ../nbs/60_cli.ipynb #06d7faec
 def start_demo(args) -> Run:
     "The demo's run with its input."
     from dual_ipo.toyworld import CHECKPOINTS
@@ -196,7 +194,7 @@ def start_demo(args) -> Run:
     with run.lock(): write_toy_input(run.path / "input", args.seed)
     return run
 
-# %% ../nbs/60_cli.ipynb #2cf8b015
+# %% ../nbs/60_cli.ipynb #27db7476
 def start_run(args) -> Run:
     "A configured run, its input checked first."
     from dual_ipo.rounds import check_input
@@ -204,7 +202,7 @@ def start_run(args) -> Run:
     check_input(config)
     return Run.open(args.out or Path("runs") / args.config.stem, config.model_dump())
 
-# %% ../nbs/60_cli.ipynb #7578a37a
+# %% ../nbs/60_cli.ipynb #f7d15dc9
 def command(args):
     "Do what the parsed command line says."
     if args.command == "init":
@@ -220,7 +218,7 @@ def command(args):
     page = run_all(run)
     print(table(read_json(run.path / "summary.json")), f"\n\nreport: {page}")
 
-# %% ../nbs/60_cli.ipynb #a7d1b589
+# %% ../nbs/60_cli.ipynb #bab42e3c
 def main(
     argv: list = None,  # without the program's name; None: the command line's
 ) -> int:               # exit code: 0, or 2 for a user's mistake

@@ -6,21 +6,21 @@
 __all__ = ['Part', 'GeneratorPart', 'RewardPart', 'DataPart', 'ColdStartPart', 'CandidatesPart', 'AlignPart', 'VotesPart',
            'PCEPart', 'SRPOPart', 'EvaluatePart', 'Config', 'parse_config', 'read_config', 'commented_yaml']
 
-# %% ../nbs/06_config.ipynb #7361be6a
+# %% ../nbs/06_config.ipynb #8fdf6d22
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .core import UserError
-from .store import read_yaml, write_yaml
+from .store import read_yaml
 
-# %% ../nbs/06_config.ipynb #3d2b2e39
+# %% ../nbs/06_config.ipynb #2be137b2
 class Part(BaseModel):
     "A section of the config; unknown keys are errors."
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-# %% ../nbs/06_config.ipynb #c040ab88
+# %% ../nbs/06_config.ipynb #206984f3
 class GeneratorPart(Part):
     path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1 or CogVideoX pipeline")
     num_frames: int = Field(81, ge=1, description="frames of every video, 4k+1")
@@ -35,7 +35,7 @@ class GeneratorPart(Part):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
     batch_size: int = Field(1, ge=1, description="videos sampled at once")
 
-# %% ../nbs/06_config.ipynb #c274fe12
+# %% ../nbs/06_config.ipynb #1ce312ad
 class RewardPart(Part):
     path: str = Field("Qwen/Qwen3-VL-8B-Instruct", description="folder or hub id of a vision-language model that takes several images")
     frames_per_video: int = Field(8, ge=2, description="frames of each video that the judge sees")
@@ -47,7 +47,7 @@ class RewardPart(Part):
     max_new_tokens: int = Field(512, ge=1, description="longest reasoning")
     batch_size: int = Field(8, ge=1, description="responses written at once")
 
-# %% ../nbs/06_config.ipynb #380cce32
+# %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):
     prompts: str = Field("prompts.txt", description="txt (a line each), csv (column prompt) or jsonl (key prompt)")
     eval_prompts: str = Field("eval_prompts.txt", description="prompts that are never trained on")
@@ -55,7 +55,7 @@ class DataPart(Part):
     real_clips: str | None = Field(None, description="folder or csv (columns path, prompt) of real clips with captions; needed if align.lambda_real > 0")
     max_bad_share: float = Field(.05, ge=0, le=1, description="stop if more of the clips than this are unreadable")
 
-# %% ../nbs/06_config.ipynb #f1e5ab28
+# %% ../nbs/06_config.ipynb #f366bb12
 class ColdStartPart(Part):
     steps: int = Field(500, ge=1, description="updates")
     batch_size: int = Field(32, ge=1, description="items per update")
@@ -106,7 +106,7 @@ class EvaluatePart(Part):
     prompts: int = Field(100, ge=2, description="evaluation prompts")
     videos_per_prompt: int = Field(2, ge=2, description="videos of each, always of the same seeds")
 
-# %% ../nbs/06_config.ipynb #24a3f487
+# %% ../nbs/06_config.ipynb #fe3d3507
 class Config(Part):
     "Everything that decides a run's results."
     seed: int = Field(0, description="names all randomness")
@@ -122,7 +122,7 @@ class Config(Part):
     srpo: SRPOPart = SRPOPart()
     evaluate: EvaluatePart = EvaluatePart()
 
-# %% ../nbs/06_config.ipynb #0cbba0f0
+# %% ../nbs/06_config.ipynb #2b6dcf2f
 def parse_config(
     data: dict,   # as YAML gave it
     where: str,   # for the message
@@ -139,7 +139,7 @@ def parse_config(
         elif "input" in first and not isinstance(first["input"], dict): message += f" (is {first['input']!r})"
         raise UserError(f"{where}: {key}: {message}") from None
 
-# %% ../nbs/06_config.ipynb #3b5964db
+# %% ../nbs/06_config.ipynb #cd9460b2
 def read_config(
     path,   # a YAML file
 ) -> Config:
@@ -153,7 +153,7 @@ def read_config(
         if (path.parent / part.path).is_dir(): part.path = here(part.path)
     return config
 
-# %% ../nbs/06_config.ipynb #14b689e8
+# %% ../nbs/06_config.ipynb #b58d5307
 def commented_yaml(
     config: Config = None,   # None: the defaults, which are for Wan 2.1 on one large GPU
 ) -> str:

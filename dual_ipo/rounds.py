@@ -8,8 +8,7 @@ __all__ = ['HELD_OUT', 'Round', 'check_prompts', 'read_input', 'check_input', 'p
            'relative', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish',
            'run_round']
 
-# %% ../nbs/30_rounds.ipynb #c1c09ea1
-import json
+# %% ../nbs/30_rounds.ipynb #41c16068
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
 from .training import TrainingAnomaly
 
-# %% ../nbs/30_rounds.ipynb #820e832c
+# %% ../nbs/30_rounds.ipynb #85a8e038
 class Round:
     "Round `k` of a run; round 0 is the cold start."
     def __init__(self,
@@ -81,7 +80,7 @@ class Round:
             seconds = read_json(at) if at.exists() else {}
             write_json(at, seconds | {name: round(seconds.get(name, 0) + time.time() - began, 1)})
 
-# %% ../nbs/30_rounds.ipynb #09737294
+# %% ../nbs/30_rounds.ipynb #8b0af64d
 def check_prompts(config: Config, prompts: list, eval_prompts: list):
     "UserError where prompts and config contradict each other."
     data, wanted = config.data, config.evaluate.prompts
@@ -89,7 +88,7 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
     if len(eval_prompts) < wanted: raise UserError(f"{data.eval_prompts}: has {len(eval_prompts)} prompts, evaluate.prompts asks for {wanted}; add some or lower it")
     if config.align.lambda_real and not data.real_clips: raise UserError("data.real_clips: is empty, but align.lambda_real > 0; give real clips or set it to 0")
 
-# %% ../nbs/30_rounds.ipynb #2463a8d6
+# %% ../nbs/30_rounds.ipynb #e44bafb5
 def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs, real clips)
     "Read the user's files; bad clips go to quarantine.parquet."
     data, g = r.config.data, r.config.generator
@@ -106,7 +105,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     bad = set(map(Path, read_json(at)["bad"]))
     return prompts, eval_prompts, pairs.keep([p for p in pairs.paths() if p not in bad]), [(c, p) for c, p in real if p not in bad]
 
-# %% ../nbs/30_rounds.ipynb #34d45d73
+# %% ../nbs/30_rounds.ipynb #4dc118aa
 def check_input(
     config: Config,
 ):
@@ -121,7 +120,7 @@ def check_input(
     name = pipeline_class(read_checkpoint(config.generator.path)[0])
     if name not in ("WanPipeline", "CogVideoXPipeline"): raise UserError(f"{config.generator.path}: is a {name}; give a WanPipeline or a CogVideoXPipeline")
 
-# %% ../nbs/30_rounds.ipynb #08cb03c8
+# %% ../nbs/30_rounds.ipynb #7a765674
 def prompts_of_round(
     prompts: list, k: int,  # round, from 1
     n: int,                 # prompts per round
@@ -133,7 +132,7 @@ def prompts_of_round(
         order += [prompts[i] for i in torch.randperm(len(prompts), generator=generator("prompts", seed, epoch)).tolist()]
     return list(dict.fromkeys(order[(k - 1) * n:]))[:n]
 
-# %% ../nbs/30_rounds.ipynb #adaadd95
+# %% ../nbs/30_rounds.ipynb #b11818fd
 HELD_OUT = .1  # share of the human prompts that the judge never sees
 
 def start_judge(r: Round, pairs: PairTable):
@@ -148,7 +147,7 @@ def start_judge(r: Round, pairs: PairTable):
         with stage(r.folder / "reward") as missing:
             if missing: judge.save(r.folder / "reward")
 
-# %% ../nbs/30_rounds.ipynb #7d4b66a4
+# %% ../nbs/30_rounds.ipynb #7b4ea874
 def sample(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
     "Sample this round's candidates from the generator as the last round left it."
     c = r.config.candidates
@@ -157,12 +156,12 @@ def sample(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
                                           r.folder / "candidates", r.config.seed, r.k, batch_size=r.config.generator.batch_size)
     return read_candidates(r.folder / "candidates")
 
-# %% ../nbs/30_rounds.ipynb #debe53fc
+# %% ../nbs/30_rounds.ipynb #4a82582a
 def read_candidates(folder: Path) -> list:
     "The rows of all shards."
     return [row for table in sorted(folder.glob("shard_*/table.parquet")) for row in read_table(table)]
 
-# %% ../nbs/30_rounds.ipynb #fa4f836d
+# %% ../nbs/30_rounds.ipynb #a3478d42
 def with_truth(r: Round, pairs: list) -> list:
     "The same rows, with the true totals beside the judge's scores where a measure is configured; nothing but the report reads them."
     if not r.config.evaluate.measure or not pairs: return pairs
@@ -170,7 +169,7 @@ def with_truth(r: Round, pairs: list) -> list:
     totals = {side: score_videos(measure, [r.folder / "candidates" / p[f"clip_{side}"] for p in pairs], prompts)["total"].tolist() for side in "wl"}
     return [p | dict(total_w=w, total_l=l) for p, w, l in zip(pairs, totals["w"], totals["l"])]
 
-# %% ../nbs/30_rounds.ipynb #80e4083a
+# %% ../nbs/30_rounds.ipynb #f01fabd9
 def rank(r: Round, rows: list) -> list:  # of pairs
     "Grade every candidate, pair the best with the worst of each prompt."
     part, c = r.config.reward, r.config.candidates
@@ -185,7 +184,7 @@ def rank(r: Round, rows: list) -> list:  # of pairs
             write_table(r.folder / "pairs.parquet", with_truth(r, make_pairs(rows, [row["score"] for row in scored], c.pairing, c.min_margin)))
     return read_table(r.folder / "pairs.parquet")
 
-# %% ../nbs/30_rounds.ipynb #7072e11c
+# %% ../nbs/30_rounds.ipynb #4a4d66bc
 def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a row a step
     "Diffusion-DPO or -KTO with NLL on winners and real clips."
     a = r.config.align.model_dump()
@@ -198,7 +197,7 @@ def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a r
             model.save(r.folder / "generator")
     return read_table(r.folder / "align/history.parquet") if (r.folder / "align/history.parquet").exists() else []
 
-# %% ../nbs/30_rounds.ipynb #27d2d695
+# %% ../nbs/30_rounds.ipynb #61414053
 def clip_pairs(
     rows: list,    # of `sample_candidates`, even number per prompt
     folder: Path,  # of the candidates
@@ -207,7 +206,7 @@ def clip_pairs(
     load = lambda row: Video.load(folder / row["clip"])
     return [Pair(a["prompt"], load(a), load(b), pair_id=f"{a['name']}:{b['name']}") for a, b in zip(rows[::2], rows[1::2])]
 
-# %% ../nbs/30_rounds.ipynb #cab18060
+# %% ../nbs/30_rounds.ipynb #abcc5027
 def sample_fresh(r: Round, prompts: list) -> list:  # of Pair
     "Unlabelled pairs of the new generator's clips."
     n = min(r.config.votes.pairs, len(prompts))
@@ -217,18 +216,18 @@ def sample_fresh(r: Round, prompts: list) -> list:  # of Pair
                                    f"{r.config.seed} fresh", r.k, batch_size=r.config.generator.batch_size, what="fresh clips")
     return clip_pairs(read_candidates(r.folder / "fresh"), r.folder / "fresh")[:r.config.votes.pairs]
 
-# %% ../nbs/30_rounds.ipynb #ad560743
+# %% ../nbs/30_rounds.ipynb #f86959e0
 def earlier_judge(r: Round):
     "Path of the judge before its last update."
     found = [p for i in range(r.k) if is_done(p := r.run.round(i) / "reward")]
     return found[-2] if len(found) > 1 else r.config.reward.path
 
-# %% ../nbs/30_rounds.ipynb #c64d7505
+# %% ../nbs/30_rounds.ipynb #fd1be19e
 def relative(r: Round, video: Video) -> str:
     "A clip's path below the round's folder, as tables name it."
     return str(video.path.relative_to(r.folder))
 
-# %% ../nbs/30_rounds.ipynb #a79d9c1a
+# %% ../nbs/30_rounds.ipynb #5db63bb0
 def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
     "Vote on the fresh pairs and weigh each label by its certainty."
     p = r.config.pce
@@ -239,7 +238,7 @@ def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
             write_table(r.folder / "votes.parquet", [dict(path_a=relative(r, pair.a), path_b=relative(r, pair.b)) | row for pair, row in zip(pairs, rows)])
     return read_table(r.folder / "votes.parquet")
 
-# %% ../nbs/30_rounds.ipynb #37a6b2b1
+# %% ../nbs/30_rounds.ipynb #466f18e8
 def update_judge(r: Round, pairs: list, rows: list, history: list) -> list:  # reasons for an extra update, if any
     "SRPO on the kept pseudo-labels; twice as long where the monitor sees trouble."
     s, earlier = r.config.srpo, [e["generator"] for e in r.run.entries()[:r.k] if e["generator"]]
@@ -254,7 +253,7 @@ def update_judge(r: Round, pairs: list, rows: list, history: list) -> list:  # r
                 if missing: judge.save(r.folder / "reward")
     return reasons
 
-# %% ../nbs/30_rounds.ipynb #7cb64e89
+# %% ../nbs/30_rounds.ipynb #9a4f5b50
 def evaluate_generator(r: Round, eval_prompts: list) -> list:  # rows: prompt, seed, path, scores
     "Sample the evaluation clips and measure them."
     e, folder = r.config.evaluate, r.folder / "evaluate"
@@ -268,7 +267,7 @@ def evaluate_generator(r: Round, eval_prompts: list) -> list:  # rows: prompt, s
                                                     for i, row in enumerate(rows)])
     return read_table(folder / "scores.parquet")
 
-# %% ../nbs/30_rounds.ipynb #8f97ec5d
+# %% ../nbs/30_rounds.ipynb #0f63d42a
 def truth_of(r: Round, scored: list, human: PairTable) -> tuple:  # (pairs with true labels, gaps or None)
     "Pairs whose better clip is known: of the evaluation clips if they were measured, else held-out human ones."
     if "total" not in scored[0]:
@@ -281,7 +280,7 @@ def truth_of(r: Round, scored: list, human: PairTable) -> tuple:  # (pairs with 
         gaps.append(abs(gap))
     return pairs, gaps
 
-# %% ../nbs/30_rounds.ipynb #4e56ef3b
+# %% ../nbs/30_rounds.ipynb #1f605be1
 def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
     "Ask the judge of this round, and the cold-start judge, about pairs whose truth is known."
     with r.stage("judge_check") as todo:
@@ -298,7 +297,7 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
             write_json(r.folder / "judge_check/reward.json", reward_accuracy([p.label for p in pairs], p_a(votes), p_a(static), votes, gaps))
     return read_json(r.folder / "judge_check/reward.json")
 
-# %% ../nbs/30_rounds.ipynb #c2ae9bd5
+# %% ../nbs/30_rounds.ipynb #44bbe94c
 def finish(r: Round, scored: list, reward: dict, reasons: list) -> dict:  # the round's entry
     "Write round.json, summary.json and DONE."
     scores = {k: torch.tensor([row[k] for row in scored]) for k in scored[0] if k not in ("prompt", "seed", "path")}
@@ -310,7 +309,7 @@ def finish(r: Round, scored: list, reward: dict, reasons: list) -> dict:  # the 
         mark_done(r.folder)
     return read_json(r.folder / "round.json")
 
-# %% ../nbs/30_rounds.ipynb #a466a6ee
+# %% ../nbs/30_rounds.ipynb #081390e6
 def run_round(
     run,     # a `Run` or its folder
     k: int,  # 0: the cold start

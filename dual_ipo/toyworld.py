@@ -9,7 +9,7 @@ __all__ = ['COLORS', 'SHAPES', 'DIRECTIONS', 'SPEEDS', 'TEMPLATES', 'FRAMES', 'S
            'cutouts', 'overlap', 'templates', 'track', 'perceive', 'measure', 'describe', 'judged', 'grade',
            'bradley_terry_scale', 'annotate_pairs', 'human_pairs', 'real_clips']
 
-# %% ../nbs/05_toyworld.ipynb #072335ec
+# %% ../nbs/05_toyworld.ipynb #eaf33d13
 import re
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .core import Pair, UserError, Video, generator, seed_of
+from .core import Pair, UserError, Video, generator
 
-# %% ../nbs/05_toyworld.ipynb #d7f0295e
+# %% ../nbs/05_toyworld.ipynb #33b2362a
 COLORS = {"red": (.95, .15, .15), "yellow": (.95, .9, .15), "green": (.15, .8, .2),
           "cyan": (.15, .85, .9), "blue": (.2, .3, .95), "purple": (.8, .2, .9)}
 SHAPES = ["circle", "square", "triangle", "cross"]
@@ -30,7 +30,7 @@ TEMPLATES = ["a {color} {shape} moves {direction} {speed}", "a {color} {shape} i
              "{speed} a {color} {shape} moves {direction}"]
 FRAMES, SIZE, FPS = 9, 32, 8.0  # 4k+1 frames suit both VAEs; height = width = SIZE
 
-# %% ../nbs/05_toyworld.ipynb #d6d2b6de
+# %% ../nbs/05_toyworld.ipynb #9ef4bebb
 def prompt_of(
     color: int,  # index into COLORS; likewise the others
     shape: int, direction: int, speed: int,
@@ -40,7 +40,7 @@ def prompt_of(
     return TEMPLATES[template].format(color=list(COLORS)[color], shape=SHAPES[shape],
                                       direction=list(DIRECTIONS)[direction], speed=list(SPEEDS)[speed])
 
-# %% ../nbs/05_toyworld.ipynb #65f1290f
+# %% ../nbs/05_toyworld.ipynb #1d365b98
 def parse_prompt(
     prompt: str,  # any sentence that names one colour, shape, direction and speed
 ) -> tuple:  # indices (color, shape, direction, speed)
@@ -52,7 +52,7 @@ def parse_prompt(
         found.append(list(known).index(hits[0]))
     return tuple(found)
 
-# %% ../nbs/05_toyworld.ipynb #8fd880a1
+# %% ../nbs/05_toyworld.ipynb #0b183ae3
 def toy_prompts(
     n: int,  # how many; each combination of words at most once per wording
     split: str = "train",  # "train", "human" or "eval": disjoint sets of combinations, 1/2, 1/4 and 1/4 of all
@@ -68,7 +68,7 @@ def toy_prompts(
     picks = [b * per + i for b in range(len(TEMPLATES)) for i in torch.randperm(per, generator=generator("toy prompts", split, seed, b)).tolist()]
     return [pool[i] for i in picks[:n]]
 
-# %% ../nbs/05_toyworld.ipynb #8deac206
+# %% ../nbs/05_toyworld.ipynb #7cb38fb8
 @dataclass
 class Scene:
     "A batch of B clips to render: tensors of length B."
@@ -87,7 +87,7 @@ class Scene:
     def __getitem__(self, rows): return Scene(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
     def to(self, device): return Scene(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-# %% ../nbs/05_toyworld.ipynb #5b594b9f
+# %% ../nbs/05_toyworld.ipynb #8e8a1af5
 def clean_scene(
     words: torch.Tensor,  # [B, 4] indices of colour, shape, direction, speed
     rng: torch.Generator,  # for position, size and background
@@ -105,7 +105,7 @@ def clean_scene(
     return Scene(color, shape, direction, speed, start=low + (high - low).clamp(min=0) * u(0, 1, 2), radius=radius, background=u(.05, .22),
                  jitter=zero, flicker=zero, blur=zero, morph=zero, morph_to=(shape + 1) % len(SHAPES), moving=zero + 1)
 
-# %% ../nbs/05_toyworld.ipynb #e2dc6fd8
+# %% ../nbs/05_toyworld.ipynb #5c25ddb7
 def distance(
     xy: torch.Tensor,  # [..., 2] in units of the shape's radius, y down
     shape: torch.Tensor,  # indices, broadcastable to xy's leading shape
@@ -119,7 +119,7 @@ def distance(
     cross = torch.minimum(box(1.19, .4), box(.4, 1.19))
     return torch.stack([circle, square, triangle, cross]).gather(0, shape.expand(x.shape)[None])[0]
 
-# %% ../nbs/05_toyworld.ipynb #431bb6c1
+# %% ../nbs/05_toyworld.ipynb #a90dd166
 def blurred(
     x: torch.Tensor,  # [B, ..., H, W]
     sigma: torch.Tensor,  # [B] pixels; 0 leaves a clip as it is
@@ -132,7 +132,7 @@ def blurred(
     flat = (flat.unfold(-1, 7, 1) * w[:, None, None, None, :]).sum(-1)
     return (flat.unfold(-2, 7, 1) * w[:, None, None, None, :]).sum(-1).view_as(x)
 
-# %% ../nbs/05_toyworld.ipynb #f164ade6
+# %% ../nbs/05_toyworld.ipynb #8fcdabe1
 def render(
     scene: Scene,
     rng: torch.Generator,  # for jitter and flicker
@@ -157,10 +157,10 @@ def render(
     frames = blurred(frames, scene.blur) * light[:, :, None, None, None]
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/05_toyworld.ipynb #91612637
+# %% ../nbs/05_toyworld.ipynb #03414464
 SHARES = dict(words=.25, jitter=.35, flicker=.35, frozen=.20, morph=.25, blur=.25)  # of web-like clips; words: per caption word
 
-# %% ../nbs/05_toyworld.ipynb #b20809c8
+# %% ../nbs/05_toyworld.ipynb #71dfdcf6
 def add_defects(
     scene: Scene,
     rng: torch.Generator,
@@ -174,7 +174,7 @@ def add_defects(
     return replace(scene, jitter=some("jitter", .5, 1.4), flicker=some("flicker", .2, .6), blur=some("blur", .8, 1.6),
                    morph=some("morph", .7, 1.), morph_to=other, moving=(rand() >= shares["frozen"]).float())
 
-# %% ../nbs/05_toyworld.ipynb #c7777595
+# %% ../nbs/05_toyworld.ipynb #5afccb15
 def spoil_words(
     words: torch.Tensor,  # [B, 4] what a clip shows
     rng: torch.Generator,
@@ -186,7 +186,7 @@ def spoil_words(
     wrong = torch.rand(words.shape, generator=rng, device=words.device) < share
     return torch.where(wrong, (words + other) % sizes, words)
 
-# %% ../nbs/05_toyworld.ipynb #aeefee30
+# %% ../nbs/05_toyworld.ipynb #5e3cbb5a
 def random_words(
     n: int, rng: torch.Generator, device="cpu",
 ) -> torch.Tensor:  # [n, 4]
@@ -194,7 +194,7 @@ def random_words(
     sizes = torch.tensor([len(COLORS), len(SHAPES), len(DIRECTIONS), len(SPEEDS)], device=device)
     return (torch.rand(n, 4, generator=rng, device=device) * sizes).long()
 
-# %% ../nbs/05_toyworld.ipynb #2e3729db
+# %% ../nbs/05_toyworld.ipynb #94fd4f2b
 def web_clips(
     n: int, rng: torch.Generator, device="cpu",
     shares: dict = SHARES,
@@ -203,7 +203,7 @@ def web_clips(
     words = random_words(n, rng, device)
     return render(add_defects(clean_scene(words, rng), rng, shares), rng), spoil_words(words, rng, shares["words"])
 
-# %% ../nbs/05_toyworld.ipynb #6601341b
+# %% ../nbs/05_toyworld.ipynb #14c1e4eb
 @dataclass
 class Parts:
     "A clip taken apart; tensors over [B, T]."
@@ -214,7 +214,7 @@ class Parts:
     there: torch.Tensor     # 0..1: is there a subject at all
     residual: torch.Tensor  # mean absolute error of background + coverage × ink, 0..1
 
-# %% ../nbs/05_toyworld.ipynb #eb0479be
+# %% ../nbs/05_toyworld.ipynb #20ce4e68
 def take_apart(
     videos: torch.Tensor,  # uint8 [B, T, C, H, W]
 ) -> Parts:
@@ -236,7 +236,7 @@ def take_apart(
     there = ((contrast.sqrt() - .1) / .2).clamp(0, 1) * (mass / 30).clamp(0, 1) * ((400 - mass) / 150).clamp(0, 1)
     return Parts(alpha, ground[..., 0, 0] + ink_minus_ground, mass, centre, there, (x - model).abs().mean((2, 3, 4)))
 
-# %% ../nbs/05_toyworld.ipynb #09f4a508
+# %% ../nbs/05_toyworld.ipynb #0cb43f29
 def cutouts(
     parts: Parts,
     n: int = 16,  # side of a cut-out, pixels; it spans four radii
@@ -250,12 +250,12 @@ def cutouts(
     cut = F.grid_sample(parts.alpha.reshape(B * T, 1, H, W), grid, align_corners=False).view(B, T, n, n)
     return ((cut - .5) * 3 + .5).clamp(0, 1)  # edges steepened, so that blur is not taken for another shape
 
-# %% ../nbs/05_toyworld.ipynb #e2a470b4
+# %% ../nbs/05_toyworld.ipynb #ebf0f350
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Soft intersection over union of cut-outs `[..., n, n]`."
     return torch.minimum(a, b).sum((-1, -2)) / torch.maximum(a, b).sum((-1, -2)).clamp(min=1e-6)
 
-# %% ../nbs/05_toyworld.ipynb #ef26333e
+# %% ../nbs/05_toyworld.ipynb #493459c4
 def templates(device="cpu") -> tuple:  # (cut-outs [4, n, n], soft edge length [4] per unit of radius)
     "What each shape looks like after rendering and taking apart; the reference for shape and sharpness."
     shapes = torch.arange(len(SHAPES))
@@ -265,7 +265,7 @@ def templates(device="cpu") -> tuple:  # (cut-outs [4, n, n], soft edge length [
     edge = (4 * parts.alpha * (1 - parts.alpha)).sum((-1, -2)) / parts.mass.sqrt()
     return cutouts(parts).mean(1).to(device), edge.mean(1).to(device)
 
-# %% ../nbs/05_toyworld.ipynb #9e16b638
+# %% ../nbs/05_toyworld.ipynb #170f30ff
 def track(
     parts: Parts,
 ) -> tuple:  # velocity [B, 2] pixels per frame, deviation [B] pixels
@@ -276,11 +276,11 @@ def track(
     line = parts.centre.mean(1, keepdim=True) + velocity[:, None] * t[None, :, None]
     return velocity, (parts.centre - line).square().sum(-1).mean(1).sqrt()
 
-# %% ../nbs/05_toyworld.ipynb #9eda60b7
+# %% ../nbs/05_toyworld.ipynb #b0446bdf
 QUALITY = dict(subject_consistency=1., motion_smoothness=1., temporal_flickering=1., imaging_quality=1., dynamic_degree=.5)
 SEMANTIC = dict(color=1., shape=1., direction=1., speed=1.)
 
-# %% ../nbs/05_toyworld.ipynb #2224daf5
+# %% ../nbs/05_toyworld.ipynb #14f5641d
 def perceive(
     videos: torch.Tensor,  # uint8 [B, T, C, H, W]
 ) -> dict:  # color [B, 6], shape [B, 4] shares; velocity [B, 2] pixels per frame; pace, present and the quality dimensions [B] in 0..1
@@ -313,7 +313,7 @@ def perceive(
     return dict(color=mean((-(hue[:, :, None] - palette).square().sum(-1) / .08).softmax(-1)), shape=mean((fits / .04).softmax(-1)),
                 velocity=velocity, pace=pace, present=there.mean(1), **seen)
 
-# %% ../nbs/05_toyworld.ipynb #b330054d
+# %% ../nbs/05_toyworld.ipynb #5ae02cd1
 def measure(
     videos: torch.Tensor,  # uint8 [B, T, C, H, W]
     prompts: list,  # B sentences
@@ -332,7 +332,7 @@ def measure(
     d["total"] = (4 * d["quality"] + d["semantic"]) / 5
     return d
 
-# %% ../nbs/05_toyworld.ipynb #a5ae728a
+# %% ../nbs/05_toyworld.ipynb #aac3c3c6
 LEVELS = {  # dimension -> wordings for a high, a middling and a low score
     "motion_smoothness": (["smooth", "steady", "even"], ["slightly shaky", "a bit uneven", "slightly jerky"], ["very shaky", "jerky", "erratic"]),
     "subject_consistency": (["keeps its form", "stays the same", "consistent"], ["changes a bit", "drifts slightly", "wavers"],
@@ -342,7 +342,7 @@ LEVELS = {  # dimension -> wordings for a high, a middling and a low score
     "imaging_quality": (["sharp", "clear", "crisp"], ["slightly soft", "a bit blurred", "soft edges"], ["blurred", "very soft", "smeared"]),
 }
 
-# %% ../nbs/05_toyworld.ipynb #99f92bf4
+# %% ../nbs/05_toyworld.ipynb #845e65c8
 def describe(
     videos: torch.Tensor,  # uint8 [B, T, C, H, W]
     rng: torch.Generator,  # chooses the wording
@@ -362,7 +362,7 @@ def describe(
                         consistency=level("subject_consistency"), quality=f"{level('imaging_quality')} {level('temporal_flickering')}"))
     return out
 
-# %% ../nbs/05_toyworld.ipynb #ed885a3b
+# %% ../nbs/05_toyworld.ipynb #f016f226
 def judged(
     scores: dict,  # what `measure` returns
 ) -> dict:  # judged dimension -> [B] in 0..1
@@ -371,7 +371,7 @@ def judged(
                 consistency=scores["subject_consistency"], quality=(scores["imaging_quality"] + scores["temporal_flickering"]) / 2,
                 overall=scores["total"])
 
-# %% ../nbs/05_toyworld.ipynb #b7f3c0a3
+# %% ../nbs/05_toyworld.ipynb #eeed673f
 def grade(
     score: torch.Tensor,  # 0..1
     rng: torch.Generator,
@@ -380,7 +380,7 @@ def grade(
     "A grade as a person gives it."
     return (1 + 4 * (score + noise * torch.randn(score.shape, generator=rng))).round().clamp(1, 5).long()
 
-# %% ../nbs/05_toyworld.ipynb #4a67ba3b
+# %% ../nbs/05_toyworld.ipynb #0c32c784
 def bradley_terry_scale(
     gaps: torch.Tensor,  # Total_A - Total_B of the pairs
     agreement: float,  # wanted share of labels that agree with the truth
@@ -392,7 +392,7 @@ def bradley_terry_scale(
         low, high = (s, high) if (gaps.abs() / s).sigmoid().mean() > agreement else (low, s)
     return s
 
-# %% ../nbs/05_toyworld.ipynb #338a3805
+# %% ../nbs/05_toyworld.ipynb #7af4d1a3
 def annotate_pairs(
     pairs: list,  # of Pair
     seed: int = 0,
@@ -413,7 +413,7 @@ def annotate_pairs(
                                grade_a=grades["a"][d][i].item(), grade_b=grades["b"][d][i].item())
     return [replace(p, label=label(i), rationale={d: reason(i, d) for d in words["a"][i]}) for i, p in enumerate(pairs)]
 
-# %% ../nbs/05_toyworld.ipynb #c31a2606
+# %% ../nbs/05_toyworld.ipynb #4529f4ef
 CHECKPOINTS = Path(__file__).parent / "toy" if "__file__" in globals() else Path("../dual_ipo/toy")
 
 def human_pairs(
@@ -427,7 +427,7 @@ def human_pairs(
     clips = render(add_defects(clean_scene(spoil_words(words, rng), rng), rng), rng)
     return annotate_pairs([Pair(p, Video(clips[i], FPS), Video(clips[n + i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
 
-# %% ../nbs/05_toyworld.ipynb #3d3733b1
+# %% ../nbs/05_toyworld.ipynb #cebde6fe
 def real_clips(
     n: int,
     seed: int = 0,
