@@ -65,8 +65,8 @@ def test_rounds_have_one_parameters_cell(notebook):
 @pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")
 def test_readme_is_the_index():
     from nbconvert import MarkdownExporter
-    made, _ = MarkdownExporter().from_filename(str(ROOT/"index.ipynb"))
-    remedy = "run: jupyter nbconvert --to markdown index.ipynb --output README"
+    made, _ = MarkdownExporter(exclude_output=True).from_filename(str(ROOT/"index.ipynb"))
+    remedy = "run: jupyter nbconvert --to markdown index.ipynb --output README --TemplateExporter.exclude_output=True"
     assert (ROOT/"README.md").is_file() and made.strip() == (ROOT/"README.md").read_text().strip(), remedy
 
 

@@ -1,0 +1,59 @@
+"The toy checkpoints that ship: whole, small, of the real classes, loadable by anybody, and good enough to be worth training on."
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dual_ipo.core import generator
+from dual_ipo.generator import Generator
+from dual_ipo.toyworld import CHECKPOINTS, clean_scene, measure, prompt_of, random_words, render, toy_prompts
+
+PIPELINES = [f"{arch}-{size}" for arch in ("wan", "cogvideox") for size in ("small", "large")]
+SETTINGS = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=10, guidance_scale=3., max_sequence_length=16)
+
+
+def test_they_are_small():
+    assert sum(p.stat().st_size for p in CHECKPOINTS.rglob("*") if p.is_file()) < 30e6
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plain_diffusers_loads_and_samples(name):
+    pipe = DiffusionPipeline.from_pretrained(CHECKPOINTS/name, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == {"wan": "WanPipeline", "cog": "CogVideoXPipeline"}[name[:3]]
+    frames = pipe("a red circle moves left slowly", height=32, width=32, num_frames=9, num_inference_steps=2, max_sequence_length=16, output_type="pt").frames
+    assert frames.shape == (1, 9, 3, 32, 32) and frames.isfinite().all()
+
+
+@pytest.mark.parametrize("arch", ["wan", "cogvideox"])
+def test_the_autoencoder_keeps_the_truth(arch):
+    model, rng = Generator.load(CHECKPOINTS/f"{arch}-small", **SETTINGS), generator("round trip")
+    words = random_words(64, rng)
+    clips, prompts = render(clean_scene(words, rng), rng), [prompt_of(*w) for w in words.tolist()]
+    x = (clips.float()/127.5 - 1).transpose(1, 2)
+    with torch.no_grad(): y = model.pipe.vae.decode(model.pipe.vae.encode(x).latent_dist.mode()).sample
+    back = ((y.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).transpose(1, 2)
+    assert measure(back, prompts)["total"].mean() > .95*measure(clips, prompts)["total"].mean()
+
+
+@pytest.mark.parametrize("arch", ["wan", "cogvideox"])
+def test_the_small_generator_follows_prompts_and_leaves_room(arch):
+    model, prompts = Generator.load(CHECKPOINTS/f"{arch}-small", **SETTINGS), toy_prompts(8, "eval")
+    each = [p for p in prompts for _ in range(8)]
+    _, clips = model.sample(each, [("toy test", p, i) for i, p in enumerate(each)], batch_size=64)
+    scores = {k: v.view(8, 8) for k, v in measure(clips, each).items()}
+    assert scores["color"].mean() > .9 and scores["direction"].mean() > .8
+    assert scores["total"].amax(1).mean() - scores["total"].amin(1).mean() > .1
+
+
+def test_plain_transformers_loads_the_judge():
+    model, processor = AutoModelForImageTextToText.from_pretrained(CHECKPOINTS/"judge"), AutoProcessor.from_pretrained(CHECKPOINTS/"judge")
+    assert type(model).__name__ == "LlavaForConditionalGeneration" and type(processor).__name__ == "LlavaProcessor"
+
+
+@pytest.mark.parametrize("path", [*[f"{name}/training.json" for name in PIPELINES], "judge/training.json"])
+def test_each_tells_how_it_was_trained(path):
+    facts = json.loads((CHECKPOINTS/path).read_text())
+    for run in facts if isinstance(facts, list) else [facts]: assert {"losses", "seconds", "device", "steps"} <= set(run)
