@@ -12,7 +12,7 @@ __all__ = ['INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'FONT', 'AXIS', 'TEM
            'preview', 'embed', 'cell_html', 'page', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
-import base64, html, json, math, re, tempfile
+import base64, html, json, math, re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -24,7 +24,7 @@ from IPython.display import HTML
 from nbconvert.filters import markdown2html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
-from .core import UserError, read_mp4, whole_file, write_mp4
+from .core import UserError, Video, read_mp4, whole_file
 from .evaluate import AGGREGATES, VBENCH_QUALITY, bootstrap_ci, paired_difference
 from .monitor import warnings_of
 from .pce import reliability
@@ -517,14 +517,12 @@ def preview(
 ) -> bytes:
     "A clip's mp4, small enough for the page."
     path = Path(path)
-    if path.stat().st_size <= limit: return path.read_bytes()
+    if path.stat().st_size <= limit: return Video.load(path).mp4()
     frames, fps = read_mp4(path)
     scale = min(1, height/frames.shape[2])
     size = [max(2, 2*round(n*scale/2)) for n in frames.shape[2:]]
     small = F.interpolate(frames.float(), size, mode="area").round().to(torch.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        write_mp4(Path(folder)/"small.mp4", small, fps)
-        return (Path(folder)/"small.mp4").read_bytes()
+    return Video(small, fps).mp4()
 
 # %% ../nbs/50_report.ipynb #0756f5e5
 def embed(

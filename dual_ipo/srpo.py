@@ -41,17 +41,18 @@ def freeze_vision(
 
 # %% ../nbs/14_srpo.ipynb #11d50cab
 def batches_by_kind(
-    kinds: list,  # the kind of each item
+    items: list,  # of `Item`, with responses
     size: int,    # of a batch
     index: int,   # of the batch
     *keys,
-) -> list:        # indices of items
-    "Batch `index`, all of one kind; a kind comes up as often as its share."
-    names = list(dict.fromkeys(kinds))
-    share = torch.tensor([kinds.count(name) for name in names], dtype=torch.float64)
+) -> list:        # of `Item`
+    "Batch `index`, all of one kind; a kind comes up as often as its share of all characters of the responses."
+    kinds = {}
+    for item in items: kinds.setdefault(item.kind, []).append(item)
+    share = torch.tensor([sum(len(item.response) for item in own) for own in kinds.values()], dtype=torch.float64)
     turn = torch.multinomial(share, 1, generator=generator(*keys, "kind", index)).item()
-    own = [i for i, kind in enumerate(kinds) if kind == names[turn]]
-    return [own[j] for j in take(len(own), size, index, *keys, names[turn])]
+    name, own = list(kinds.items())[turn]
+    return [own[j] for j in take(len(own), size, index, *keys, name)]
 
 # %% ../nbs/14_srpo.ipynb #3849668d
 def cold_start(
@@ -66,12 +67,12 @@ def cold_start(
     "Fine-tune the judge on what people said, or finish an interrupted fine-tuning."
     if not items: raise UserError("cold start: there are no labelled pairs; give human pairs")
     freeze_vision(judge.model)
-    kinds = [item.kind for item in items]
+    kinds = dict.fromkeys(item.kind for item in items)
     def loss_fn(model, index):
-        rows = [items[i] for i in batches_by_kind(kinds, batch_size, index, seed, "cold start")]
+        rows = batches_by_kind(items, batch_size, index, seed, "cold start")
         logp, mask = judge.token_log_probs(rows, [item.response for item in rows], model)
         per_item = -(logp * mask).sum(1) / mask.sum(1)
-        return per_item.mean(), {f"loss_{kind}": per_item.mean().item() if rows[0].kind == kind else math.nan for kind in dict.fromkeys(kinds)}
+        return per_item.mean(), {f"loss_{kind}": per_item.mean().item() if rows[0].kind == kind else math.nan for kind in kinds}
     return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start", **{"warmup": max(steps // 10, 1)} | training)
 
 # %% ../nbs/14_srpo.ipynb #e9229398

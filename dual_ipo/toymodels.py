@@ -19,7 +19,7 @@ from .toyworld import COLORS, DIRECTIONS, LEVELS, SEMANTIC, SHAPES, SIZE, SPEEDS
 from .training import seeded
 
 # %% ../nbs/15_toymodels.ipynb #25237608
-DESCRIBE = {1: "Frames of a video. Describe it.", 2: "Frames of video 1, then video 2. Describe video {n}."}  # what the toy judge is asked in its pre-training
+DESCRIBE = {1: "Frames of a video. Describe it.", 2: "Frames of video 1, then video 2. Describe video 1, then video 2."}  # what the toy judge is asked in its pre-training
 CHECK = "Frames of a video. Prompt: {prompt}\nWhich words fit?"
 
 def judge_words() -> list:

@@ -47,7 +47,7 @@ def rank_slice(
         raise UserError(f"a batch of {len(items)} can't be shared by {state.num_processes} processes; make it a multiple")
     return items[state.process_index::state.num_processes]
 
-# %% ../nbs/04_training.ipynb #45932c2f
+# %% ../nbs/04_training.ipynb #60babd6f
 @lru_cache(64)
 def epoch_order(
     n: int,       # items
