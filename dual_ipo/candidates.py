@@ -34,7 +34,7 @@ def sample_shard(
     rows = [dict(prompt_index=first + i, candidate=j, prompt=prompt, seed=str(seed), round=round, name=f"{first + i:06d}_{j:02d}",
         clip=f"{folder.name}/clips/{first + i:06d}_{j:02d}.mp4", latents=f"{folder.name}/latents.safetensors") for i, prompt in enumerate(prompts) for j in range(n)]
     latents, encoded = {}, []
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         for k in range(0, len(rows), batch_size):
             part = rows[k:k+batch_size]
             z, videos = model.sample([r["prompt"] for r in part], [(seed, round, r["prompt"], r["candidate"]) for r in part], text, batch_size)
