@@ -137,9 +137,9 @@ def demo_config(
         seed=seed, rounds=rounds,
         generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=3.,
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
-        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=80, batch_size=256, dtype="float32"),
+        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
-        cold_start=dict(steps=150, batch_size=16, lr=1e-3), candidates=dict(prompts_per_round=80), votes=dict(pairs=96),
+        cold_start=dict(steps=300, batch_size=16, lr=1e-3), candidates=dict(prompts_per_round=80), votes=dict(pairs=96),
         align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., gradient_checkpointing=False),
         srpo=dict(steps=10, batch_size=16, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
@@ -147,7 +147,7 @@ def demo_config(
 def write_toy_input(
     folder: Path,
     seed: int,
-    pairs: int = 600,  # that the annotator labels
+    pairs: int = 1000,  # that the annotator labels
     real: int = 256,   # clean clips
 ):
     "What a user of the toy world would bring: prompts, human pairs, real clips."

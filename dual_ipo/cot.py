@@ -56,7 +56,10 @@ def pair_response(
 ) -> str:
     "The reasons and the verdict as the judge should write them."
     first, second = order
-    lines = [f"{d} : {r[first]} {r[f'grade_{first}']} | {r[second]} {r[f'grade_{second}']}\n" for d, r in (rationale or {}).items()]
+    def line(words_1, grade_1, words_2, grade_2):
+        better = "1" if grade_1 > grade_2 else "2" if grade_2 > grade_1 else "tie"
+        return f"{words_1} {grade_1} | {words_2} {grade_2} ; {better}\n"
+    lines = [f"{d} : " + line(r[first], r[f"grade_{first}"], r[second], r[f"grade_{second}"]) for d, r in (rationale or {}).items()]
     return "".join(lines) + f"<answer>{to_answer(verdict, order)}</answer>"
 
 # %% ../nbs/10_cot.ipynb #dbe4ec1f
@@ -85,7 +88,7 @@ def parse_rationale(
     parts = re.split(rf"(?<!\S)({names})\s*:", re.split(r"<\s*answer", text)[0])
     found = {}
     for name, body in zip(parts[1::2], parts[2::2]):
-        m = re.fullmatch(r"\s*(.*?)\s*\b([1-5])\s*\|\s*(.*?)\s*\b([1-5])\s*", body, re.DOTALL)
+        m = re.fullmatch(r"\s*(.*?)\s*\b([1-5])\s*\|\s*(.*?)\s*\b([1-5])\s*(?:;\s*(?:1|2|tie)\s*)?", body, re.DOTALL)
         if m: found[name] = dict(a=m[1], b=m[3], grade_a=int(m[2]), grade_b=int(m[4]))
     return found
 
@@ -151,7 +154,7 @@ def annotation_prompt(
     "Ask for the reasons behind a human label."
     answer = to_answer(pair.label, "ab")
     verdict = "found them equally good" if answer == "tie" else f"preferred video {answer}"
-    form = "\n".join(f"{d} : (video 1 in a few words) (grade) | (video 2 in a few words) (grade)" for d in dimensions)
+    form = "\n".join(f"{d} : (video 1 in a few words) (grade) | (video 2 in a few words) (grade) ; (1, 2 or tie)" for d in dimensions)
     return ("The first half of the frames is video 1, the second half video 2. "
             f"Both were made from the prompt: {pair.prompt}\n"
             f"A careful viewer {verdict}. Explain why in exactly this form, with grades from 1 (bad) to 5 (good):\n"

@@ -187,6 +187,7 @@ def train(
     seed: int,                      # of dropout and the like
     weight_decay: float = 0.,
     warmup: int = 0,                # steps until the full learning rate
+    decay: bool = False,            # from there linearly to zero, else constant
     max_grad_norm: float = 1.,      # larger gradients are scaled down to it
     save_every: int = 50,           # steps between checkpoints
     accumulate: int = 1,            # batches a step: loss_fn sees step*accumulate + 0, 1, …
@@ -195,7 +196,7 @@ def train(
 ) -> list[dict]:                    # a row a step: step, loss, metrics, grad_norm, lr, skipped
     "Train with AdamW, or finish a training that was interrupted; done already, it only loads the result."
     folder = Path(folder)
-    settings = dict(steps=steps, lr=lr, seed=seed, weight_decay=weight_decay, warmup=warmup, max_grad_norm=max_grad_norm,
+    settings = dict(steps=steps, lr=lr, seed=seed, weight_decay=weight_decay, warmup=warmup, decay=decay, max_grad_norm=max_grad_norm,
         accumulate=accumulate, betas=list(betas))
     ranks()
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
@@ -205,7 +206,7 @@ def train(
     start, history = load_checkpoint(folder, parameters, adam, settings)
     wrapped, optimizer = accelerator.prepare(model, adam)
     for step in progress(range(start, steps), stage, total=steps, first=start):
-        for group in adam.param_groups: group["lr"] = lr*min(1, (step + 1)/max(warmup, 1))
+        for group in adam.param_groups: group["lr"] = lr*min(1, (step + 1)/max(warmup, 1), (steps - step)/max(steps - warmup, 1) if decay else 1)
         row = gradients(accelerator, wrapped, loss_fn, step, accumulate, device, seed)
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), max_grad_norm).item()
         skipped = not (math.isfinite(row["loss"]) and math.isfinite(grad_norm))
