@@ -55,7 +55,7 @@ def batches_by_kind(
     name, own = list(kinds.items())[turn]
     return [own[j] for j in take(len(own), 2 * size if name == "grade" else size, index, *keys, name)]
 
-# %% ../nbs/14_srpo.ipynb #3f2e762f
+# %% ../nbs/14_srpo.ipynb #d6e92866
 def response_nll(
     logp: Tensor,       # [B, N] log-probabilities of the response's tokens, nats
     mask: Tensor,       # [B, N] 1 where there is a token
