@@ -52,11 +52,15 @@ def outcome(run):
     return json.dumps(summary)
 
 
-def kill_at(config, out, seconds):
-    "Start the command in a process group of its own and kill all of it after that long; True if it had ended before."
+def files(run): return sum(len(names) for _, _, names in os.walk(run))  # folders may vanish under it
+
+
+def kill_after(config, out, n, delay):
+    "Start the command in a process group of its own and kill all of it some seconds after it has written `n` more files; True if it had ended before."
+    before = files(out)
     process = subprocess.Popen([*COMMAND, "run", str(config), "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try: process.wait(seconds)
-    except subprocess.TimeoutExpired: pass
+    while process.poll() is None and files(out) < before + n: time.sleep(.01)
+    time.sleep(delay)
     try: os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError: pass
     process.wait()
@@ -65,10 +69,9 @@ def kill_at(config, out, seconds):
 
 def test_killed_at_random_moments_ends_the_same(given, tmp_path):
     config = write(given, "kill.yaml", small_config())
-    began = time.monotonic()
     assert main(["run", str(config), "--out", str(tmp_path/"calm")]) == 0
-    took, dice, kills = time.monotonic() - began, random.Random(0), 0
-    while kills < 6 and not kill_at(config, tmp_path/"killed", dice.uniform(.2, .7)*took): kills += 1
+    whole, dice, kills = files(tmp_path/"calm"), random.Random(0), 0
+    while kills < 6 and not kill_after(config, tmp_path/"killed", dice.randint(1, whole//4), dice.uniform(0, .5)): kills += 1
     assert kills >= 2
     assert main(["run", str(config), "--out", str(tmp_path/"killed")]) == 0
     assert outcome(tmp_path/"killed") == outcome(tmp_path/"calm")
