@@ -56,10 +56,8 @@ def pair_response(
 ) -> str:
     "The reasons and the verdict as the judge should write them."
     first, second = order
-    def line(words_1, grade_1, words_2, grade_2):
-        better = "1" if grade_1 > grade_2 else "2" if grade_2 > grade_1 else "tie"
-        return f"{words_1} {grade_1} | {words_2} {grade_2} ; {better}\n"
-    lines = [f"{d} : " + line(r[first], r[f"grade_{first}"], r[second], r[f"grade_{second}"]) for d, r in (rationale or {}).items()]
+    better = lambda r: to_answer("A" if r["grade_a"] > r["grade_b"] else "B" if r["grade_b"] > r["grade_a"] else "tie", order)
+    lines = [f"{d} : {r[first]} {r[f'grade_{first}']} | {r[second]} {r[f'grade_{second}']} ; {better(r)}\n" for d, r in (rationale or {}).items()]
     return "".join(lines) + f"<answer>{to_answer(verdict, order)}</answer>"
 
 # %% ../nbs/10_cot.ipynb #dbe4ec1f

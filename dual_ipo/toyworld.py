@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'SHAPES', 'DIRECTIONS', 'SPEEDS', 'TEMPLATES', 'FRAMES', 'SIZE', 'FPS', 'SHARES', 'QUALITY', 'SEMANTIC',
            'LEVELS', 'CHECKPOINTS', 'prompt_of', 'parse_prompt', 'toy_prompts', 'Scene', 'clean_scene', 'distance',
            'blurred', 'render', 'add_defects', 'spoil_words', 'random_words', 'web_clips', 'Parts', 'take_apart',
-           'cutouts', 'overlap', 'templates', 'track', 'perceive', 'measure', 'describe', 'judged', 'grade',
+           'cutouts', 'overlap', 'templates', 'track', 'perceive', 'measure', 'describe', 'level_of', 'judged', 'grade',
            'bradley_terry_scale', 'annotate_pairs', 'human_pairs', 'real_clips']
 
 # %% ../nbs/05_toyworld.ipynb #eaf33d13
@@ -361,6 +361,14 @@ def describe(
         out.append(dict(alignment=f"{thing} {going}", motion=f"{level('motion_smoothness')}{' but still' if pace < .35 else ''}",
                         consistency=level("subject_consistency"), quality=f"{level('imaging_quality')} {level('temporal_flickering')}"))
     return out
+
+# %% ../nbs/05_toyworld.ipynb #4397968a
+def level_of(
+    text: str,       # of a description
+    dimension: str,  # one of `LEVELS`
+):                   # 0 high, 1 middling, 2 low; None: the text doesn't tell
+    "Which level a text gives a dimension; the longest phrase counts, since `uneven` holds `even`."
+    return max(((len(phrase), i) for i, phrases in enumerate(LEVELS[dimension]) for phrase in phrases if phrase in text), default=(0, None))[1]
 
 # %% ../nbs/05_toyworld.ipynb #f016f226
 def judged(

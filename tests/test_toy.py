@@ -11,7 +11,7 @@ from dual_ipo.cot import Item
 from dual_ipo.generator import Generator
 from dual_ipo.reward import Judge
 from dual_ipo.toymodels import DESCRIBE_ONE
-from dual_ipo.toyworld import CHECKPOINTS, LEVELS, clean_scene, describe, measure, prompt_of, random_words, render, toy_prompts, web_clips
+from dual_ipo.toyworld import CHECKPOINTS, clean_scene, describe, level_of, measure, prompt_of, random_words, render, toy_prompts, web_clips
 
 PIPELINES = [f"{arch}-{size}" for arch in ("wan", "cogvideox") for size in ("small", "large")]
 SETTINGS = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=10, guidance_scale=3., max_sequence_length=16)
@@ -56,11 +56,6 @@ def test_plain_transformers_loads_the_judge():
     assert type(model).__name__ == "LlavaForConditionalGeneration" and type(processor).__name__ == "LlavaProcessor"
 
 
-def level(text, dimension):
-    "Which of its three levels a text gives a dimension; the longest phrase counts, since `uneven` holds `even`."
-    return max(((len(phrase), i) for i, phrases in enumerate(LEVELS[dimension]) for phrase in phrases if phrase in text), default=(0, None))[1]
-
-
 def test_the_judge_sees():
     rng = generator("the judge sees")
     clips, words = web_clips(64, rng)
@@ -69,7 +64,7 @@ def test_the_judge_sees():
         items = [Item(DESCRIBE_ONE.format(prompt=prompt_of(*w), dimension=dimension), [Video(clip, 8.)]) for clip, w in zip(clips, words.tolist())]
         return [some[0].text for some in judge.sample(items, 1, [("told", i) for i in range(len(items))], temperature=0, max_new_tokens=12)]
     for dimension, measured in dict(motion="motion_smoothness", consistency="subject_consistency", quality="imaging_quality").items():
-        right = [level(a, measured) == level(b[dimension], measured) for a, b in zip(told(dimension), truth)]
+        right = [level_of(a, measured) == level_of(b[dimension], measured) for a, b in zip(told(dimension), truth)]
         assert sum(right) > .8*len(right), dimension
     right = [a.split()[:2] == b["alignment"].split()[:2] for a, b in zip(told("alignment"), truth)]
     assert sum(right) > .8*len(right)
