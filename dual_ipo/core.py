@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 import av, torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
@@ -86,8 +87,9 @@ def write_mp4(
         with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "threads": "1", "x264-params": "mbtree=0"})
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv444p" if min(H, W) < SMALL else "yuv420p"
+            convert = VideoReformatter().reformat
             for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode(convert(av.VideoFrame.from_ndarray(frame, format="rgb24"), format=stream.pix_fmt, threads=1)))
             container.mux(stream.encode())
 
 # %% ../nbs/00_core.ipynb #ac0c6468
@@ -117,13 +119,14 @@ def decode(
     stream = container.streams.video[0]
     if stream.codec_context is None: raise UserError(f"{path}: is truncated or damaged: its codec can't be told; fetch or render it again")
     stream.codec_context.options = {"err_detect": "explode"}
+    stream.codec_context.thread_count = 1
     check_caps(path, stream.frames, stream.height, stream.width)
-    frames, hidden = [], 0
+    convert, frames, hidden = VideoReformatter().reformat, [], 0  # one converter and no threads of its own: their start took most of a small clip's time
     for packet in container.demux(stream):
         hidden += packet.is_discard  # cut off by an edit list: lies in the file, not in the clip
         if packet.is_corrupt: raise UserError(f"{path}: is truncated after {len(frames)} frames; fetch or render it again")
         for frame in packet.decode():
-            frames.append(frame.to_ndarray(format="rgb24"))
+            frames.append(convert(frame, format="rgb24", threads=1).to_ndarray())
             check_caps(path, len(frames), *frames[-1].shape[:2])
             if frames[-1].shape != frames[0].shape: raise UserError(f"{path}: changes its size; encode it in one size")
     expected = max(stream.frames - hidden, 1)
