@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
+import torch
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
 from .config import Config, commented_yaml, read_config
 from .core import UserError, Video
-from .store import Run, is_done, read_json, stage
+from .store import Run, is_done, progress, read_json, stage
 
 # %% ../nbs/60_cli.ipynb #ec6db7ea
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
@@ -140,25 +141,29 @@ def demo_config(
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=500, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80),
-        align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., gradient_checkpointing=False),
+        align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=100., lambda_win=5., lambda_real=1., gradient_checkpointing=False),
         srpo=dict(steps=10, batch_size=16, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
     folder: Path,
-    seed: int,
-    pairs: int = 1000,  # that the annotator labels
-    real: int = 256,   # clean clips
+    config: Config,      # its generator makes the clips that the annotator sees
+    pairs: int = 800,    # of them
+    real: int = 256,     # web-like clips
+    flipped: float = 0., # share of the labels that are wrong on purpose
 ):
     "What a user of the toy world would bring: prompts, human pairs, real clips."
     from dual_ipo import toyworld as toy
     from dual_ipo.data import write_pairs
+    from dual_ipo.rounds import load_generator
     with stage(folder) as todo:
         if not todo: return
-        (folder / "prompts.txt").write_text("\n".join(toy.toy_prompts(288, "train", seed)) + "\n")
-        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", seed)) + "\n")
-        write_pairs(folder, toy.human_pairs(pairs, seed))
-        clips, prompts = toy.real_clips(real, seed)
+        (folder / "prompts.txt").write_text("\n".join(toy.toy_prompts(288, "train", config.seed)) + "\n")
+        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
+        model, n = load_generator(config, config.generator.path), config.generator.batch_size
+        sample = lambda prompts, keys: torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), "human pairs")])
+        write_pairs(folder, toy.human_pairs(pairs, config.seed, sample, flipped))
+        clips, prompts = toy.real_clips(real, config.seed)
         for i, clip in enumerate(clips): Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, p in enumerate(prompts)))
 
@@ -190,8 +195,9 @@ def start_demo(args) -> Run:
     for name in (f"{args.arch}-small", "judge"):
         if not (CHECKPOINTS / name / "training.json").is_file(): raise UserError(f"{CHECKPOINTS / name}: the toy checkpoint is not there; make it with the notebooks in nbs/toy")
     out = args.out or Path("runs") / f"demo-{args.arch}-{args.objective}-{args.seed}"
-    run = Run.open(out, demo_config(args.arch, args.objective, args.rounds, args.seed).model_dump())
-    with run.lock(): write_toy_input(run.path / "input", args.seed)
+    config = demo_config(args.arch, args.objective, args.rounds, args.seed)
+    run = Run.open(out, config.model_dump())
+    with run.lock(): write_toy_input(run.path / "input", config)
     return run
 
 # %% ../nbs/60_cli.ipynb #27db7476

@@ -64,6 +64,7 @@ class ColdStartPart(Part):
 class CandidatesPart(Part):
     prompts_per_round: int = Field(1000, ge=1, description="prompts sampled in each round")
     per_prompt: int = Field(8, ge=2, description="candidates for each")
+    scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
     pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
     min_margin: float = Field(0., ge=0, description="judge scores must differ by more than this (grades are 1 to 5)")
 
@@ -73,7 +74,7 @@ class AlignPart(Part):
     batch_size: int = Field(64, ge=1, description="pairs per update, over all GPUs")
     accumulate: int = Field(1, ge=1, description="batches per update")
     lr: float = Field(1e-5, gt=0, description="learning rate")
-    beta: float = Field(2000., gt=0, description="strength of the preference loss (Wan 2000, CogVideoX 5000)")
+    beta: float = Field(2000., ge=0, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
     lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners")
     lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
@@ -93,10 +94,11 @@ class VotesPart(Part):
 class PCEPart(Part):
     form: Literal["bradley_terry", "paths", "normal"] = Field("paths", description="how P(R > Q) is taken")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
+    use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")
 
 class SRPOPart(Part):
-    steps: int = Field(100, ge=1, description="updates per round")
+    steps: int = Field(100, ge=0, description="updates per round; 0: the judge stays as the cold start made it")
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
     lr: float = Field(5e-6, gt=0, description="learning rate")
     beta: float = Field(.1, gt=0, description="β_r, nats")

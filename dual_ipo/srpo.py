@@ -97,10 +97,11 @@ def pseudo_label(
     keys: tuple,       # name the randomness
     reference=None,    # the earlier judge that R compares with; None: this one's own reference
     form: str = "paths", threshold: float = .5, tau: float = 1.,  # see `pce`
+    use: str = "both",  # certainty decides which labels are kept ("filter"), how much they weigh ("weight"), both or "none"
     dimensions=DIMENSIONS,
     group: int = 16,   # pairs voted on between two looks at the progress bar
     **sampling,        # see `Judge.sample`
-) -> list:             # rows: pair_id, prompt, label, p_a, n_valid, n_votes, consistent, votes, pce, kept, reward, paths
+) -> list:             # rows: pair_id, prompt, label, p_a, n_valid, n_votes, consistent, votes, pce, kept, weight, reward, paths
     "Vote on pairs and weigh the outcome."
     judgements = []
     for i in progress(range(0, len(pairs), group), "votes"):
@@ -110,11 +111,13 @@ def pseudo_label(
     decided = [j.label in ("A", "B") and j.consistent is True for j in judgements]
     R = [log_ratios(j) if d else torch.zeros(0) for j, d in zip(judgements, decided)]
     certainty = pce(R, mean_reward(R), form, tau)
-    kept = keep(certainty, threshold) & torch.tensor(decided)
+    kept = torch.tensor(decided)
+    if use in ("both", "filter"): kept &= keep(certainty, threshold)
+    weight = certainty if use in ("both", "weight") else torch.ones(len(pairs))
     return [dict(pair_id=p.pair_id, prompt=p.prompt, label=j.label, p_a=j.p_a, n_valid=j.n_valid, n_votes=j.n_votes, consistent=j.consistent,
-                 votes=[v.label or "invalid" for v in j.votes], pce=c.item() if d else None, kept=bool(use), reward=r.mean().item() if len(r) else None,
+                 votes=[v.label or "invalid" for v in j.votes], pce=c.item() if d else None, kept=bool(own), weight=w.item(), reward=r.mean().item() if len(r) else None,
                  paths=[asdict(v) for v in j.votes])
-            for p, j, d, r, c, use in zip(pairs, judgements, decided, R, certainty, kept)]
+            for p, j, d, r, c, own, w in zip(pairs, judgements, decided, R, certainty, kept, weight)]
 
 # %% ../nbs/14_srpo.ipynb #8cc46934
 def turned(
@@ -138,7 +141,7 @@ def preferences(
             own = [(path, label) for path, label in zip(row["paths"], row["votes"]) if path["order"] == order]
             agree = max((p for p, label in own if label == row["label"]), key=lambda p: p["log_prob"], default=None)
             other = max((p for p, label in own if label not in (row["label"], "invalid")), key=lambda p: p["log_prob"], default=None)
-            if agree: found.append((pair_item(pair, order, dimensions), agree["ids"], other["ids"] if other else turned(agree["text"]), row["pce"]))
+            if agree: found.append((pair_item(pair, order, dimensions), agree["ids"], other["ids"] if other else turned(agree["text"]), row["weight"]))
     return found
 
 # %% ../nbs/14_srpo.ipynb #da4ef349

@@ -55,7 +55,7 @@ def votes(folder, k, prompts, table, sharpness, rng):
         consistent = halves[0]*halves[1] > 0
         pce = 1/(1 + math.exp(-(8*(abs(p_a - .5) - .25) + torch.randn(1, generator=rng).item())))
         rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, path_a=a["path"], path_b=b["path"], label="tie" if not consistent else "A" if p_a > .5 else "B", p_a=p_a,
-            n_valid=len(valid), n_votes=K, consistent=consistent, votes=cast, pce=pce, kept=pce > .5, truth="A" if gap > 0 else "B", gap=abs(gap)))
+            n_valid=len(valid), n_votes=K, consistent=consistent, votes=cast, pce=pce, kept=pce > .5, weight=pce, truth="A" if gap > 0 else "B", gap=abs(gap)))
     return rows
 
 

@@ -209,7 +209,7 @@ def test_srpo_is_trl_sigmoid():
 
 def test_preferences_answer_the_same_question(pairs):
     paths = [Vote.read(t, o, log_prob=-1., ids=[i]) for i, (t, o) in enumerate([("x <answer>1</answer>", "ab"), ("y <answer>1</answer>", "ab"), ("z <answer>2</answer>", "ba"), ("<answer>1</answer>", "ba")])]
-    row = dict(label="A", kept=True, pce=.7, votes=[v.label for v in paths], paths=[vars(v) for v in paths])
+    row = dict(label="A", kept=True, pce=.7, weight=.7, votes=[v.label for v in paths], paths=[vars(v) for v in paths])
     (ab, w, l, weight), (ba, w2, l2, _) = preferences(pairs[:1], [row])
     assert ab.videos[0] is pairs[0].a and ba.videos[0] is pairs[0].b and weight == .7
     assert (w, l, w2, l2) == ([0], "x <answer>2</answer>", [2], [3])
@@ -225,7 +225,7 @@ def test_learning_starts_at_a_margin_of_zero(judge, pairs, tmp_path):
     assert {"text", "order", "answer", "log_prob", "log_prob_ref", "ids"} <= rows[0]["paths"][0].keys()
     assert not any(row["kept"] for row in rows if row["label"] in ("tie", "invalid") or not row["consistent"])
     write = lambda text, order: vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
-    rows = [row | dict(kept=True, pce=.8, label="A", votes=["A"], paths=[write("<answer>1</answer>", "ab")]) for row in rows]
+    rows = [row | dict(kept=True, pce=.8, weight=.8, label="A", votes=["A"], paths=[write("<answer>1</answer>", "ab")]) for row in rows]
     judge.merge()
     history = srpo(judge, bare, rows, tmp_path/"srpo", steps=4, lr=1e-2, beta=.5, batch_size=4, dimensions=[], warmup=0)
     assert history[0]["loss"] == pytest.approx(.8*math.log(2), abs=1e-3) and history[0]["reward_w"] == pytest.approx(0, abs=1e-3)
