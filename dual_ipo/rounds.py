@@ -30,7 +30,7 @@ from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
 from .training import TrainingAnomaly
 
-# %% ../nbs/30_rounds.ipynb #0fe7662f
+# %% ../nbs/30_rounds.ipynb #16eab83a
 def device() -> str:
     "Where models go."
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,7 +193,7 @@ def grade(r: Round, rows: list) -> list:  # rows with a score, and the judge's g
     return [row | dict(score=sum(g) / len(g)) | dict(zip(part.dimensions, g)) for row, g in zip(scored, grades)]
 
 
-# %% ../nbs/30_rounds.ipynb #30fdd542
+# %% ../nbs/30_rounds.ipynb #f5698195
 def rank(r: Round, rows: list) -> list:  # of pairs
     "Score every candidate, pair the best with the worst of each prompt."
     c = r.config.candidates
