@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import papermill
@@ -142,15 +141,14 @@ def demo_config(
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=500, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80),
-        align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=30., gradient_checkpointing=False),
+        align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., gradient_checkpointing=False),
         srpo=dict(steps=10, batch_size=16, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
     folder: Path,
-    config: Config,
-    makers: list,        # pipelines that make the clips of the pairs, in turn
-    pairs: int = 500,    # that the annotator labels
+    config: Config,      # its generator makes the clips that the annotator sees
+    pairs: int = 600,    # of them
     real: int = 256,     # clean clips
     flipped: float = 0., # share of the labels that are wrong on purpose
 ):
@@ -162,10 +160,9 @@ def write_toy_input(
         if not todo: return
         (folder / "prompts.txt").write_text("\n".join(toy.toy_prompts(288, "train", config.seed)) + "\n")
         (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
-        def make(path, prompts, keys):
-            model, n = load_generator(config, path), config.generator.batch_size
-            return torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), f"human pairs {Path(path).name}")])
-        write_pairs(folder, toy.human_pairs(pairs, config.seed, [partial(make, path) for path in makers], flipped))
+        model, n = load_generator(config, config.generator.path), config.generator.batch_size
+        sample = lambda prompts, keys: torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), "human pairs")])
+        write_pairs(folder, toy.human_pairs(pairs, config.seed, sample, flipped))
         clips, prompts = toy.real_clips(real, config.seed)
         for i, clip in enumerate(clips): Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, p in enumerate(prompts)))
@@ -195,12 +192,12 @@ def start_demo(args) -> Run:
     "The demo's run with its input."
     from dual_ipo.toyworld import CHECKPOINTS
     if args.rounds < 1: raise UserError(f"--rounds {args.rounds}: give 1 or more")
-    for name in (f"{args.arch}-small", f"{args.arch}-large", "judge"):
+    for name in (f"{args.arch}-small", "judge"):
         if not (CHECKPOINTS / name / "training.json").is_file(): raise UserError(f"{CHECKPOINTS / name}: the toy checkpoint is not there; make it with the notebooks in nbs/toy")
     out = args.out or Path("runs") / f"demo-{args.arch}-{args.objective}-{args.seed}"
     config = demo_config(args.arch, args.objective, args.rounds, args.seed)
     run = Run.open(out, config.model_dump())
-    with run.lock(): write_toy_input(run.path / "input", config, [CHECKPOINTS / f"{args.arch}-{size}" for size in ("small", "large")])
+    with run.lock(): write_toy_input(run.path / "input", config)
     return run
 
 # %% ../nbs/60_cli.ipynb #27db7476

@@ -22,7 +22,7 @@ from .core import UserError
 from .evaluate import bootstrap_ci, load_measure, score_videos
 from .rounds import Round, load_generator, read_candidates, run_round
 from .store import Run, is_done, read_json, read_table, stage, write_json, write_table
-from .toyworld import CHECKPOINTS, toy_prompts
+from .toyworld import toy_prompts
 
 # %% ../nbs/70_studies.ipynb #5901a864
 @dataclass
@@ -77,7 +77,7 @@ def execute(
     "All rounds of a job that are not done, and its tables."
     run = start(job, folder)
     with run.lock():
-        write_toy_input(run.path / "input", config_of(job), [CHECKPOINTS / f"{job.arch}-{size}" for size in ("small", "large")], **job.human)
+        write_toy_input(run.path / "input", config_of(job), **job.human)
         for k in range(job.rounds + 1):
             run_round(run, k)
             collect(run, k, job)

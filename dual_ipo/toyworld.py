@@ -427,17 +427,13 @@ CHECKPOINTS = Path(__file__).parent / "toy" if "__file__" in globals() else Path
 def human_pairs(
     n: int,  # pairs
     seed: int = 0,
-    makers: list = (),  # functions(prompts, names of the noise) -> uint8 [B, T, C, H, W] of generators, a pair of each in turn; none: web-like clips
+    sample=None,  # function(prompts, names of the noise) -> uint8 [B, T, C, H, W], a generator's; None: web-like clips
     flipped: float = 0.,  # share of the labels that say the opposite
 ) -> list:  # of Pair, annotated
     "Pairs of clips of one prompt, with a simulated person's labels and reasons."
     rng, prompts = generator("human pairs", seed), toy_prompts(144, "human", seed)
     chosen = [prompts[i % len(prompts)] for i in range(n)]
-    if makers:
-        clips = torch.empty(2 * n, FRAMES, 3, SIZE, SIZE, dtype=torch.uint8)
-        for j, make in enumerate(makers):
-            own = [*range(j, n, len(makers)), *range(n + j, 2 * n, len(makers))]
-            clips[own] = make([chosen[i % n] for i in own], [("human pairs", seed, i) for i in own])
+    if sample: clips = sample(chosen * 2, [("human pairs", seed, i) for i in range(2 * n)])
     else: clips = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng), rng)
     pairs = annotate_pairs([Pair(p, Video(clips[i], FPS), Video(clips[n + i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
     wrong = torch.rand(n, generator=generator("flipped", seed)) < flipped

@@ -8,14 +8,13 @@ from dual_ipo.cli import demo_config, main, write_toy_input
 from dual_ipo.config import Config
 from dual_ipo.core import UserError
 from dual_ipo.store import Run
-from dual_ipo.toyworld import CHECKPOINTS
 
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
     "A folder with everything a run needs but checkpoints, which nothing here gets as far as loading."
     folder = tmp_path_factory.mktemp("input")
-    write_toy_input(folder/"data", demo_config("wan", "dpo", 1, 0), [CHECKPOINTS/"wan-small"], pairs=4, real=2)
+    write_toy_input(folder/"data", demo_config("wan", "dpo", 1, 0), pairs=4, real=2)
     (folder/"pipe").mkdir()
     (folder/"pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}')
     return folder

@@ -34,7 +34,7 @@ def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
 def given(tmp_path_factory):
     "A user's files."
     folder = tmp_path_factory.mktemp("given")
-    write_toy_input(folder/"input", demo_config("wan", "dpo", 1, 0), [CHECKPOINTS/"wan-small"], pairs=24, real=6)
+    write_toy_input(folder/"input", demo_config("wan", "dpo", 1, 0), pairs=24, real=6)
     for arch, make in dict(wan=tiny.wan, cogvideox=tiny.cogvideox).items(): make().save_pretrained(folder/arch)
     shutil.copytree(CHECKPOINTS/"judge", folder/"judge")
     return folder
