@@ -147,8 +147,9 @@ def demo_config(
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
     folder: Path,
-    config: Config,      # its generator makes the clips that the annotator sees
-    pairs: int = 600,    # of them
+    config: Config,
+    pairs: int = 1000,   # that the annotator labels
+    generated: bool = False,  # clips of the config's generator instead of web-like ones
     real: int = 256,     # clean clips
     flipped: float = 0., # share of the labels that are wrong on purpose
 ):
@@ -160,9 +161,9 @@ def write_toy_input(
         if not todo: return
         (folder / "prompts.txt").write_text("\n".join(toy.toy_prompts(288, "train", config.seed)) + "\n")
         (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
-        model, n = load_generator(config, config.generator.path), config.generator.batch_size
-        sample = lambda prompts, keys: torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), "human pairs")])
-        write_pairs(folder, toy.human_pairs(pairs, config.seed, sample, flipped))
+        model, n = load_generator(config, config.generator.path) if generated else None, config.generator.batch_size
+        def sample(prompts, keys): return torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), "human pairs")])
+        write_pairs(folder, toy.human_pairs(pairs, config.seed, sample if generated else None, flipped))
         clips, prompts = toy.real_clips(real, config.seed)
         for i, clip in enumerate(clips): Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, p in enumerate(prompts)))
