@@ -192,7 +192,6 @@ def grade(r: Round, rows: list) -> list:  # rows with a score, and the judge's g
         grades += judge.grades(clips, part.dimensions).tolist()
     return [row | dict(score=sum(g) / len(g)) | dict(zip(part.dimensions, g)) for row, g in zip(scored, grades)]
 
-
 # %% ../nbs/30_rounds.ipynb #f5698195
 def rank(r: Round, rows: list) -> list:  # of pairs
     "Score every candidate, pair the best with the worst of each prompt."
@@ -203,7 +202,6 @@ def rank(r: Round, rows: list) -> list:  # of pairs
             write_table(r.folder / "scores.parquet", scored)
             write_table(r.folder / "pairs.parquet", with_truth(r, make_pairs(rows, [row["score"] for row in scored], c.pairing, c.min_margin)))
     return read_table(r.folder / "pairs.parquet")
-
 
 # %% ../nbs/30_rounds.ipynb #4a4d66bc
 def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a row a step

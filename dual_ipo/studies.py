@@ -65,8 +65,12 @@ def start(
     "The job's run, with round 0 of the shared cold start if that is done."
     run, first = Run.open(folder / job.name, config_of(job).model_dump()), folder / job.first.name
     if first != run.path and is_done(first / "round_00") and not is_done(run.round(0)):
-        for part in ("input", "round_00"): shutil.copytree(first / part, run.path / part, dirs_exist_ok=True, copy_function=os.link, ignore=shutil.ignore_patterns("tables"))
         shutil.copyfile(first / "input_check.json", run.path / "input_check.json")
+        for part in ("input", "round_00"):  # linked beside and renamed: a copy that was broken off counts for nothing
+            beside = run.path / f".{part}.tmp"
+            for old in (beside, run.path / part): shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(first / part, beside, copy_function=os.link, ignore=shutil.ignore_patterns("tables"))
+            beside.rename(run.path / part)
     return run
 
 # %% ../nbs/70_studies.ipynb #4d3895e2
