@@ -206,7 +206,8 @@ class Watch:
         run,                # run folder, may not exist yet
         every: float = 1.,  # seconds between looks
     ):
-        self.run, self.every, self.handle, self.stopped = Path(run), every, None, threading.Event()
+        self.run, self.every, self.handle, self.over = Path(run), every, None, False
+        self.stopped, self.turn = threading.Event(), threading.Lock()
         self.live = ipywidgets.HTML(state_html(state_of(run)))
         self.thread = threading.Thread(target=self.look, daemon=True)
         self.thread.start()
@@ -218,8 +219,9 @@ class Watch:
             self.live.value = state_html(state)
             if state["finished"]: break
             self.stopped.wait(self.every)
-        self.live.layout.display = "none"
-        if self.handle: self.handle.update(HTML(self.live.value))
+        with self.turn:
+            self.over, self.live.layout.display = True, "none"
+            if self.handle: self.handle.update(HTML(self.live.value))
 
     def stop(self):
         self.stopped.set()
@@ -227,7 +229,7 @@ class Watch:
 
     def _ipython_display_(self):
         display(style(), self.live)
-        self.handle = display(HTML("" if self.thread.is_alive() else self.live.value), display_id=True)
+        with self.turn: self.handle = display(HTML(self.live.value if self.over else ""), display_id=True)
 
 # %% ../nbs/51_widgets.ipynb #c9e0cfcf
 def watch(

@@ -1,10 +1,11 @@
 "The widgets in a real JupyterLab, opened by a real browser."
-import os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, threading, time
 from urllib.request import urlopen
 
 import nbformat
 import pytest
 
+from dual_ipo import widgets
 from chromium import CHROMIUM, Page
 from synthetic import synthetic_run
 
@@ -72,3 +73,24 @@ def test_in_jupyterlab(lab):
     saved = nbformat.read(root/"w.ipynb", 4)
     html = "".join("".join(o.data["text/html"]) for c in saved.cells for o in c.outputs if "text/html" in o.get("data", {}))
     assert "Finished." in html and "reel" in html, "nothing would be left without a kernel"
+
+
+def test_a_run_that_ends_while_it_is_drawn_is_shown_as_finished(tmp_path, monkeypatch):
+    "The thread comes to its end inside `display`, before the handle is there."
+    synthetic_run(tmp_path/"run", rounds=1, n=2)
+    shown = []
+    class Handle:
+        def update(self, html): shown.append(html.data)
+    def slow_display(*things, display_id=None):
+        if not display_id: return
+        shown.append(things[0].data)
+        go.set()
+        watching.thread.join(.5)
+        return Handle()
+    go, state_of = threading.Event(), widgets.state_of
+    monkeypatch.setattr(widgets, "state_of", lambda run: (threading.current_thread() is threading.main_thread() or go.wait(), state_of(run))[1])
+    monkeypatch.setattr(widgets, "display", slow_display)
+    watching = widgets.Watch(tmp_path/"run")
+    watching._ipython_display_()
+    watching.thread.join(10)
+    assert shown[0] == "" and "Finished." in shown[-1]
