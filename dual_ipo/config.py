@@ -10,7 +10,7 @@ __all__ = ['Part', 'GeneratorPart', 'RewardPart', 'DataPart', 'ColdStartPart', '
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .core import UserError
 from .store import read_yaml
@@ -84,12 +84,20 @@ class AlignPart(Part):
 class VotesPart(Part):
     k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round")
+    reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
+    by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
+    min_gap: float = Field(.25, ge=0, description="by grades: A and B must differ by more than this, all dimensions together")
 
     @field_validator("k")
     @classmethod
     def even(cls, k):
         if k < 2 or k % 2: raise ValueError("half of the votes see the videos swapped; give an even number, 2 or more")
         return k
+
+    @model_validator(mode="after")
+    def reasoned(self):
+        if self.by == "grades" and not self.reasons: raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
+        return self
 
 class PCEPart(Part):
     form: Literal["bradley_terry", "paths", "normal"] = Field("paths", description="how P(R > Q) is taken")
@@ -102,6 +110,7 @@ class SRPOPart(Part):
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
     lr: float = Field(5e-6, gt=0, description="learning rate")
     beta: float = Field(.1, gt=0, description="β_r, nats")
+    lambda_human: float = Field(.5, ge=0, description="weight of the NLL on the human pairs, which keeps what they taught")
 
 class EvaluatePart(Part):
     measure: str | None = Field(None, description="package.module:function(videos, prompts) -> scores; null: human pairs only")

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'load_generator', 'Round', 'check_prompts', 'read_input', 'check_input', 'prompts_of_round',
-           'start_judge', 'sample', 'read_candidates', 'with_truth', 'grade', 'rank', 'update_generator', 'clip_pairs',
-           'sample_fresh', 'earlier_judge', 'relative', 'label', 'update_judge', 'evaluate_generator', 'truth_of',
-           'evaluate_judge', 'finish', 'run_round']
+           'start_judge', 'human_items', 'sample', 'read_candidates', 'with_truth', 'grade', 'rank', 'update_generator',
+           'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'label', 'update_judge', 'evaluate_generator',
+           'truth_of', 'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
+import json
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,9 +76,9 @@ class Round:
 
     @property
     def sampling(self) -> dict:
-        "How the judge writes."
+        "How the judge writes about a pair."
         part = self.config.reward
-        return dict(dimensions=part.dimensions, temperature=part.temperature, top_p=part.top_p, max_new_tokens=part.max_new_tokens, batch=part.batch_size)
+        return dict(dimensions=part.dimensions if self.config.votes.reasons else [], temperature=part.temperature, top_p=part.top_p, max_new_tokens=part.max_new_tokens, batch=part.batch_size)
 
     @contextmanager
     def stage(self, name: str, resumes: bool = False):
@@ -152,9 +154,17 @@ def start_judge(r: Round, pairs: PairTable):
         judge = r.judge(part.path)
         train, _ = pairs.split(HELD_OUT, r.config.seed)
         annotated = annotate(judge, [train[i] for i in range(len(train))], part.dimensions, seed=r.config.seed)
+        write_table(r.folder / "annotated.parquet", [dict(rationale=json.dumps(p.rationale)) for p in annotated])
         cold_start(judge, cold_start_items(annotated, part.dimensions), r.folder / "cold_start", steps=c.steps, batch_size=c.batch_size, lr=c.lr, seed=r.config.seed)
         with stage(r.folder / "reward") as missing:
             if missing: judge.save(r.folder / "reward")
+
+# %% ../nbs/30_rounds.ipynb #563385d5
+def human_items(r: Round, pairs: PairTable) -> list:  # of Item
+    "What the cold start was taught, with the reasons it was given."
+    train, _ = pairs.split(HELD_OUT, r.config.seed)
+    reasons = read_table(r.run.round(0) / "annotated.parquet")
+    return cold_start_items([replace(train[i], rationale=json.loads(row["rationale"])) for i, row in enumerate(reasons)], r.config.reward.dimensions)
 
 # %% ../nbs/30_rounds.ipynb #7b4ea874
 def sample(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
@@ -251,17 +261,17 @@ def relative(r: Round, video: Video) -> str:
 def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
     "Vote on the fresh pairs and weigh each label by its certainty."
     if not pairs: return []
-    p = r.config.pce
+    p, v = r.config.pce, r.config.votes
     with r.stage("votes") as todo:
         if todo:
-            rows = pseudo_label(r.judge(r.before("reward")), pairs, r.config.votes.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
-                                **p.model_dump(), **r.sampling)
+            rows = pseudo_label(r.judge(r.before("reward")), pairs, v.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
+                                by=v.by, min_gap=v.min_gap, **p.model_dump(), **r.sampling)
             write_table(r.folder / "votes.parquet", [dict(path_a=relative(r, pair.a), path_b=relative(r, pair.b)) | row for pair, row in zip(pairs, rows)])
     return read_table(r.folder / "votes.parquet")
 
 # %% ../nbs/30_rounds.ipynb #466f18e8
-def update_judge(r: Round, pairs: list, rows: list, history: list) -> list:  # reasons for an extra update, if any
-    "SRPO on the kept pseudo-labels; twice as long where the monitor sees trouble."
+def update_judge(r: Round, pairs: list, rows: list, history: list, human: PairTable) -> list:  # reasons for an extra update, if any
+    "SRPO on the kept pseudo-labels with an eye on the human ones; twice as long where the monitor sees trouble."
     s, earlier = r.config.srpo, [e["generator"] for e in r.run.entries()[:r.k] if e["generator"]]
     reasons = needs_srpo(history, earlier)
     if not s.steps: return reasons
@@ -270,7 +280,7 @@ def update_judge(r: Round, pairs: list, rows: list, history: list) -> list:  # r
             judge = r.judge(r.before("reward"))
             if judge.is_lora: judge.merge(r.config.seed)
             srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta, seed=r.config.seed,
-                 dimensions=r.config.reward.dimensions)
+                 human=human_items(r, human) if s.lambda_human else [], lambda_human=s.lambda_human, dimensions=r.sampling["dimensions"])
             with stage(r.folder / "reward") as missing:
                 if missing: judge.save(r.folder / "reward")
     return reasons
@@ -345,6 +355,6 @@ def run_round(
         pairs = rank(r, sample(r, prompts))
         history = update_generator(r, pairs, real)
         fresh = sample_fresh(r, prompts)
-        reasons = update_judge(r, fresh, label(r, fresh), history)
+        reasons = update_judge(r, fresh, label(r, fresh), history, human)
     scored = evaluate_generator(r, eval_prompts)
     return finish(r, scored, evaluate_judge(r, *truth_of(r, scored, human)), reasons)
