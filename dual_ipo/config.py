@@ -86,6 +86,7 @@ class VotesPart(Part):
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
+    scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
     min_gap: float = Field(.25, ge=0, description="by grades: A and B must differ by more than this, all dimensions together")
 
     @field_validator("k")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'load_generator', 'Round', 'check_prompts', 'read_input', 'check_input', 'prompts_of_round',
            'start_judge', 'human_items', 'sample', 'read_candidates', 'with_truth', 'grade', 'rank', 'update_generator',
-           'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'label', 'update_judge', 'evaluate_generator',
-           'truth_of', 'evaluate_judge', 'finish', 'run_round']
+           'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label', 'update_judge',
+           'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
@@ -126,7 +126,7 @@ def check_input(
     check_prompts(config, prompts, eval_prompts)
     read_pairs(data.pairs)
     if data.real_clips: read_clips(data.real_clips)
-    for name in (config.evaluate.measure, config.candidates.scorer):
+    for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
     name = pipeline_class(read_checkpoint(config.generator.path)[0])
     if name not in ("WanPipeline", "CogVideoXPipeline"): raise UserError(f"{config.generator.path}: is a {name}; give a WanPipeline or a CogVideoXPipeline")
@@ -257,6 +257,13 @@ def relative(r: Round, video: Video) -> str:
     "A clip's path below the round's folder, as tables name it."
     return str(video.path.relative_to(r.folder))
 
+# %% ../nbs/30_rounds.ipynb #01a5321f
+def relabelled(r: Round, pairs: list, rows: list) -> list:
+    "The same rows with the labels of `votes.scorer`, all certain."
+    measure, prompts = load_measure(r.config.votes.scorer), [p.prompt for p in pairs]
+    a, b = (score_videos(measure, [getattr(p, side).path for p in pairs], prompts)["total"].tolist() for side in "ab")
+    return [row | dict(label="A" if x > y else "B" if x < y else "tie", kept=x != y, weight=1.) for row, x, y in zip(rows, a, b)]
+
 # %% ../nbs/30_rounds.ipynb #5db63bb0
 def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
     "Vote on the fresh pairs and weigh each label by its certainty."
@@ -266,6 +273,7 @@ def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
         if todo:
             rows = pseudo_label(r.judge(r.before("reward")), pairs, v.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
                                 by=v.by, min_gap=v.min_gap, **p.model_dump(), **r.sampling)
+            if v.scorer: rows = relabelled(r, pairs, rows)
             write_table(r.folder / "votes.parquet", [dict(path_a=relative(r, pair.a), path_b=relative(r, pair.b)) | row for pair, row in zip(pairs, rows)])
     return read_table(r.folder / "votes.parquet")
 

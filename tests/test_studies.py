@@ -15,7 +15,7 @@ def test_unknown_key_is_named():
 
 def test_jobs_end_in_tables(tmp_path, capsys):
     given = dict(pairs=6, real=2)
-    jobs = [Job("dual", rounds=1, changes=SMALL, human=given), Job("true", rounds=1, changes=SMALL | {"candidates.scorer": "dual_ipo.toyworld:measure", "srpo.steps": 0, "align.beta": 0.}, human=given),
+    jobs = [Job("dual", rounds=1, changes=SMALL, human=given, held_out=True), Job("true", rounds=1, changes=SMALL | {"candidates.scorer": "dual_ipo.toyworld:measure", "srpo.steps": 0, "align.beta": 0.}, human=given),
             Job("broken", rounds=1, changes=SMALL | {"candidates.scorer": "nowhere:f"}, human=given)]
     assert len({job.first.name for job in jobs}) == 1
     assert run_jobs(jobs, tmp_path/"runs") == ["broken-wan-0"]
@@ -30,6 +30,8 @@ def test_jobs_end_in_tables(tmp_path, capsys):
     assert all(row["score"] == pytest.approx(row["truth"], abs=1e-6) for row in rows_of(candidates, variant="true"))
     assert difference(rows_of(clips, variant="dual", round=0), rows_of(clips, variant="true", round=0))["mean"] == 0
     assert {row["variant"] for row in read_table(tmp_path/"out/labels.parquet")} == {"dual"}
+    assert all(1 <= row["judged"] <= 5 and ("held_out" in row) for row in clips) and all(1 <= row["held_out"] <= 5 for row in rows_of(clips, variant="dual"))
+    assert all(row["held_out"] is None for row in rows_of(clips, variant="true")) and len(read_table(tmp_path/"out/signals.parquet")) == 2
     note = read_json(tmp_path/"out/jobs.json")
     assert note["grid"] == "test" and len(note["jobs"]["dual-wan-0"]["rounds_done"]) == 2
 
