@@ -193,4 +193,4 @@ def srpo(
             kept = human_nll(judge, batches_by_kind(human, batch_size, index, seed, "srpo human"), model).mean()
             total, facts["human_nll"] = total + lambda_human * kept, kept.item()
         return total, facts
-    return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="srpo", **{"warmup": max(steps // 10, 1), "decay": True} | training)
+    return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="srpo", **{"warmup": max(steps // 10, 1)} | training)
