@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGGREGATES', 'VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'bootstrap_ci', 'load_measure', 'check_scores',
            'score_videos', 'summarise', 'paired_difference', 'vbench_scores', 'read_vbench', 'vbench_name',
-           'export_vbench', 'accuracy', 'accuracy_with_ties', 'tie_threshold', 'reward_accuracy']
+           'export_vbench', 'right', 'accuracy', 'accuracy_with_ties', 'tie_threshold', 'reward_accuracy']
 
 # %% ../nbs/40_evaluate.ipynb #6f4ec996
 import importlib, json, math, shutil
@@ -177,12 +177,19 @@ def export_vbench(
     return beside.rename(folder)
 
 # %% ../nbs/40_evaluate.ipynb #a6a557e8
+def right(
+    p_a: float,   # probability that A is better
+    truth: str,   # "A" or "B"
+) -> float:       # 1, 0, or 1/2 for p = 1/2
+    "Whether a judgement of one pair is right."
+    return .5 if p_a == .5 else float((p_a > .5) == (truth == "A"))
+
 def accuracy(
     p_a: Tensor,   # [B] probability that A is better
     truth: list,   # [B] "A", "B" or "same"
 ) -> float:        # 0..1; nan if no pair is decided
     "Share of the decided pairs judged right; p = 1/2 counts half."
-    points = [.5 if p == .5 else float((p > .5) == (label == "A")) for p, label in zip(p_a.tolist(), truth) if label != "same"]
+    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "same"]
     return sum(points)/len(points) if points else math.nan
 
 # %% ../nbs/40_evaluate.ipynb #be060585

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'load_generator', 'Round', 'check_prompts', 'read_input', 'check_input', 'prompts_of_round',
-           'start_judge', 'human_items', 'sample', 'read_candidates', 'with_truth', 'grade', 'rank', 'update_generator',
-           'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label', 'update_judge',
-           'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
+           'start_judge', 'human_items', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade',
+           'rank', 'update_generator', 'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label',
+           'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
@@ -180,13 +180,32 @@ def read_candidates(folder: Path) -> list:
     "The rows of all shards."
     return [row for table in sorted(folder.glob("shard_*/table.parquet")) for row in read_table(table)]
 
+# %% ../nbs/30_rounds.ipynb #f5d7f60f
+def totals(
+    measure: str,   # "package.module:function"
+    paths: list, prompts: list,
+) -> list:          # a float for each
+    "What a measure makes of clips on disk, all in all."
+    return score_videos(load_measure(measure), paths, prompts)["total"].tolist()
+
 # %% ../nbs/30_rounds.ipynb #a3478d42
 def with_truth(r: Round, pairs: list) -> list:
     "The same rows, with the true totals beside the judge's scores where a measure is configured; nothing but the report reads them."
     if not r.config.evaluate.measure or not pairs: return pairs
-    measure, prompts = load_measure(r.config.evaluate.measure), [p["prompt"] for p in pairs]
-    totals = {side: score_videos(measure, [r.folder / "candidates" / p[f"clip_{side}"] for p in pairs], prompts)["total"].tolist() for side in "wl"}
-    return [p | dict(total_w=w, total_l=l) for p, w, l in zip(pairs, totals["w"], totals["l"])]
+    w, l = (totals(r.config.evaluate.measure, [r.folder / "candidates" / p[f"clip_{side}"] for p in pairs], [p["prompt"] for p in pairs]) for side in "wl")
+    return [p | dict(total_w=x, total_l=y) for p, x, y in zip(pairs, w, l)]
+
+# %% ../nbs/30_rounds.ipynb #c10352d1
+def grades_of(
+    r: Round,
+    judge,        # path
+    clips: list,  # of (prompt, path)
+) -> list:        # [D] floats for each
+    "A judge's grades of clips on disk, of which a few are in memory at a time."
+    judge, grades = r.judge(judge), []
+    for i in progress(range(0, len(clips), 64), "ranking"):
+        grades += judge.grades([(prompt, Video.load(path)) for prompt, path in clips[i:i + 64]], r.config.reward.dimensions).tolist()
+    return grades
 
 # %% ../nbs/30_rounds.ipynb #f01fabd9
 def grade(r: Round, rows: list) -> list:  # rows with a score, and the judge's grade in every dimension
@@ -194,12 +213,9 @@ def grade(r: Round, rows: list) -> list:  # rows with a score, and the judge's g
     part, scorer = r.config.reward, r.config.candidates.scorer
     scored = [{key: row[key] for key in ("prompt", "candidate", "clip", "name")} for row in rows]
     if scorer:
-        totals = score_videos(load_measure(scorer), [r.folder / "candidates" / row["clip"] for row in rows], [row["prompt"] for row in rows])["total"]
-        return [row | dict(score=total) for row, total in zip(scored, totals.tolist())]
-    judge, grades = r.judge(r.before("reward")), []
-    for i in progress(range(0, len(rows), 64), "ranking"):
-        clips = [(row["prompt"], Video.load(r.folder / "candidates" / row["clip"])) for row in rows[i:i + 64]]
-        grades += judge.grades(clips, part.dimensions).tolist()
+        found = totals(scorer, [r.folder / "candidates" / row["clip"] for row in rows], [row["prompt"] for row in rows])
+        return [row | dict(score=total) for row, total in zip(scored, found)]
+    grades = grades_of(r, r.before("reward"), [(row["prompt"], r.folder / "candidates" / row["clip"]) for row in rows])
     return [row | dict(score=sum(g) / len(g)) | dict(zip(part.dimensions, g)) for row, g in zip(scored, grades)]
 
 # %% ../nbs/30_rounds.ipynb #f5698195
@@ -260,8 +276,7 @@ def relative(r: Round, video: Video) -> str:
 # %% ../nbs/30_rounds.ipynb #01a5321f
 def relabelled(r: Round, pairs: list, rows: list) -> list:
     "The same rows with the labels of `votes.scorer`, all certain."
-    measure, prompts = load_measure(r.config.votes.scorer), [p.prompt for p in pairs]
-    a, b = (score_videos(measure, [getattr(p, side).path for p in pairs], prompts)["total"].tolist() for side in "ab")
+    a, b = (totals(r.config.votes.scorer, [getattr(p, side).path for p in pairs], [p.prompt for p in pairs]) for side in "ab")
     return [row | dict(label="A" if x > y else "B" if x < y else "tie", kept=x != y, weight=1.) for row, x, y in zip(rows, a, b)]
 
 # %% ../nbs/30_rounds.ipynb #5db63bb0

@@ -18,10 +18,10 @@ import torch
 from .candidates import sample_candidates
 from .cli import demo_config, write_toy_input
 from .config import Config, parse_config
-from .core import UserError, Video
-from .evaluate import bootstrap_ci, load_measure, score_videos
+from .core import UserError
+from .evaluate import bootstrap_ci, load_measure, right, score_videos
 from .monitor import late_mean
-from .rounds import Round, load_generator, read_candidates, run_round
+from .rounds import Round, grades_of, load_generator, read_candidates, run_round, totals
 from .store import Run, is_done, read_json, read_table, stage, write_json, write_table
 from .toyworld import toy_prompts
 
@@ -133,8 +133,7 @@ def run_jobs(
 # %% ../nbs/70_studies.ipynb #a09f0e1d
 def truths(r: Round, rows: list, what: str) -> list:
     "True totals of sampled clips."
-    measure = load_measure(r.config.evaluate.measure)
-    return score_videos(measure, [r.folder / what / row["clip"] for row in rows], [row["prompt"] for row in rows])["total"].tolist()
+    return totals(r.config.evaluate.measure, [r.folder / what / row["clip"] for row in rows], [row["prompt"] for row in rows])
 
 # %% ../nbs/70_studies.ipynb #ad829f31
 def labels_of(r: Round) -> list:
@@ -153,8 +152,7 @@ def opinions(
     judge,       # path
 ) -> list:       # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
-    clips = [(row["prompt"], Video.load(r.folder / "evaluate" / row["path"])) for row in rows]
-    return r.judge(judge).grades(clips, r.config.reward.dimensions).mean(1).tolist()
+    return [sum(g) / len(g) for g in grades_of(r, judge, [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows])]
 
 def signals_of(r: Round) -> dict:
     "What the generator's training said about itself at its end; the winners' error is relative to the reference's."
@@ -254,7 +252,6 @@ def judge_difference(
     a: str = "p_a", b: str = "p_a_static",
 ) -> dict:                   # {"mean", "lo", "hi", "n", "a", "b"}, accuracies 0..1
     "Accuracy of one judge minus that of another on the same pairs."
-    right = lambda p, truth: .5 if p == .5 else float((p > .5) == (truth == "A"))
     rows = [row for row in rows if row["truth"] != "same"]
     mine, other = [[right(row[key], row["truth"]) for row in rows] for key in (a, b)]
     return mean_ci([x - y for x, y in zip(mine, other)], [(row["seed"], row["prompt"]) for row in rows]) | dict(a=sum(mine) / len(rows), b=sum(other) / len(rows))

@@ -73,8 +73,8 @@ def grade_gap(
     dimensions=DIMENSIONS,
 ) -> float:                 # of all grades together; 0 if no path has any
     "Mean over the paths of A's grades minus B's."
-    found = [(vote.order, parse_grades(vote.text, dimensions).values()) for vote in judgement.votes]
-    return mean(sum(a - b for a, b in grades)*(1 if order == "ab" else -1) for order, grades in found if grades) if any(grades for _, grades in found) else 0.
+    graded = [(1 if vote.order == "ab" else -1, grades.values()) for vote in judgement.votes if (grades := parse_grades(vote.text, dimensions))]
+    return mean(sign*sum(a - b for a, b in grades) for sign, grades in graded) if graded else 0.
 
 # %% ../nbs/11_voting.ipynb #b7c3bd57
 def entropy(

@@ -67,7 +67,7 @@ def test_in_jupyterlab(lab):
         page.evaluate("[...document.querySelectorAll('button')].filter(b => b.querySelector('.fa-chevron-right'))[0].click()")
         page.until(f"document.querySelector('.reel').parentElement.innerHTML != {before!r}")
 
-        page.until(f"{text}.includes('Finished.')", 120)   # the watcher gave way to a plain table
+        page.until(f"{text}.includes('Finished.')")   # the watcher gave way to a plain table
         assert [u for u in page.requests if not u.startswith(("data:", "blob:", "file:", url.split("/lab")[0]))] == []
         page.evaluate("jupyterapp.commands.execute('docmanager:save')")
     saved = nbformat.read(root/"w.ipynb", 4)
