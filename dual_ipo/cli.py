@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
-import torch
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
 from .config import Config, commented_yaml, read_config
 from .core import UserError, Video
-from .store import Run, is_done, progress, read_json, stage
+from .store import Run, is_done, read_json, stage
 
 # %% ../nbs/60_cli.ipynb #ec6db7ea
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
@@ -140,16 +139,15 @@ def demo_config(
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
-        cold_start=dict(steps=500, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80),
+        cold_start=dict(steps=500, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80, by="grades"),
         align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., gradient_checkpointing=False),
-        srpo=dict(steps=10, batch_size=16, lr=5e-5, lambda_human=0.), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
+        pce=dict(use="weight"), srpo=dict(steps=16, batch_size=16, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
     folder: Path,
     config: Config,
     pairs: int = 1000,   # that the annotator labels
-    generated: bool = False,  # clips of the config's generator instead of web-like ones
     real: int = 256,     # clean clips
     flipped: float = 0., # share of the labels that are wrong on purpose
     words: tuple = (),   # training prompts and real clips name one of these; none: the balanced pool
@@ -157,15 +155,12 @@ def write_toy_input(
     "What a user of the toy world would bring: prompts, human pairs, real clips."
     from dual_ipo import toyworld as toy
     from dual_ipo.data import write_pairs
-    from dual_ipo.rounds import load_generator
     with stage(folder) as todo:
         if not todo: return
         fits = lambda prompt: not words or set(words) & set(prompt.split())
         (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n")
         (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
-        model, n = load_generator(config, config.generator.path) if generated else None, config.generator.batch_size
-        def sample(prompts, keys): return torch.cat([model.sample(prompts[i:i + n], keys[i:i + n], batch_size=n)[1] for i in progress(range(0, len(prompts), n), "human pairs")])
-        write_pairs(folder, toy.human_pairs(pairs, config.seed, sample if generated else None, flipped))
+        write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
         shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed))) if fits(p)]
         for i, clip, _ in shown: Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown))

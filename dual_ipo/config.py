@@ -111,6 +111,7 @@ class SRPOPart(Part):
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
     lr: float = Field(5e-6, gt=0, description="learning rate")
     beta: float = Field(.1, gt=0, description="β_r, nats")
+    lambda_win: float = Field(1., ge=0, description="weight of the NLL on the preferred responses, which keeps their form")
     lambda_human: float = Field(.5, ge=0, description="weight of the NLL on the human pairs, which keeps what they taught")
 
 class EvaluatePart(Part):

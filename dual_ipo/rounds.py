@@ -302,7 +302,7 @@ def update_judge(r: Round, pairs: list, rows: list, history: list, human: PairTa
         if todo:
             judge = r.judge(r.before("reward"))
             if judge.is_lora: judge.merge(r.config.seed)
-            srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta, seed=r.config.seed,
+            srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta, seed=r.config.seed, lambda_win=s.lambda_win,
                  human=human_items(r, human) if s.lambda_human else [], lambda_human=s.lambda_human, dimensions=r.sampling["dimensions"])
             with stage(r.folder / "reward") as missing:
                 if missing: judge.save(r.folder / "reward")

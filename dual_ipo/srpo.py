@@ -166,6 +166,7 @@ def srpo(
     folder,            # checkpoints and history.parquet
     steps: int, lr: float, beta: float,
     batch_size: int = 32,  # examples per update, and as many human items
+    lambda_win: float = 0.,  # weight of the NLL on the preferred responses, per token
     human: list = (),  # from `cold_start_items`
     lambda_human: float = 0.,  # weight of the NLL on them
     seed: int = 0,
@@ -184,11 +185,13 @@ def srpo(
     reference = torch.tensor(reference)
     def loss_fn(model, index):
         some = take(len(examples), batch_size, index, seed, "srpo")
-        logp = judge.log_probs(*both([examples[i] for i in some]), model).view(2, -1)
+        tokens, mask = judge.token_log_probs(*both([examples[i] for i in some]), model)
+        logp, length = (tokens * mask).sum(1).view(2, -1), mask.sum(1).view(2, -1)
         ref, weight = reference[some].T.to(logp.device), torch.tensor([examples[i][3] for i in some], device=logp.device)
         loss, logit = srpo_loss(*logp, *ref, weight, beta)
         change = (logp - ref).detach().mean(1)
-        total, facts = loss.mean(), dict(accuracy=(logit > 0).float().mean().item(), reward_w=change[0].item(), reward_l=change[1].item(), weight=weight.mean().item())
+        nll = -(weight * logp[0] / length[0]).mean()
+        total, facts = loss.mean() + lambda_win * nll, dict(nll_w=nll.item(), accuracy=(logit > 0).float().mean().item(), reward_w=change[0].item(), reward_l=change[1].item(), weight=weight.mean().item())
         if lambda_human:
             kept = human_nll(judge, batches_by_kind(human, batch_size, index, seed, "srpo human"), model).mean()
             total, facts["human_nll"] = total + lambda_human * kept, kept.item()

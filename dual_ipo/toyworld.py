@@ -427,14 +427,13 @@ CHECKPOINTS = Path(__file__).parent / "toy" if "__file__" in globals() else Path
 def human_pairs(
     n: int,  # pairs
     seed: int = 0,
-    sample=None,  # function(prompts, names of the noise) -> uint8 [B, T, C, H, W], a generator's; None: web-like clips
     flipped: float = 0.,  # share of the labels that say the opposite
+    shares: dict = SHARES | dict(morph=.5),  # see `add_defects`; subjects that change are what generators do worst, so people are shown more of them
 ) -> list:  # of Pair, annotated
     "Pairs of clips of one prompt, with a simulated person's labels and reasons."
     rng, prompts = generator("human pairs", seed), toy_prompts(144, "human", seed)
     chosen = [prompts[i % len(prompts)] for i in range(n)]
-    if sample: clips = sample(chosen * 2, [("human pairs", seed, i) for i in range(2 * n)])
-    else: clips = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng), rng)
+    clips = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng, shares), rng)
     pairs = annotate_pairs([Pair(p, Video(clips[i], FPS), Video(clips[n + i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
     wrong = torch.rand(n, generator=generator("flipped", seed)) < flipped
     return [replace(p, label={"A": "B", "B": "A"}.get(p.label, p.label)) if w else p for p, w in zip(pairs, wrong)]
