@@ -7,10 +7,9 @@ __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths',
            'evaluate_base', 'version', 'gather', 'rows_of', 'mean_ci', 'difference', 'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
-import os, shutil, subprocess, time, traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import json, os, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -84,7 +83,7 @@ def start(
 def execute(
     job: Job,
     folder: Path,
-) -> str:  # its name
+):
     "All rounds of a job that are not done, and its tables."
     run = start(job, folder)
     with run.lock():
@@ -92,22 +91,17 @@ def execute(
         for k in range(job.rounds + 1):
             run_round(run, k)
             collect(run, k, job, folder / job.second.name / "round_00/reward" if job.held_out else None)
-    return job.name
 
 # %% ../nbs/70_studies.ipynb #e0f3c012
 def work(
     job: Job, folder: Path,
     gpu: str,  # number of the GPU, "" for none
-) -> str:
-    "One process."
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    log = open(folder / f"{job.name}.log", "a", buffering=1)
-    for stream in (1, 2): os.dup2(log.fileno(), stream)
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
-    try: return execute(job, folder)
-    except BaseException:
-        traceback.print_exc()
-        raise
+):
+    "The job in a process of its own. The GPU is named before Python starts: a process that has looked for one once keeps what it found."
+    code = "import json, sys, pathlib; from dual_ipo.studies import Job, execute; execute(Job(**json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+    with open(folder / f"{job.name}.log", "a") as log:
+        subprocess.run([sys.executable, "-c", code, json.dumps(asdict(job)), str(folder)], check=True, stdout=log, stderr=log,
+                       env={"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
 # %% ../nbs/70_studies.ipynb #a02ecfb5
 def run_jobs(
@@ -122,12 +116,12 @@ def run_jobs(
     firsts = {first.name: first for job in jobs for first in ([job.first, job.second] if job.held_out else [job.first])}
     for phase, some in (("cold starts", list(firsts.values())), ("jobs", jobs)):
         began = time.time()
-        with ProcessPoolExecutor(at_once, get_context("spawn"), max_tasks_per_child=1) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             waiting = {pool.submit(work, job, folder, gpus[i % len(gpus)]): job for i, job in enumerate(some)}
             for n, done in enumerate(as_completed(waiting), 1):
                 job, error = waiting[done], done.exception()
                 if error: failed.append(job.name)
-                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{f', failed: {error}' if error else ''}", flush=True)
+                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{', failed' if error else ''}", flush=True)
     return failed
 
 # %% ../nbs/70_studies.ipynb #a09f0e1d
