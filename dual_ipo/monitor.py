@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quality_fall', 'motion_fall', 'late_mean', 'loss_anomalies', 'memorised', 'needs_srpo', 'judge_trouble', 'hacking',
-           'stalled', 'warnings_of']
+           'stalled', 'should_stop', 'warnings_of']
 
 # %% ../nbs/31_monitor.ipynb #22ccf562
 import math
@@ -109,18 +109,34 @@ def stalled(
     k = len(scores) - 1
     return [f"round {k}: total {scores[-1]['total']:.1f} lies within round {k - 1}'s 95% interval: no gain that can be told from chance, consider stopping"]
 
+# %% ../nbs/31_monitor.ipynb #e044f7de
+def should_stop(
+    judged: list,         # mean grades, 1..5, that one and the same judge gave to what the generators of rounds 0, 1, … make
+    history: list,        # the last `align` history
+    rise: float = 0.11,   # a smaller rise of the grade is none
+    loser: float = 0.04,  # how far the loser's error may lie above the reference's
+) -> list[str]:
+    "A reason to keep the generator of the round before, from signals that need no truth."
+    margin, error = late_mean(history, "margin_l"), late_mean(history, "E_l")
+    above = margin/(error - margin)   # E_l − margin_l = E_l^ref
+    if len(judged) < 2 or not (judged[-1] < judged[-2] + rise and above > loser): return []
+    k = len(judged) - 1
+    return [f"round {k}: the judge's mean grade went from {judged[-2]:.2f} to {judged[-1]:.2f} (a rise counts from {rise:g}) while the losers' error ended {above:.0%} above the reference's "
+            f"(limit {loser:.0%}): keep round {k - 1}'s generator and stop"]
+
 # %% ../nbs/31_monitor.ipynb #88b81ef0
 def warnings_of(
     rounds: list,            # entries of summary.json
     histories: dict = {},    # round -> its `align` history
-    judged: dict = {},       # round -> mean judge score of what its generator makes
 ) -> list[str]:
     "Every reason of every round, in order."
-    lines, scores = [], []
+    lines, scores, judged = [], [], []
     for entry in rounds:
         k = entry["round"]
         if entry.get("generator"): scores.append(entry["generator"])
         if len(scores) == k + 1: lines += quality_fall(scores) + motion_fall(scores) + stalled(scores)
-        if len(scores) == k + 1 and all(i in judged for i in range(k + 1)): lines += hacking([judged[i] for i in range(k + 1)], [s["total"] for s in scores])
+        if (grade := (entry.get("reward") or {}).get("judged")) is not None: judged.append(grade)
+        if len(scores) == len(judged) == k + 1: lines += hacking(judged, [s["total"] for s in scores])
+        if len(judged) == k + 1: lines += should_stop(judged, histories.get(k, []))
         lines += [f"round {k}: {line}" for line in loss_anomalies(histories.get(k, [])) + memorised(histories.get(k, []))] + judge_trouble(k, entry.get("reward") or {})
     return lines

@@ -248,8 +248,7 @@ def rounds_table(results: Results) -> HTML:
 # %% ../nbs/50_report.ipynb #2e515038
 def monitor_notes(results: Results) -> HTML:
     "Every warning of the run."
-    judged = {k - 1: sum(row["score"] for row in rows)/len(rows) for k, rows in results.tables("scores.parquet").items()}   # round k's candidates are by the generator of round k - 1
-    lines = warnings_of(results.rounds, results.tables("align/history.parquet"), judged)
+    lines = warnings_of(results.rounds, results.tables("align/history.parquet"))
     lines += [f"{path.parts[-3].replace('_0', ' ').replace('_', ' ')}: training stopped early, {read_json(path)['reason']}" for path in sorted(results.folder.glob("round_*/align/anomaly.json"))]
     lines += [f"round {entry['round']}: therefore SRPO ran longer" for entry in results.rounds if entry.get("extra_srpo")]
     if not results.rounds: return block('<p class="quiet">Nothing to watch yet.</p>')

@@ -203,7 +203,7 @@ def grades_of(
 ) -> list:        # [D] floats for each
     "A judge's grades of clips on disk, of which a few are in memory at a time."
     judge, grades = r.judge(judge), []
-    for i in progress(range(0, len(clips), 64), "ranking"):
+    for i in progress(range(0, len(clips), 64), "grades"):
         grades += judge.grades([(prompt, Video.load(path)) for prompt, path in clips[i:i + 64]], r.config.reward.dimensions).tolist()
     return grades
 
@@ -337,7 +337,7 @@ def truth_of(r: Round, scored: list, human: PairTable) -> tuple:  # (pairs with 
 
 # %% ../nbs/30_rounds.ipynb #1f605be1
 def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
-    "Ask the judge of this round, and the cold-start judge, about pairs whose truth is known."
+    "Ask the judge of this round, and the cold-start judge, about pairs whose truth is known, and the latter for its grades of the newest clips (`judged`, 1..5)."
     with r.stage("judge_check") as todo:
         if todo:
             path, k = r.folder / "reward" if is_done(r.folder / "reward") else r.before("reward"), r.config.votes.k
@@ -349,7 +349,9 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
                                     p_a_static=static[i].p_a, n_valid=votes[i].n_valid, n_votes=votes[i].n_votes, consistent=votes[i].consistent, votes=[v.label or "invalid" for v in votes[i].votes])
             write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])
             p_a = lambda js: torch.tensor([j.p_a for j in js])
-            write_json(r.folder / "judge_check/reward.json", reward_accuracy([p.label for p in pairs], p_a(votes), p_a(static), votes, gaps))
+            newest = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in read_table(r.folder / "evaluate/scores.parquet")]
+            grades = torch.tensor(grades_of(r, r.run.round(0) / "reward", newest))
+            write_json(r.folder / "judge_check/reward.json", reward_accuracy([p.label for p in pairs], p_a(votes), p_a(static), votes, gaps) | dict(judged=round(grades.mean().item(), 4)))
     return read_json(r.folder / "judge_check/reward.json")
 
 # %% ../nbs/30_rounds.ipynb #44bbe94c

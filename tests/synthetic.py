@@ -92,7 +92,7 @@ def synthetic_run(
             write_table(at/"evaluate/votes.parquet", [{key: row[key] for key in keys} | dict(p_a_static=s["p_a"]) for row, s in zip(rows, static)])
             right = lambda rows: sum((r["p_a"] > .5) == (r["truth"] == "A") for r in rows)/len(rows)
             entry["reward"] = dict(accuracy=right(rows), accuracy_static=right(static), accuracy_clear=min(1, right(rows) + .08), ece=.08 - .01*k, parse_rate=.98,
-                position_consistency=.8 + .02*k, n_pairs=n)
+                position_consistency=.8 + .02*k, n_pairs=n, judged=4 + .2*k)
         if k:
             shard = at/"candidates/shard_0000"
             table = [row | dict(candidate=c) for c in range(4) for row in save(shard, f"c{c}", clips(train, share + .22, k, "c", c), train)]

@@ -88,7 +88,7 @@ def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
     assert [e["round"] for e in rounds] == [0, 1, 2]
     for e in rounds:
         assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_videos"} and e["generator"]["n_videos"] == 12
-        assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency", "n_pairs"} <= set(e["reward"])
+        assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency", "n_pairs", "judged"} <= set(e["reward"])
         assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
     assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
     assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
