@@ -181,6 +181,12 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run or resume a whole experiment, one executed notebook a round")
     run.add_argument("config", type=Path)
     run.add_argument("--out", type=Path, help="run folder (default runs/NAME of the config file)")
+    plan = commands.add_parser("plan", help="what a round will cost, and whether it fits, without computing anything")
+    plan.add_argument("config", type=Path)
+    plan.add_argument("--gpu", default="H100", help="kind of card (default H100)")
+    plan.add_argument("--count", type=int, default=1, help="cards")
+    plan.add_argument("--share", type=float, default=.35, help="share of the card's rate that is reached (default 0.35)")
+    plan.add_argument("--price", type=float, default=0., help="of a GPU-hour")
     for name, text in dict(status="where a run stands", report="render a run's report again").items():
         commands.add_parser(name, help=text).add_argument("run", type=Path)
     return p
@@ -215,6 +221,9 @@ def command(args):
         args.path.write_text(commented_yaml())
         return print(f"{args.path}: edit it, then `dual-ipo run {args.path}`")
     if args.command == "status": return print(status(args.run))
+    if args.command == "plan":
+        from dual_ipo.plan import plan
+        return print(plan(read_config(args.config), args.gpu, args.count, args.share, args.price))
     if args.command == "report":
         from dual_ipo.report import make_report
         return print(make_report(Run.load(args.run).path))

@@ -101,7 +101,7 @@ class VotesPart(Part):
         return self
 
 class PCEPart(Part):
-    form: Literal["bradley_terry", "paths", "normal"] = Field("paths", description="how P(R > Q) is taken")
+    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("paths", description="how P(R > Q) is taken; votes: the share of the votes for the label instead")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
     use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")

@@ -318,6 +318,7 @@ def add_lora(
 def open_judge(
     path,    # folder or hub id
     dtype: torch.dtype,
+    meta: bool = False,  # without its weights, for counting
 ) -> tuple:  # (model, processor)
     "Model and processor of any multi-image VLM; UserError when there is none."
     try: config = AutoConfig.from_pretrained(path)
@@ -328,7 +329,8 @@ def open_judge(
     try: processor = AutoProcessor.from_pretrained(path)
     except ImportError as error:
         raise UserError(f"judge {path}: its processor needs a package ({' '.join(str(error).split())[:90]}); install it") from None
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), processor
+    if not meta: return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), processor
+    with torch.device("meta"): return AutoModelForImageTextToText.from_config(config, dtype=dtype), processor
 
 # %% ../nbs/13_reward.ipynb #4f9b83dd
 class Judge(Chooser):

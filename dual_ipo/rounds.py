@@ -26,11 +26,12 @@ from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator
 from .monitor import needs_srpo
+from .plan import out_of_memory
 from .prompts import read_prompts
 from .reward import Judge
 from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
-from .training import TrainingAnomaly
+from .training import TrainingAnomaly, ranks
 
 # %% ../nbs/30_rounds.ipynb #16eab83a
 def device() -> str:
@@ -82,9 +83,13 @@ class Round:
 
     @contextmanager
     def stage(self, name: str, resumes: bool = False):
-        "A stage with its own folder, its time added to the round's."
+        "A stage with its own folder, its time added to the round's. UserError naming the setting to change where the GPU's memory is not enough."
         began = time.time()
-        with stage(self.folder / name, resumes) as todo: yield todo
+        try:
+            with stage(self.folder / name, resumes) as todo: yield todo
+        except torch.OutOfMemoryError as error:
+            memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+            raise UserError(out_of_memory(self.config, name, memory, ranks().num_processes)) from error
         if todo:
             at = self.folder / "seconds.json"
             seconds = read_json(at) if at.exists() else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import UserError, generator
 from .cot import DIMENSIONS, pair_item
-from .pce import keep, log_ratios, mean_reward, pce
+from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import progress
 from .training import take, train
 from .voting import grade_gap
@@ -105,7 +105,7 @@ def pseudo_label(
     k: int,            # votes per pair
     keys: tuple,       # name the randomness
     reference=None,    # the earlier judge that R compares with; None: this one's own reference
-    form: str = "paths", threshold: float = .5, tau: float = 1.,  # see `pce`
+    form: str = "paths", threshold: float = .5, tau: float = 1.,  # see `pce`; form "votes": `vote_share`
     use: str = "both",  # certainty decides which labels are kept ("filter"), how much they weigh ("weight"), both or "none"
     by: str = "answers",   # what makes a label: the vote, where both orders agree; or "grades", see `grade_gap`
     min_gap: float = .25,  # by grades: a smaller gap decides nothing
@@ -124,7 +124,7 @@ def pseudo_label(
         judgements = [j if j.label == "invalid" else replace(j, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie") for j, gap in zip(judgements, gaps)]
     decided = [j.label in ("A", "B") and (j.consistent is True or by == "grades") for j in judgements]
     R = [log_ratios(j) if d else torch.zeros(0) for j, d in zip(judgements, decided)]
-    certainty = pce(R, mean_reward(R), form, tau)
+    certainty = torch.tensor([vote_share(j) for j in judgements]) if form == "votes" else pce(R, mean_reward(R), form, tau)
     kept = torch.tensor(decided)
     if use in ("both", "filter"): kept &= keep(certainty, threshold)
     weight = certainty if use in ("both", "weight") else torch.ones(len(pairs))
