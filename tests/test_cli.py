@@ -4,10 +4,11 @@ import shutil
 import pytest
 import yaml
 
-from dual_ipo.cli import demo_config, main, write_toy_input
+from dual_ipo import cli
+from dual_ipo.cli import demo_config, main, run_all, write_toy_input
 from dual_ipo.config import Config
 from dual_ipo.core import UserError
-from dual_ipo.store import Run
+from dual_ipo.store import Run, mark_done, write_json, write_table
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +97,17 @@ def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_pat
 
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_no_run_there(capsys, tmp_path, command): says(capsys, tmp_path, "run.yaml", argv=[command, str(tmp_path)])
+
+
+@pytest.mark.parametrize("stop, judged, loser, last", [(True, [4, 4.3, 4.32, 4.5], .03, 2), (True, [4, 4.3, 4.32, 4.5], .001, 3), (True, [4, 4.3, 4.5, 4.7], .03, 3), (False, [4, 4.3, 4.32, 4.5], .03, 3)])
+def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, loser, last):
+    "Only if asked to, and only where the grade stands still while losers are driven away."
+    def execute_round(run, k):
+        write_table(run.round(k)/"align/history.parquet", [dict(E_l=.33, margin_l=loser)]*8)
+        write_json(run.round(k)/"round.json", dict(round=k, generator={}, reward=dict(judged=judged[k]), seconds={}))
+        mark_done(run.round(k))
+    monkeypatch.setattr(cli, "execute_round", execute_round)
+    monkeypatch.setattr("dual_ipo.report.make_report", lambda path: path)
+    run = Run.open(tmp_path/"run", Config(stop=stop, rounds=3).model_dump())
+    run_all(run)
+    assert [entry["round"] for entry in run.entries()] == list(range(last + 1))
