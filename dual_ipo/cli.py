@@ -105,7 +105,7 @@ def run_all(
     with run.lock(), bars(run.path / "progress.json"):
         for k in range(run.config["rounds"] + 1):
             execute_round(run, k)
-            if run.config.get("stop") and stops(run, k): break
+            if run.config["stop"] and stops(run, k): break
     return make_report(run.path)
 
 # %% ../nbs/60_cli.ipynb #af5c5ec6

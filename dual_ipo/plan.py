@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .config import Config
 from .core import Pair, UserError, Video
 from .cot import pair_item
-from .generator import CogVideoX, Generator, Wan, pipeline_class, read_checkpoint
+from .generator import Generator, Wan, adapter_of, read_checkpoint
 from .reward import Judge, open_judge
 
 # %% ../nbs/32_plan.ipynb #d3e24d93
@@ -36,9 +36,8 @@ def meta_generator(
     "The config's generator on the meta device; UserError when its config files can't be had."
     part = config.generator
     base, _ = read_checkpoint(part.path)
-    kinds, name = {kind.pipeline.__name__: kind for kind in (CogVideoX, Wan)}, pipeline_class(base)
-    if name not in kinds: raise UserError(f"{base}: is a {name}; give one of {', '.join(kinds)}")
-    index, parts = kinds[name].pipeline.load_config(base), {}
+    adapter = adapter_of(base)
+    index, parts = adapter.pipeline.load_config(base), {}
     dtype = getattr(torch, part.dtype)
     for key, about in index.items():
         if not isinstance(about, list) or about[0] is None: continue
@@ -49,7 +48,7 @@ def meta_generator(
             with torch.device("meta"): parts[key] = kind(transformers.AutoConfig.from_pretrained(base, subfolder=key)).to(dtype)
         else: parts[key] = kind.from_pretrained(base, subfolder=key)
     settings = part.model_dump(exclude={"path", "batch_size", "dtype"})
-    return kinds[name](kinds[name].pipeline(**parts), device="meta", dtype=dtype, **settings)
+    return adapter(adapter.pipeline(**parts), device="meta", dtype=dtype, **settings)
 
 # %% ../nbs/32_plan.ipynb #d4906db2
 def flops(run) -> int:
@@ -108,14 +107,14 @@ def generator_facts(
     width = g.transformer.config.get("text_dim") or g.transformer.config.text_embed_dim
     call = lambda: g.error(y, g.timesteps(1, "plan"), y, [torch.empty(g.max_sequence_length, width, device="meta")])
     vae = g.pipe.vae
-    latents = torch.empty(1, vae.config.get("latent_channels") or vae.config.z_dim, *([g.latent_shape[1], *g.latent_shape[2:]] if isinstance(g, Wan) else [g.latent_shape[0], *g.latent_shape[2:]]), device="meta", dtype=vae.dtype)
+    latents = (y if isinstance(g, Wan) else y.transpose(1, 2)).to(vae.dtype)  # [1, C, T, H, W]
     clip = torch.empty(1, 3, g.num_frames, g.height, g.width, device="meta", dtype=vae.dtype)
     size = lambda module: sum(p.nbytes for p in module.parameters())
     trained = [p for p in g.transformer.parameters() if p.requires_grad]
     blocks = len(next(m for m in g.transformer.children() if isinstance(m, torch.nn.ModuleList)))
     saved = saved_bytes(call, g.transformer.parameters())
     hidden = g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
-    tokens = y.numel() // y.shape[2 if isinstance(g, CogVideoX) else 1] // g.patch_size**2
+    tokens = latents[0, 0].numel() // g.patch_size**2
     boundary = tokens * hidden * torch.finfo(g.dtype).bits // 8
     return dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), saved=saved, checkpointed=boundary * blocks + saved // blocks,
                 work=largest(call), decode_work=largest(lambda: vae.decode(latents)), weights=size(g.transformer), others=size(g.pipe.text_encoder) + size(vae),
@@ -131,10 +130,8 @@ def judge_facts(
     judge = Judge(model, processor, frames_per_video=part.frames_per_video)
     clip = Video(torch.zeros(shape.num_frames, 3, shape.height, shape.width, dtype=torch.uint8), shape.fps)
     item = pair_item(Pair("a prompt of a dozen words or so, as users of such models write", clip, clip), "ab", part.dimensions if config.votes.reasons else [])
-    text = judge.chat(item)
-    ids = processor(text=[text], images=[[frame for video in item.videos for frame in video.frames_at(part.frames_per_video)]], return_tensors="pt")["input_ids"]
-    parameters = sum(p.numel() for p in model.parameters())
-    return dict(parameters=parameters, weights=sum(p.nbytes for p in model.parameters()), pair=ids.shape[1], clip=ids.shape[1] // 2, width=model.config.get_text_config().hidden_size, layers=model.config.get_text_config().num_hidden_layers)
+    tokens, text = judge.inputs([item])["input_ids"].shape[1], model.config.get_text_config()
+    return dict(parameters=sum(p.numel() for p in model.parameters()), weights=sum(p.nbytes for p in model.parameters()), pair=tokens, clip=tokens // 2, width=text.hidden_size, layers=text.num_hidden_layers)
 
 # %% ../nbs/32_plan.ipynb #a09b729a
 def stages(
@@ -146,7 +143,7 @@ def stages(
     "A round, stage by stage."
     c, a, v, s, e, part = config.candidates, config.align, config.votes, config.srpo, config.evaluate, config.generator
     video = part.num_inference_steps * (2 if part.guidance_scale > 1 else 1) * g["forward"] + g["decode"]
-    sampling = g["weights"] + g["others"] + max(part.batch_size * g["work"], part.batch_size * g["decode_work"])
+    sampling = g["weights"] + g["others"] + part.batch_size * max(g["work"], g["decode_work"])
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
     policy = g["forward"] * (1 + back + (1 if a.gradient_checkpointing else 0))
     samples = 2 if a.objective == "dpo" else 1
@@ -165,7 +162,7 @@ def stages(
             ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, g["weights"] + g["reference"] + g["optimizer"] + held + g["work"])]
     if s.steps: rows += [("fresh clips", 2 * v.pairs * video, 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
                          ("srpo", 0, 3 * read(both, s.steps * s.batch_size * (2 + (1 if s.lambda_human else 0))) + read(both, 4 * v.pairs), j["weights"] + s.batch_size * 2 * both * j["width"] * j["layers"] * 34)]
-    rows += [("evaluation", e.prompts * e.videos_per_prompt * video, votes(2 * e.prompts * e.videos_per_prompt // 2), max(sampling, j["weights"] + cache))]
+    rows += [("evaluation", e.prompts * e.videos_per_prompt * video, votes(e.prompts * e.videos_per_prompt), max(sampling, j["weights"] + cache))]
     return [dict(stage=name, flops=work + seconds * gpu.flops * share, gpu_hours=(work / (gpu.flops * share) + seconds) / 3600, memory=int(memory)) for name, work, seconds, memory in rows]
 
 # %% ../nbs/32_plan.ipynb #5eb0d271

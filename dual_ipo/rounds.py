@@ -203,11 +203,11 @@ def with_truth(r: Round, pairs: list) -> list:
 # %% ../nbs/30_rounds.ipynb #c10352d1
 def grades_of(
     r: Round,
-    judge,        # path
+    judge: Judge,
     clips: list,  # of (prompt, path)
 ) -> list:        # [D] floats for each
     "A judge's grades of clips on disk, of which a few are in memory at a time."
-    judge, grades = r.judge(judge), []
+    grades = []
     for i in progress(range(0, len(clips), 64), "grades"):
         grades += judge.grades([(prompt, Video.load(path)) for prompt, path in clips[i:i + 64]], r.config.reward.dimensions).tolist()
     return grades
@@ -220,7 +220,7 @@ def grade(r: Round, rows: list) -> list:  # rows with a score, and the judge's g
     if scorer:
         found = totals(scorer, [r.folder / "candidates" / row["clip"] for row in rows], [row["prompt"] for row in rows])
         return [row | dict(score=total) for row, total in zip(scored, found)]
-    grades = grades_of(r, r.before("reward"), [(row["prompt"], r.folder / "candidates" / row["clip"]) for row in rows])
+    grades = grades_of(r, r.judge(r.before("reward")), [(row["prompt"], r.folder / "candidates" / row["clip"]) for row in rows])
     return [row | dict(score=sum(g) / len(g)) | dict(zip(part.dimensions, g)) for row, g in zip(scored, grades)]
 
 # %% ../nbs/30_rounds.ipynb #f5698195
@@ -348,14 +348,16 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
             path, k = r.folder / "reward" if is_done(r.folder / "reward") else r.before("reward"), r.config.votes.k
             bare = [Pair(p.prompt, p.a, p.b, pair_id=p.pair_id) for p in pairs]
             cast = lambda judge: judge.vote(bare, k, (r.config.seed, "evaluate"), **r.sampling)
-            votes = cast(r.judge(path))
-            static = cast(r.judge(r.run.round(0) / "reward")) if r.k else votes
+            updated = cast(r.judge(path)) if r.k else None  # one judge in memory at a time
+            cold = r.judge(r.run.round(0) / "reward")
+            static = cast(cold)
+            votes = updated or static
             row = lambda i, p: dict(pair_id=p.pair_id, prompt=p.prompt, truth=p.label, gap=gaps[i] if gaps else None, label=votes[i].label, p_a=votes[i].p_a,
                                     p_a_static=static[i].p_a, n_valid=votes[i].n_valid, n_votes=votes[i].n_votes, consistent=votes[i].consistent, votes=[v.label or "invalid" for v in votes[i].votes])
             write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])
             p_a = lambda js: torch.tensor([j.p_a for j in js])
             newest = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in read_table(r.folder / "evaluate/scores.parquet")]
-            grades = torch.tensor(grades_of(r, r.run.round(0) / "reward", newest))
+            grades = torch.tensor(grades_of(r, cold, newest))
             write_json(r.folder / "judge_check/reward.json", reward_accuracy([p.label for p in pairs], p_a(votes), p_a(static), votes, gaps) | dict(judged=round(grades.mean().item(), 4)))
     return read_json(r.folder / "judge_check/reward.json")
 

@@ -19,7 +19,7 @@ from .cli import demo_config, write_toy_input
 from .config import Config, parse_config
 from .core import UserError
 from .evaluate import bootstrap_ci, load_measure, right, score_videos
-from .monitor import late_mean
+from .monitor import above_reference, late_mean
 from .rounds import Round, grades_of, load_generator, read_candidates, run_round, totals
 from .store import Run, is_done, read_json, read_table, stage, write_json, write_table
 from .toyworld import toy_prompts
@@ -146,13 +146,12 @@ def opinions(
     judge,       # path
 ) -> list:       # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
-    return [sum(g) / len(g) for g in grades_of(r, judge, [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows])]
+    return [sum(g) / len(g) for g in grades_of(r, r.judge(judge), [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows])]
 
 def signals_of(r: Round) -> dict:
     "What the generator's training said about itself at its end; the winners' error is relative to the reference's."
     history = read_table(r.folder / "align/history.parquet")
-    error, margin = late_mean(history, "E_w"), late_mean(history, "margin_w")
-    return dict(winner_error=margin / (error - margin), loser_margin=late_mean(history, "margin_l"), implicit_accuracy=late_mean(history, "accuracy"), loss=late_mean(history, "loss"))
+    return dict(winner_error=above_reference(history, "w"), loser_margin=late_mean(history, "margin_l"), implicit_accuracy=late_mean(history, "accuracy"), loss=late_mean(history, "loss"))
 
 # %% ../nbs/70_studies.ipynb #72e2a9cd
 def collect(
