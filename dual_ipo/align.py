@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .candidates import read_latents
 from .core import UserError, noise, read_mp4
+from .kernels import fit
 from .losses import KtoBaseline, dpo_loss, kto_loss, nll
 from .store import progress, read_json, stage, write_json, write_tensors
 from .training import rank_slice, ranks, take, train
@@ -148,7 +149,7 @@ def align(
     seed, round,                  # name all draws
     lambda_d: float = 1., lambda_u: float = 1.,   # KTO's weights
     kto_window: int = 64,         # see `KtoBaseline`
-    gradient_checkpointing: bool = False,         # less memory, more time
+    checkpointing: str = "auto",                  # or none, selective, full: see `kernels.fit`
     save_every: int = 50, accumulate: int = 1,    # see `train`, also for:
     **training,                   # warmup, weight_decay, max_grad_norm, betas
 ) -> list[dict]:                  # a row a step
@@ -177,6 +178,7 @@ def align(
         if baseline and ranks().is_main_process and ((index + 1) % (save_every*accumulate) == 0 or index + 1 == last): write_json(trace, baseline.trace)
         return result
     model.freeze_reference()
-    if gradient_checkpointing: model.transformer.enable_gradient_checkpointing()
     with model.alone():
+        chosen = fit(model, checkpointing, 2*B + R//ranks().num_processes, read_latents(folder/"texts", *texts[pairs[0]["prompt"]]))
+        if ranks().is_main_process and model.device.type == "cuda": print(f"align: {chosen}", flush=True)
         return train(model.transformer, loss_fn, steps, folder, lr, seed=seed, save_every=save_every, accumulate=accumulate, stage=f"align ({objective})", **training)

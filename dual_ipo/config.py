@@ -33,6 +33,8 @@ class GeneratorPart(Part):
     max_sequence_length: int = Field(512, ge=1, description="text tokens (Wan 512, CogVideoX 226)")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
+    attention: Literal["auto", "native", "cudnn"] = Field("auto", description="kernel: PyTorch's choice or cuDNN's; auto: what is faster on this GPU")
+    compile: bool | Literal["auto"] = Field("auto", description="compile the transformer's blocks; auto: large models on a GPU")
     batch_size: int = Field(1, ge=1, description="videos sampled at once")
 
 # %% ../nbs/06_config.ipynb #1ce312ad
@@ -78,7 +80,7 @@ class AlignPart(Part):
     lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners")
     lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips; in the toy studies what held the generator over many rounds")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
-    gradient_checkpointing: bool = Field(True, description="less memory, more time")
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):

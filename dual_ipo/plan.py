@@ -22,6 +22,7 @@ from .config import Config
 from .core import Pair, UserError, Video
 from .cot import pair_item
 from .generator import Generator, Wan, adapter_of, read_checkpoint
+from .kernels import KEPT, blocks_of, choose_kept, kept_bytes
 from .reward import Judge, open_judge
 
 # %% ../nbs/32_plan.ipynb #d3e24d93
@@ -76,13 +77,8 @@ def saved_bytes(
     run,       # forward pass with gradients
     ignored,   # parameters
 ) -> int:
-    "Bytes that autograd keeps for the backward pass."
-    own, kept = {p.untyped_storage()._cdata for p in ignored}, {}
-    def pack(x):
-        if x.untyped_storage()._cdata not in own: kept[x.untyped_storage()._cdata] = x
-        return x
-    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): out = run()
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+    "As `kept_bytes`, with fused attention."
+    with fused_attention(): return kept_bytes(run, ignored)
 
 class Largest(TorchDispatchMode):
     "The largest sum of inputs and outputs of one operation, in bytes."
@@ -111,12 +107,12 @@ def generator_facts(
     clip = torch.empty(1, 3, g.num_frames, g.height, g.width, device="meta", dtype=vae.dtype)
     size = lambda module: sum(p.nbytes for p in module.parameters())
     trained = [p for p in g.transformer.parameters() if p.requires_grad]
-    blocks = len(next(m for m in g.transformer.children() if isinstance(m, torch.nn.ModuleList)))
-    saved = saved_bytes(call, g.transformer.parameters())
+    blocks, saved = blocks_of(g.transformer), saved_bytes(call, g.transformer.parameters())
     hidden = g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
     tokens = latents[0, 0].numel() // g.patch_size**2
-    boundary = tokens * hidden * torch.finfo(g.dtype).bits // 8
-    return dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), saved=saved, checkpointed=boundary * blocks + saved // blocks,
+    boundary, attentions = tokens * hidden * torch.finfo(g.dtype).bits // 8, sum(hasattr(m, "to_q") for m in blocks[0].modules())
+    return dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=len(blocks),
+                sizes=dict(all=saved // len(blocks), attention=boundary * (1 + attentions), none=boundary), attention=4 * tokens**2 * hidden * len(blocks),
                 work=largest(call), decode_work=largest(lambda: vae.decode(latents)), weights=size(g.transformer), others=size(g.pipe.text_encoder) + size(vae),
                 optimizer=sum(p.numel() for p in trained) * (4 + 8 + (0 if g.lora_rank else 4)), reference=0 if g.lora_rank else size(g.transformer), lora=bool(g.lora_rank), tokens=tokens)
 
@@ -145,12 +141,13 @@ def stages(
     video = part.num_inference_steps * (2 if part.guidance_scale > 1 else 1) * g["forward"] + g["decode"]
     sampling = g["weights"] + g["others"] + part.batch_size * max(g["work"], g["decode_work"])
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
-    policy = g["forward"] * (1 + back + (1 if a.gradient_checkpointing else 0))
-    samples = 2 if a.objective == "dpo" else 1
-    real = .5 if a.lambda_real else 0
+    samples, real = 2, .5 if a.lambda_real else 0
+    per_gpu, fixed = -(-a.batch_size // count) * (samples + real), g["weights"] + g["reference"] + g["optimizer"] + g["work"]
+    kept = choose_kept(g["blocks"], g["sizes"], per_gpu, .92 * gpu.memory - fixed) if a.checkpointing == "auto" else [KEPT[a.checkpointing]] * g["blocks"]
+    again = sum(dict(all=0, attention=g["forward"] - g["attention"], none=g["forward"])[how] for how in kept) / len(kept)
+    policy = g["forward"] * (1 + back) + again
+    held = per_gpu * (sum(g["sizes"][how] for how in kept) + (2 * g["sizes"]["all"] if again else 0))
     step = a.batch_size * a.accumulate * (samples * (policy + g["forward"]) + real * policy)
-    per_gpu = -(-a.batch_size // count)
-    held = per_gpu * (samples + real) * (g["checkpointed"] if a.gradient_checkpointing else g["saved"])
     token, response = 2 * j["parameters"], config.reward.max_new_tokens if v.reasons else 8
     read = lambda n_tokens, n: n * n_tokens * token / (gpu.flops * share)                  # seconds
     write = lambda n: -(-n // config.reward.batch_size) * response * max(config.reward.batch_size * token / (gpu.flops * share), j["weights"] / gpu.bandwidth)
@@ -159,7 +156,7 @@ def stages(
     def grades(clips): return read(j["clip"] + 40 * len(config.reward.dimensions), clips)
     both = j["pair"] + response
     rows = [("candidates", c.prompts_per_round * c.per_prompt * video, 0, sampling), ("ranking", 0, 0 if c.scorer else grades(c.prompts_per_round * c.per_prompt), j["weights"] + cache),
-            ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, g["weights"] + g["reference"] + g["optimizer"] + held + g["work"])]
+            ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, fixed + held)]
     if s.steps: rows += [("fresh clips", 2 * v.pairs * video, 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
                          ("srpo", 0, 3 * read(both, s.steps * s.batch_size * (2 + (1 if s.lambda_human else 0))) + read(both, 4 * v.pairs), j["weights"] + s.batch_size * 2 * both * j["width"] * j["layers"] * 34)]
     rows += [("evaluation", e.prompts * e.videos_per_prompt * video, votes(e.prompts * e.videos_per_prompt), max(sampling, j["weights"] + cache))]
@@ -176,11 +173,11 @@ def remedy(
         return next(r for r in stages(other, g, j, gpu, count) if r["stage"] == row["stage"])["memory"] <= gpu.memory
     a, options = config.align, []
     if row["stage"] == "align":
-        if not a.gradient_checkpointing: options.append(("align.gradient_checkpointing: true", ("align", dict(gradient_checkpointing=True))))
+        if a.checkpointing in ("none", "selective"): options.append(("align.checkpointing: auto", ("align", dict(checkpointing="auto"))))
         n = a.batch_size
         while n > count and n % 2 == 0:
             n //= 2
-            options.append((f"align.batch_size: {n} with align.accumulate: {a.accumulate * a.batch_size // n}", ("align", dict(batch_size=n, accumulate=a.accumulate * a.batch_size // n, gradient_checkpointing=True))))
+            options.append((f"align.batch_size: {n} with align.accumulate: {a.accumulate * a.batch_size // n}", ("align", dict(batch_size=n, accumulate=a.accumulate * a.batch_size // n, checkpointing="auto"))))
         if not g["lora"]: options.append(("generator.lora_rank: 64", None))
     if row["stage"] in ("candidates", "fresh clips", "evaluation") and config.generator.batch_size > 1: options.append(("generator.batch_size: 1", ("generator", dict(batch_size=1))))
     if row["stage"] in ("ranking", "votes", "evaluation") and config.reward.batch_size > 1: options.append(("reward.batch_size: 1", ("reward", dict(batch_size=1))))

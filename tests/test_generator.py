@@ -2,13 +2,13 @@
 import hashlib, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from diffusers import (AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline, WanPipeline,
-    WanTransformer3DModel)
+from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 import tiny
 from dual_ipo.align import align
 from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
 from dual_ipo.core import UserError, generator, noise
 from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.speed import REAL, real_generator
 from dual_ipo.store import read_json, read_table, read_tensors
 
 PROMPTS = ["a red circle moves left", "a blue square", "a green triangle moves up"]
@@ -254,32 +254,15 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective):
     for name, w in g.lora().items(): torch.testing.assert_close(w, theirs["transformer." + name], atol=2e-3, rtol=0)
     if objective == "kto": assert len(read_json(tmp_path/"two"/"kto.json")) == 6
 
-# real sizes, on the meta device (configs: diffusers' scripts/convert_wan_to_diffusers.py and convert_cogvideox_to_diffusers.py)
-
-COG = dict(attention_head_dim=64, time_embed_dim=512, text_embed_dim=4096)
-REAL = {
-    "Wan2.1-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096), (81, 480, 832), (16, 21, 60, 104), 1.42),
-    "Wan2.1-14B": (dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, text_dim=4096), (81, 720, 1280), (16, 21, 90, 160), 14.3),
-    "CogVideoX-2B": (COG | dict(num_attention_heads=30, num_layers=30), (49, 480, 720), (13, 16, 60, 90), 1.69),
-    "CogVideoX-5B": (COG | dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True), (49, 480, 720), (13, 16, 60, 90), 5.57),
-    "CogVideoX1.5-5B": (COG | dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False,
-        sample_width=300, sample_height=300, sample_frames=81), (81, 768, 1360), (22, 16, 96, 170), 5.57),
-}
+# real sizes, on the meta device
 
 @pytest.mark.parametrize("name", list(REAL))
 def test_real_sizes(name):
-    config, (T, H, W), shape, billions = REAL[name]
-    small, kind, transformer, vae, n = (tiny.wan(), Wan, WanTransformer3DModel, AutoencoderKLWan, 512) if name.startswith("Wan") else \
-        (tiny.cogvideox(), CogVideoX, CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, 226)
-    with torch.device("meta"):
-        parts = {**small.components, "transformer": transformer(**config).to(torch.bfloat16),
-            "vae": vae() if kind is Wan else vae(block_out_channels=(128, 256, 256, 512), layers_per_block=3, down_block_types=("CogVideoXDownBlock3D",)*4,
-                up_block_types=("CogVideoXUpBlock3D",)*4, latent_channels=16)}
-    settings = dict(num_frames=T, height=H, width=W, fps=16, num_inference_steps=50, guidance_scale=5., max_sequence_length=n)
-    g = kind(kind.pipeline(**parts), lora_rank=8, dtype=torch.bfloat16, device="meta", **settings)
-    assert g.latent_shape == shape
+    _, (T, _, _), shape, billions = REAL[name]
+    g = real_generator(name, lora_rank=8)
+    assert g.latent_shape == shape and type(g) is (Wan if name.startswith("Wan") else CogVideoX)
     assert abs(sum(p.numel() for k, p in g.transformer.named_parameters() if "lora" not in k)/1e9/billions - 1) < .01
     y = torch.empty(1, *shape, device="meta")
-    E = g.error(y, g.timesteps(1, "t"), y, [torch.empty(n, 4096, device="meta")])
+    E = g.error(y, g.timesteps(1, "t"), y, [torch.empty(g.max_sequence_length, 4096, device="meta")])
     assert E.shape == (1,) and E.dtype == torch.float32
-    with pytest.raises(UserError, match=f"use {T - 4}"): kind(kind.pipeline(**parts), **settings | {"num_frames": T - 1})
+    with pytest.raises(UserError, match=f"use {T - 4}"): real_generator(name, num_frames=T - 1)

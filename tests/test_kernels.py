@@ -1,0 +1,101 @@
+"What makes it faster must not change what is computed."
+import math, shutil
+
+import pytest, tiny, torch
+from dual_ipo.core import UserError, noise
+from dual_ipo.generator import Generator
+from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, fit, keep
+from dual_ipo.losses import dpo_loss
+from test_generator import batch, learn, paths   # noqa: F401, a fixture
+
+
+def gradients(g, x, kept):
+    if kept: keep(g.transformer, kept)
+    else: g.transformer.disable_gradient_checkpointing()
+    g.transformer.zero_grad()
+    E = g.error(*x)
+    (E*torch.arange(1., len(E) + 1)).sum().backward()
+    return E.detach(), [p.grad.clone() for p in g.transformer.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("lora_rank, dtype", [(4, torch.bfloat16), (4, torch.float32), (None, torch.float32), (None, torch.bfloat16)])
+@pytest.mark.parametrize("kind", list(tiny.PIPELINES))
+def test_whatever_is_kept_the_gradients_are_the_same(paths, kind, lora_rank, dtype):
+    g = Generator.load(paths[kind], lora_rank=lora_rank, dtype=dtype, **tiny.SETTINGS)
+    learn(g)
+    x, n = batch(g), len(blocks_of(g.transformer))
+    E, plain = gradients(g, x, None)
+    assert any(grad.any() for grad in plain)
+    for kept in (["attention"]*n, ["none"]*n, ["all"]*n, ["all", "attention"], ["none", "all"]):
+        other, grads = gradients(g, x, kept)
+        assert torch.equal(E, other) and all(torch.equal(a, b) for a, b in zip(plain, grads, strict=True))
+
+
+def test_attention_is_computed_once_when_it_is_kept(paths, monkeypatch):
+    g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS)
+    x, n, calls = batch(g), len(blocks_of(g.transformer)), []
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func) and "backward" not in str(func): calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+    def count(kept):
+        calls.clear()
+        with Count(): gradients(g, x, kept)
+        return len(calls)
+    everything = count(["all"]*n)
+    assert everything == 2*n and count(["none"]*n) == 2*everything and count(["attention"]*n) == everything
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="compiling needs a C compiler")
+@pytest.mark.parametrize("kind", ["wan unipc", "cogvideox 5b"])
+def test_compiled_and_checkpointed_in_bf16_every_logit_starts_at_zero(paths, kind):
+    g = Generator.load(paths[kind], lora_rank=4, dtype=torch.bfloat16, compile=True, **tiny.SETTINGS)
+    assert fit(g, "selective", 3, batch(g)[3][0]).startswith("native attention, compiled blocks; of 2 blocks 2 keep their attention")
+    x = batch(g)
+    with g.reference() as reference: E_ref = g.error(*x, reference)
+    E = g.error(*x)
+    loss, stats = dpo_loss(E, E.flip(0), E_ref, E_ref.flip(0), 5000.)
+    assert torch.equal(E.detach(), E_ref) and not stats["logit"].any() and math.isclose(loss.mean().item(), math.log(2), abs_tol=1e-6)
+    E, ours = gradients(g, x, ["attention"]*2)
+    eager = Generator.load(paths[kind], lora_rank=4, dtype=torch.bfloat16, **tiny.SETTINGS)
+    other, theirs = gradients(eager, x, None)
+    torch.testing.assert_close(E, other, rtol=.01, atol=0)
+    ours, theirs = (torch.cat([x.flatten() for x in grads]) for grads in (ours, theirs))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > .99
+
+
+def test_as_much_is_kept_as_fits():
+    sizes = dict(all=10., attention=3., none=1.)
+    assert choose_kept(4, sizes, 2, 1000.) == ["all"]*4
+    assert choose_kept(4, sizes, 2, 20.) == ["none"]*4
+    for free in range(64, 140):
+        kept = choose_kept(4, sizes, 2, float(free))
+        assert 2*sum(sizes[what] for what in kept) + 40 <= free and kept == sorted(kept)
+
+
+def test_a_blocks_memory_is_what_the_plan_says(paths):
+    "Measured on a real block, counted on the meta device."
+    from dual_ipo.plan import saved_bytes
+    g = Generator.load(paths["wan unipc"], lora_rank=4, **tiny.SETTINGS)
+    y, t, eps, text = batch(g, 1)
+    sizes = block_bytes(g.transformer, lambda: g.error(y, t, eps, text))
+    total = saved_bytes(lambda: g.error(y, t, eps, text), g.transformer.parameters())
+    assert .7*total < 2*sizes["all"] < 1.3*total and sizes["none"] < sizes["attention"] < sizes["all"]
+    assert not g.transformer.is_gradient_checkpointing
+
+
+def test_what_this_machine_cannot_do_is_one_line(paths):
+    with pytest.raises(UserError, match="takes an NVIDIA GPU and bfloat16; set it to auto"): Generator.load(paths["wan unipc"], attention="cudnn", **tiny.SETTINGS)
+    assert choose_attention("native", torch.device("cuda"), torch.bfloat16) == "native" == choose_attention("auto", torch.device("cuda"), torch.float32)
+
+
+def test_an_adapter_that_adds_nothing_is_left_out(paths):
+    g = Generator.load(paths["wan unipc"], lora_rank=4, **tiny.SETTINGS)
+    plain = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
+    keys, seen = [("k", 0)], []
+    layer = next(m for m in g.transformer.modules() if hasattr(m, "lora_A"))
+    layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    assert g.untouched and torch.equal(g.sample(["a red circle"], keys)[1], plain.sample(["a red circle"], keys)[1]) and not seen
+    learn(g)
+    assert not g.untouched and not torch.equal(g.sample(["a red circle"], keys)[0], plain.sample(["a red circle"], keys)[0]) and seen
