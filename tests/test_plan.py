@@ -36,7 +36,7 @@ def test_real_models_are_counted_right(tmp_path, name, forward, saved):
     for p in g.transformer.parameters(): p.data = p.data.bfloat16()
     sizes, wide = generator_facts(g)["sizes"], facts["sizes"]
     assert sizes["all"]*facts["blocks"] == pytest.approx(saved, rel=.1) and wide["all"] >= sizes["all"]
-    assert wide["none"] < wide["attention"] < .12*wide["all"] and facts["decode"] > 1e12
+    assert wide["none"] < wide["attention"] < .15*wide["all"] and facts["decode"] > 1e12
 
 
 def test_what_does_not_fit_names_its_remedy(tmp_path):
