@@ -9,7 +9,7 @@ __all__ = ['PER_TOKEN', 'defuse', 'RoomyLayer', 'Read', 'no_dropout', 'VLM', 'un
 # %% ../nbs/13_reward.ipynb #be1ae931
 import copy
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .core import Judgement, Pair, UserError, seed_of
 from .cot import DIMENSIONS, Item, clip_item, pair_item
 from .store import read_json, write_json
-from .voting import Vote, check_k, tally
+from .voting import Vote, check_k, decided, tally
 
 # %% ../nbs/13_reward.ipynb #8e48d8fc
 def defuse(
@@ -246,18 +246,22 @@ class Writer(VLM):
         top_p: float = 0.95,
         max_new_tokens: int = 128,
         batch: int = 128,           # responses written together
+        stop=None,                  # (texts [B][K], None while it is written) -> [B] whether the rest of an item's responses need not be finished; those are None
+        side_by_side: int = 1,      # items that `stop` has to see together
     ) -> list[list[Response]]:
         "K responses to each question."
-        n = max(batch//k, 1)
-        chunks = [self.write(items[i:i + n], k, seed_keys[i:i + n], temperature, top_p, max_new_tokens) for i in range(0, len(items), n)]
+        n = max(batch//k//side_by_side, 1)*side_by_side
+        chunks = [self.write(items[i:i + n], k, seed_keys[i:i + n], temperature, top_p, max_new_tokens, stop) for i in range(0, len(items), n)]
         return [row for chunk in chunks for row in chunk]
 
-    def write(self, items, k, seed_keys, temperature, top_p, max_new_tokens) -> list[list[Response]]:
+    def write(self, items, k, seed_keys, temperature, top_p, max_new_tokens, stop=None) -> list[list[Response]]:
         "One batch of `sample`."
         seeds = np.array([seed_of(*keys, path) for keys in seed_keys for path in range(k)], np.uint64)
         read, eos = self.read(items).repeat(k, max_new_tokens), torch.tensor(sorted(self.eos), device=self.device)
         control = torch.tensor(self.control, dtype=torch.long, device=self.device)
         tokens, logp, alive = [], [], [torch.ones(len(seeds), dtype=torch.bool, device=self.device)]
+        text = lambda row: self.tokenizer.decode([t for t in row if t not in self.eos])
+        left, given_up = len(seeds), torch.zeros(len(seeds), dtype=torch.bool)
         logits, one = read.logits, torch.ones(len(seeds), 1, dtype=torch.long, device=self.device)
         for position in range(max_new_tokens):
             u = torch.from_numpy(uniform(seeds, position)).to(self.device)
@@ -265,12 +269,18 @@ class Writer(VLM):
             tokens.append(token)
             logp.append(chosen(logits, token)*alive[-1])
             alive.append(alive[-1] & ~torch.isin(token, eos))
+            if stop and (writing := int(alive[-1].sum())) < left:
+                still = alive[-1].tolist()
+                texts = [None if still[i] or given_up[i] else text(row[:n]) for i, (row, n) in enumerate(zip(torch.stack(tokens, 1).tolist(), torch.stack(alive[:-1]).sum(0).tolist()))]
+                done = torch.tensor(stop([texts[i:i + k] for i in range(0, len(texts), k)])).repeat_interleave(k)
+                given_up |= done & alive[-1].cpu()
+                alive[-1] &= ~done.to(self.device)
+                left = writing
             if position + 1 == max_new_tokens or not alive[-1].any(): break
             logits = self.extend(read, token[:, None], one)[:, -1]
         lengths, logp = torch.stack(alive[:-1]).sum(0).tolist(), torch.stack(logp).sum(0).tolist()
         rows = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths)]
-        texts = self.tokenizer.batch_decode([[t for t in row if t not in self.eos] for row in rows])
-        responses = [Response(*r) for r in zip(texts, rows, logp)]
+        responses = [None if gone else Response(text(row), row, x) for row, x, gone in zip(rows, logp, given_up.tolist())]
         return [responses[i:i + k] for i in range(0, len(responses), k)]
 
 # %% ../nbs/13_reward.ipynb #c4182e5f
@@ -414,15 +424,18 @@ class Judge(Chooser):
         k: int,                       # votes per pair, half of them with the videos swapped
         keys: tuple,                  # name the randomness, with each pair's id (or its prompt)
         dimensions=DIMENSIONS,
+        early: bool = False,          # stop writing about a pair whose label is decided; the label is the same, p_a is that of the votes that ended
         **sampling,                   # see `sample`
     ) -> list[Judgement]:
         "K sampled responses to each pair, counted."
         orders = ("ab", "ba")
         items = [pair_item(pair, order, dimensions) for pair in pairs for order in orders]
         names = [(*keys, pair.pair_id or pair.prompt, order) for pair in pairs for order in orders]
-        rows = self.sample(items, check_k(k)//2, names, **sampling)
-        votes = [[Vote.read(r.text, orders[i % 2], log_prob=r.log_prob, ids=r.ids) for r in row] for i, row in enumerate(rows)]
-        return [tally(ab + ba) for ab, ba in zip(votes[::2], votes[1::2])]
+        ended = lambda ab, ba: [Vote.read(t, order) for texts, order in ((ab, "ab"), (ba, "ba")) for t in texts if t is not None]
+        stop = lambda texts: [x for ab, ba in zip(texts[::2], texts[1::2]) for x in 2*[decided(ended(ab, ba), k) is not None]]
+        rows = self.sample(items, check_k(k)//2, names, **sampling, **dict(stop=stop, side_by_side=2) if early else {})
+        votes = [[Vote.read(r.text, orders[i % 2], log_prob=r.log_prob, ids=r.ids) for r in row if r] for i, row in enumerate(rows)]
+        return [replace(tally(ab + ba), label=decided(ab + ba, k), n_votes=k) for ab, ba in zip(votes[::2], votes[1::2])]
 
     def refer(self,
         pairs: list[Pair],

@@ -231,3 +231,27 @@ def test_learning_starts_at_a_margin_of_zero(judge, pairs, tmp_path):
     assert history[0]["loss"] == pytest.approx(.8*math.log(2), abs=1e-3) and history[0]["reward_w"] == pytest.approx(0, abs=1e-3)
     assert history[-1]["loss"] < history[0]["loss"] and history[-1]["reward_w"] > history[-1]["reward_l"]
     assert srpo(judge, bare, [row | dict(kept=False) for row in rows], tmp_path/"none", steps=4, lr=1e-2, beta=.5) == []
+
+# --- stopping early
+
+def test_a_label_is_decided_exactly_when_no_completion_changes_it():
+    "Every way to cast four votes, one after the other, in any order of ending."
+    from itertools import permutations, product
+    from dual_ipo.voting import decided
+    for answers in product(("1", "2", "tie", None), repeat=4):
+        votes = [Vote(x, order) for x, order in zip(answers, ("ab", "ab", "ba", "ba"))]
+        label = tally(votes).label
+        for ended in set(permutations(range(4))):
+            open_ = [decided([votes[i] for i in ended[:n]], 4) for n in range(5)]
+            assert open_[4] == label and all(x in (None, label) for x in open_)
+
+def test_stopping_early_changes_no_label(judge, pairs):
+    learn(judge, pairs)
+    asked = dict(dimensions=[], temperature=1.5, top_p=1., **SHORT)
+    few = [Pair(p.prompt, p.a, p.b, pair_id=f"{p.pair_id} {i}") for i in range(6) for p in pairs]
+    for batch in (8, 512):
+        whole, early = (judge.vote(few, 8, ("early",), early=e, batch=batch, **asked) for e in (False, True))
+        assert [j.label for j in whole] == [j.label for j in early]
+    assert len({j.label for j in whole}) > 1 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
+    written = {(v.order, tuple(v.ids)) for j in whole for v in j.votes}
+    assert all((v.order, tuple(v.ids)) in written for j in early for v in j.votes)   # what was finished is what would have been written
