@@ -87,16 +87,16 @@ def kept_bytes(
 
 def block_bytes(
     transformer,
-    run,       # calls the transformer on one sample
+    run,       # calls the transformer on a batch
+    samples: int = 1,   # in it
 ) -> dict:     # {"all", "attention", "none"}
     "What a block keeps of one sample."
     sizes = {}
     def call(block, *args):
         if not sizes:
-            args = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-            attentions = sum(hasattr(m, "to_q") for m in block.modules())
-            sizes.update(all=kept_bytes(lambda: block.forward(*args), block.parameters()), none=args[0].nbytes, attention=args[0].nbytes*(1 + attentions))
-        with torch.no_grad(): return block.forward(*args)
+            hidden, attentions = args[0].detach().requires_grad_(), sum(hasattr(m, "to_q") for m in block.modules())
+            sizes.update(all=kept_bytes(lambda: block(hidden, *args[1:]), block.parameters())/samples, none=hidden.nbytes/samples, attention=hidden.nbytes*(1 + attentions)/samples)
+        with torch.no_grad(): return block(*args)
     transformer.enable_gradient_checkpointing(call)
     try: run()
     finally: transformer.disable_gradient_checkpointing()
@@ -133,8 +133,8 @@ def fit(
     transformer, n = model.transformer, len(blocks_of(model.transformer))
     kept = [KEPT.get(checkpointing, "all")]*n
     if checkpointing == "auto" and model.device.type == "cuda":
-        y = torch.zeros(1, *model.latent_shape)
-        sizes = block_bytes(transformer, lambda: model.error(y, model.timesteps(1, "fit"), y, [text]))
+        y = torch.zeros(samples, *model.latent_shape)
+        sizes = block_bytes(transformer, lambda: model.error(y, model.timesteps(samples, "fit"), y, [text]*samples), samples)
         to_come = sum(p.numel() for p in transformer.parameters() if p.requires_grad)*12   # gradient and Adam's two moments, fp32
         kept = choose_kept(n, sizes, samples, .92*free_bytes(model.device) - to_come)
     if kept != ["all"]*n: keep(transformer, kept)

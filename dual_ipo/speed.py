@@ -166,7 +166,7 @@ def a_step(
 
 def training(
     name: str,
-    recipe: str,                     # "peers" or "ours"
+    recipe: str,                     # "ours", "peers", or "peers flash" with the kernel that PyTorch took before 2.10
     objective: str = "dpo",
     lora_rank: int | None = 64,
     checkpointing: str = "auto",
@@ -174,12 +174,13 @@ def training(
     **settings,                      # of `Generator`: attention, compile
 ) -> dict:
     "Time and memory of a step on one pair."
-    g = real_generator(name, DEVICE, lora_rank, **dict(attention="native", compile=False) if recipe == "peers" else settings)
+    g = real_generator(name, DEVICE, lora_rank, **dict(attention="native", compile=False) if recipe != "ours" else settings)
+    if recipe == "peers flash": g.transformer.set_attention_backend("_native_flash")
     g.freeze_reference()
     with g.alone():
-        if recipe == "peers":
+        if recipe != "ours":
             keep(g.transformer, ["none"] * len(blocks_of(g.transformer)))
-            chosen, loss = "PyTorch's attention, every block checkpointed, four passes", lambda batch: peers_loss(g, batch)
+            chosen, loss = f"{'flash' if 'flash' in recipe else 'default'} attention, every block checkpointed, four passes", lambda batch: peers_loss(g, batch)
         else:
             chosen = fit(g, checkpointing, 2, a_batch(g, 1)[3][0])
             baseline = KtoBaseline(64, lambda x: x, []) if objective == "kto" else None
@@ -195,26 +196,27 @@ def training(
 # %% ../nbs/71_speed.ipynb #ff2cc0a3
 def sampling(
     name: str,
-    recipe: str,     # "diffusers": the plain pipeline; or "ours"
-    steps: tuple = (2, 5),
+    recipe: str,     # "ours", "diffusers": the plain pipeline, or "diffusers flash" as above
+    steps: tuple = (1, 4), n: int = 1,
 ) -> dict:
     "Time of a denoising step and of decoding one clip; of a clip of 50 steps."
-    g = real_generator(name, DEVICE, **dict(attention="native", compile=False) if recipe == "diffusers" else {})
-    if recipe == "diffusers": g.transformer.unload_lora()
+    g = real_generator(name, DEVICE, **dict(attention="native", compile=False) if recipe != "ours" else {})
+    if recipe != "ours": g.transformer.unload_lora()
+    if recipe == "diffusers flash": g.transformer.set_attention_backend("_native_flash")
     g.negative = [noise((g.max_sequence_length, 4096), "negative").bfloat16()]
     text = [noise((g.max_sequence_length, 4096), "text").bfloat16()]
     decode = g.pipe.vae.decode
-    def clip(n, decoded):
-        g.num_inference_steps = n
+    def clip(k, decoded):
+        g.num_inference_steps = k
         blank = torch.zeros(1, 3, 1, 8, 8, device=DEVICE)
         if not decoded: g.pipe.vae.decode = lambda z, return_dict=True: SimpleNamespace(sample=blank) if return_dict else (blank,)
         try:
-            with g.reference() if recipe == "ours" else torch.no_grad(): return g.sample_batch(text, [("clip", n)])
+            with g.reference() if recipe == "ours" else torch.no_grad(): return g.sample_batch(text, [("clip", k)])
         finally: g.pipe.vae.decode = decode
-    few, many = (seconds(lambda: clip(n, False), 2) for n in steps)
-    whole = seconds(lambda: clip(steps[0], True), 2)
+    few, many = (seconds(lambda: clip(k, False), n) for k in steps)
+    whole = seconds(lambda: clip(steps[0], True), n)
     step, decoding = (many - few) / (steps[1] - steps[0]), whole - few
-    return dict(model=name, recipe=recipe, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=peak_gb(lambda: clip(steps[0], True)))
+    return dict(model=name, recipe=recipe, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
 # %% ../nbs/71_speed.ipynb #f13809b3
 def real_judge(device: str, layers: int = 32) -> Judge:
@@ -234,7 +236,7 @@ def real_judge(device: str, layers: int = 32) -> Judge:
 def judging(
     k: int = 8, tokens: int = 200, pairs: int = 4, clip: tuple = (81, 480, 832),
 ) -> dict:
-    "Votes on a pair: K calls of the model's own `generate`, and ours; and on several pairs at once."
+    "Votes on a pair: K calls of the model's own `generate` (two are timed, one in each order), and ours; and on several pairs at once."
     judge = real_judge(DEVICE)
     judge.control = [*judge.control, *judge.eos, *range(len(judge.tokenizer), 128256)]   # random weights must write to the end, in words that there are
     video = lambda *key: Video((noise((clip[0], 3, 8, 13), *key) * 64 + 128).clamp(0, 255).byte().repeat_interleave(clip[1] // 8, 2).repeat_interleave(clip[2] // 13, 3), 16.)
@@ -242,18 +244,18 @@ def judging(
     ours = lambda some: judge.vote(some, k, ("speed",), max_new_tokens=tokens, batch=k * len(some))
     inputs = [judge.inputs([pair_item(many[0], order)]) for order in ("ab", "ba")]
     def naive():
-        for i in range(k): judge.model.generate(**inputs[i % 2], do_sample=True, temperature=.7, top_p=.95, max_new_tokens=tokens, min_new_tokens=tokens)
-    with torch.no_grad(): return dict(parameters=sum(p.numel() for p in judge.model.parameters()), prompt_tokens=inputs[0]["input_ids"].shape[1], k=k, tokens=tokens, naive=seconds(naive, 1, 0), ours=seconds(lambda: ours(many[:1]), 2),
+        for order in range(2): judge.model.generate(**inputs[order], do_sample=True, temperature=.7, top_p=.95, max_new_tokens=tokens, min_new_tokens=tokens)
+    with torch.no_grad(): return dict(parameters=sum(p.numel() for p in judge.model.parameters()), prompt_tokens=inputs[0]["input_ids"].shape[1], k=k, tokens=tokens, naive=seconds(naive, 1, 1) * k / 2, ours=seconds(lambda: ours(many[:1]), 2),
                                       ours_each=seconds(lambda: ours(many), 1, 0) / pairs, pairs=pairs, grades_each=seconds(lambda: judge.grades([(p.prompt, p.a) for p in many]), 2) / pairs,
-                                      peak_gb=peak_gb(lambda: ours(many)))
+                                      peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
 # %% ../nbs/71_speed.ipynb #9e1ecb68
 PARTS = {"ceilings Wan2.1-1.3B": lambda: ceilings("Wan2.1-1.3B"), "ceilings CogVideoX-2B": lambda: ceilings("CogVideoX-2B")}
 for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
-    PARTS |= {f"train {_name} peers": lambda name=_name: training(name, "peers", n=2), f"train {_name} ours": lambda name=_name: training(name, "ours"),
+    PARTS |= {f"train {_name} peers": lambda name=_name: training(name, "peers", n=2), f"train {_name} peers flash": lambda name=_name: training(name, "peers flash", n=2), f"train {_name} ours": lambda name=_name: training(name, "ours"),
               f"train {_name} kto": lambda name=_name: training(name, "ours", "kto"), f"train {_name} full": lambda name=_name: training(name, "ours", lora_rank=None, n=2),
               f"train {_name} eager": lambda name=_name: training(name, "ours", compile=False, n=2),
-              f"sample {_name} diffusers": lambda name=_name: sampling(name, "diffusers"), f"sample {_name} ours": lambda name=_name: sampling(name, "ours")}
+              f"sample {_name} diffusers": lambda name=_name: sampling(name, "diffusers"), f"sample {_name} diffusers flash": lambda name=_name: sampling(name, "diffusers flash"), f"sample {_name} ours": lambda name=_name: sampling(name, "ours")}
 PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2), "judge": judging}
 
 def measure(

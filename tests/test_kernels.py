@@ -83,6 +83,8 @@ def test_a_blocks_memory_is_what_the_plan_says(paths):
     total = saved_bytes(lambda: g.error(y, t, eps, text), g.transformer.parameters())
     assert .7*total < 2*sizes["all"] < 1.3*total and sizes["none"] < sizes["attention"] < sizes["all"]
     assert not g.transformer.is_gradient_checkpointing
+    y, t, eps, text = batch(g, 3)
+    assert block_bytes(g.transformer, lambda: g.error(y, t, eps, text), 3)["all"] == pytest.approx(sizes["all"], rel=.05)
 
 
 def test_what_this_machine_cannot_do_is_one_line(paths):

@@ -245,13 +245,16 @@ def test_a_label_is_decided_exactly_when_no_completion_changes_it():
             open_ = [decided([votes[i] for i in ended[:n]], 4) for n in range(5)]
             assert open_[4] == label and all(x in (None, label) for x in open_)
 
-def test_stopping_early_changes_no_label(judge, pairs):
-    learn(judge, pairs)
-    asked = dict(dimensions=[], temperature=1.5, top_p=1., **SHORT)
+def test_stopping_early_changes_no_label(judge, pairs, monkeypatch):
+    "A judge of random weights can't be read; here the length of what it wrote is its answer."
+    import dual_ipo.voting as voting
+    monkeypatch.setattr(voting, "parse_answer", lambda text: {0: "1", 1: "2", 2: "tie"}.get(len(text) % 4))
     few = [Pair(p.prompt, p.a, p.b, pair_id=f"{p.pair_id} {i}") for i in range(6) for p in pairs]
+    judge.eos = set(range(4, 40))   # so that responses end at different lengths
     for batch in (8, 512):
-        whole, early = (judge.vote(few, 8, ("early",), early=e, batch=batch, **asked) for e in (False, True))
+        whole, early = (judge.vote(few, 8, ("early",), [], early=e, batch=batch, temperature=1., top_p=1., **SHORT) for e in (False, True))
         assert [j.label for j in whole] == [j.label for j in early]
-    assert len({j.label for j in whole}) > 1 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
-    written = {(v.order, tuple(v.ids)) for j in whole for v in j.votes}
-    assert all((v.order, tuple(v.ids)) in written for j in early for v in j.votes)   # what was finished is what would have been written
+    assert len({j.label for j in whole}) == 4 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
+    for a, b in zip(whole, early):   # what was finished is what would have been written
+        written = [(v.order, v.ids) for v in a.votes]
+        assert all((v.order, v.ids) in written for v in b.votes)
