@@ -49,7 +49,7 @@ def choose_compile(
 
 def compile_blocks(transformer):
     "torch.compile for every block, rounding where eager code rounds."
-    for block in blocks_of(transformer): block.compile(dynamic=False, options={"emulate_precision_casts": True})
+    for block in blocks_of(transformer): block.compile(dynamic=False, options={"emulate_precision_casts": True, "deterministic": True})
 
 # %% ../nbs/24_kernels.ipynb #31f36683
 aten = torch.ops.aten
@@ -136,7 +136,7 @@ def fit(
         y = torch.zeros(samples, *model.latent_shape)
         sizes = block_bytes(transformer, lambda: model.error(y, model.timesteps(samples, "fit"), y, [text]*samples), samples)
         to_come = sum(p.numel() for p in transformer.parameters() if p.requires_grad)*12   # gradient and Adam's two moments, fp32
-        kept = choose_kept(n, sizes, samples, .92*free_bytes(model.device) - to_come)
+        kept = choose_kept(n, sizes, samples, .88*free_bytes(model.device) - to_come)
     if kept != ["all"]*n: keep(transformer, kept)
     return f"{model.attention} attention, {'compiled' if model.compiled else 'uncompiled'} blocks; of {n} blocks " + ", ".join(f"{kept.count(what)} keep {said}" for what, said in
         (("all", "all activations"), ("attention", "their attention"), ("none", "their input")) if what in kept)

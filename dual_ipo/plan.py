@@ -143,7 +143,7 @@ def stages(
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
     samples, real = 2, .5 if a.lambda_real else 0
     per_gpu, fixed = -(-a.batch_size // count) * (samples + real), g["weights"] + g["reference"] + g["optimizer"] + g["work"]
-    kept = choose_kept(g["blocks"], g["sizes"], per_gpu, .92 * gpu.memory - fixed) if a.checkpointing == "auto" else [KEPT[a.checkpointing]] * g["blocks"]
+    kept = choose_kept(g["blocks"], g["sizes"], per_gpu, .88 * gpu.memory - fixed) if a.checkpointing == "auto" else [KEPT[a.checkpointing]] * g["blocks"]
     again = sum(dict(all=0, attention=g["forward"] - g["attention"], none=g["forward"])[how] for how in kept) / len(kept)
     policy = g["forward"] * (1 + back) + again
     held = per_gpu * (sum(g["sizes"][how] for how in kept) + (2 * g["sizes"]["all"] if again else 0))

@@ -68,7 +68,7 @@ def mean(
     values = list(values)
     return sum(values)/len(values) if values else math.nan
 
-# %% ../nbs/11_voting.ipynb #9f1bf326
+# %% ../nbs/11_voting.ipynb #e18869c7
 def decided(
     votes: list,     # the votes so far
     k: int,          # how many there will be, half of them in each order

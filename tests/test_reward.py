@@ -254,7 +254,7 @@ def test_stopping_early_changes_no_label(judge, pairs, monkeypatch):
     for batch in (8, 512):
         whole, early = (judge.vote(few, 8, ("early",), [], early=e, batch=batch, temperature=1., top_p=1., **SHORT) for e in (False, True))
         assert [j.label for j in whole] == [j.label for j in early]
-    assert len({j.label for j in whole}) == 4 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
+    assert len({j.label for j in whole}) > 1 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
     for a, b in zip(whole, early):   # what was finished is what would have been written
         written = [(v.order, v.ids) for v in a.votes]
         assert all((v.order, v.ids) in written for v in b.votes)
