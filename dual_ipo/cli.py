@@ -198,6 +198,12 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--count", type=int, default=1, help="cards")
     plan.add_argument("--share", type=float, default=.35, help="share of the card's rate that is reached (default 0.35)")
     plan.add_argument("--price", type=float, default=0., help="of a GPU-hour")
+    gate = commands.add_parser("gate", help="whether cheaper candidates (candidates.num_inference_steps, cache, preview_steps) get the same labels")
+    gate.add_argument("config", type=Path)
+    gate.add_argument("--prompts", type=int, default=200, help="how many of data.prompts to ask about (default 200)")
+    gate.add_argument("--generator", help="checkpoint (default: the config's)")
+    gate.add_argument("--judge", help="checkpoint of a judge after its cold start, such as RUN/round_00/reward (default: the config's)")
+    gate.add_argument("--out", type=Path, help="folder for clips and figures (default runs/NAME-gate)")
     for name, text in dict(status="where a run stands", report="render a run's report again").items():
         commands.add_parser(name, help=text).add_argument("run", type=Path)
     return p
@@ -235,6 +241,11 @@ def command(args):
     if args.command == "plan":
         from dual_ipo.plan import plan
         return print(plan(read_config(args.config), args.gpu, args.count, args.share, args.price))
+    if args.command == "gate":
+        from dual_ipo.gate import gate, verdict
+        from dual_ipo.prompts import read_prompts
+        config = read_config(args.config)
+        return print(verdict(gate(config, read_prompts(config.data.prompts)[:args.prompts], args.out or Path("runs") / f"{args.config.stem}-gate", args.generator, args.judge)))
     if args.command == "report":
         from dual_ipo.report import make_report
         return print(make_report(Run.load(args.run).path))

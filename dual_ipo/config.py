@@ -69,6 +69,15 @@ class CandidatesPart(Part):
     scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
     pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
     min_margin: float = Field(0., ge=0, description="judge scores must differ by more than this (grades are 1 to 5)")
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next two make cheaper candidates: ask `dual-ipo gate` first whether their labels are the same")
+    cache: float | None = Field(None, gt=0, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
+    preview_steps: int | None = Field(None, ge=1, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
+    keep: int = Field(2, ge=1, description="with previews: how many from the top and how many from the bottom are sampled in full")
+
+    @model_validator(mode="after")
+    def fewer(self):
+        if self.preview_steps and 2*self.keep >= self.per_prompt: raise ValueError(f"keep: {self.keep} from the top and as many from the bottom are all {self.per_prompt} candidates; lower it or set preview_steps to null")
+        return self
 
 class AlignPart(Part):
     objective: Literal["dpo", "kto"] = Field("dpo", description="Diffusion-DPO or Diffusion-KTO")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline, FirstBlockCacheConfig, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -211,6 +211,7 @@ class Weights:
 class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise` and `predict`."
     vae_dtype = None   # None: as the rest
+    cache = None       # threshold of a first-block cache while sampling, lossy; None: none
 
     def __init__(self, pipe, *,
         num_frames: int, height: int, width: int, fps: float,                       # of every video
@@ -296,6 +297,7 @@ class Generator(Weights):
     def sample_batch(self, text, keys):
         "One call of the pipeline, which does everything; a callback sees the last latents on their way to the VAE."
         text, last = self.pad(text), {}
+        if self.cache: self.transformer.enable_cache(FirstBlockCacheConfig(threshold=self.cache))
         if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
         def catch(pipe, i, t, tensors): return last.update(tensors) or {}
         videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
@@ -303,6 +305,7 @@ class Generator(Weights):
             generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
             height=self.height, width=self.width, num_frames=self.num_frames, num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale, output_type="pt", callback_on_step_end=catch).frames
+        if self.cache: self.transformer.disable_cache()
         return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
 # %% ../nbs/21_generator.ipynb #ad6c38d3

@@ -118,17 +118,16 @@ def stalled(
 
 # %% ../nbs/31_monitor.ipynb #e044f7de
 def should_stop(
-    judged: list,         # mean grades, 1..5, that one and the same judge gave to what the generators of rounds 0, 1, … make
-    history: list,        # the last `align` history
-    rise: float = 0.11,   # a smaller rise of the grade is none
-    loser: float = 0.04,  # how far the loser's error may lie above the reference's
+    judged: list,       # mean grades, 1..5, that one and the same judge gave to what the generators of rounds 0, 1, … make
+    history: list,      # the last `align` history
+    price: float = 2.,  # grade points that a round must bring for each unit of error by which it drives losers away
 ) -> list[str]:
     "A reason to keep the generator of the round before, from signals that need no truth."
-    above = above_reference(history, "l")
-    if len(judged) < 2 or not (judged[-1] < judged[-2] + rise and above > loser): return []
+    margin = max(late_mean(history, "margin_l"), 1e-4) if history else math.nan   # nan is neither above nor below
+    if len(judged) < 2 or not judged[-1] - judged[-2] < price*margin: return []
     k = len(judged) - 1
-    return [f"round {k}: the judge's mean grade went from {judged[-2]:.2f} to {judged[-1]:.2f} (a rise counts from {rise:g}) while the losers' error ended {above:.0%} above the reference's "
-            f"(limit {loser:.0%}): keep round {k - 1}'s generator and stop"]
+    return [f"round {k}: the judge's mean grade went from {judged[-2]:.3f} to {judged[-1]:.3f} while the losers' error ended {margin:.3f} above the reference's: {(judged[-1] - judged[-2])/margin:.1f} grade points "
+            f"a unit (limit {price:g}): keep round {k - 1}'s generator and stop"]
 
 # %% ../nbs/31_monitor.ipynb #88b81ef0
 def warnings_of(

@@ -146,7 +146,7 @@ def opinions(
     judge,       # path
 ) -> list:       # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
-    return [sum(g) / len(g) for g in grades_of(r, r.judge(judge), [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows])]
+    return [sum(g) / len(g) for g in grades_of(r.judge(judge), [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows], r.config.reward.dimensions)]
 
 def signals_of(r: Round) -> dict:
     "What the generator's training said about itself at its end; the winners' error is relative to the reference's."

@@ -1,0 +1,70 @@
+"Cheaper candidates: what is asked of them, and that a run makes them."
+import pytest, yaml
+from dual_ipo.cli import demo_config, main, write_toy_input
+from dual_ipo.core import UserError
+from dual_ipo.config import parse_config
+from dual_ipo.gate import agreement, gate, with_candidates
+from dual_ipo.generator import Generator
+from dual_ipo.rounds import Round, rank, sample
+from dual_ipo.store import Run, mark_done, read_table
+from dual_ipo.toyworld import toy_prompts
+
+PROMPTS = toy_prompts(4, "train", 3)
+TOY = demo_config("cogvideox", "dpo", 1, 0)
+
+
+def test_a_cache_changes_little_and_is_gone_afterwards():
+    g = Generator.load(TOY.generator.path, **TOY.generator.model_dump(exclude={"path", "batch_size", "dtype"}))
+    keys = [("cache", i) for i in range(len(PROMPTS))]
+    plain, _ = g.sample(PROMPTS, keys)
+    g.cache = .2
+    cached, _ = g.sample(PROMPTS, keys)
+    assert 0 < (cached - plain).abs().mean() < .5*plain.abs().mean()
+    g.cache = None
+    assert (g.sample(PROMPTS, keys)[0] == plain).all()
+
+
+def test_previews_choose_what_is_sampled_in_full(tmp_path):
+    "The ends of the previews are sampled in full, from the same noise as ever."
+    config = TOY.model_copy(update=dict(candidates=TOY.candidates.model_copy(update=dict(preview_steps=3, keep=1, per_prompt=4, prompts_per_round=4))))
+    r = Round(Run.open(tmp_path/"run", config.model_dump()), 0)
+    mark_done(r.folder)
+    r = Round(r.run, 1)
+    rows = sample(r, PROMPTS)
+    scores = {(row["prompt"], row["candidate"]): row["score"] for row in read_table(r.folder/"previews.parquet")}
+    assert len(scores) == 16 and len(rows) == 8
+    for prompt in PROMPTS:
+        ends = [row["candidate"] for row in rows if row["prompt"] == prompt]
+        mine = {j: x for (p, j), x in scores.items() if p == prompt}
+        assert set(ends) == {min(mine, key=mine.get), max(mine, key=mine.get)}
+    full = Round(Run.open(tmp_path/"full", with_candidates(config, preview_steps=None).model_dump()), 0)
+    mark_done(full.folder)
+    full = Round(full.run, 1)
+    names = {row["name"]: full.folder/"candidates"/row["clip"] for row in sample(full, PROMPTS)}
+    same = [(r.folder/"candidates"/row["clip"]).read_bytes() == names[row["name"]].read_bytes() for row in rows]
+    assert sum(same) >= 6   # batches differ in size, and with them the last bits
+    assert {pair["prompt"] for pair in rank(r, rows)} <= set(PROMPTS) and sample(r, PROMPTS) == rows
+
+
+def test_agreement_of_what_was_pruned():
+    full = [dict(prompt=p, candidate=j, score=x) for p in "ab" for j, x in enumerate((2., 1., 4., 3.))]
+    a, b = agreement(full, [row for row in full if row["candidate"] in (1, 2)])
+    assert a["same_winner"] and a["same_loser"] and a["gap"] == 1 and a["label"]
+    a, b = agreement(full, [row | dict(score=-row["score"]) for row in full])
+    assert not a["label"] and a["gap"] == -1
+
+
+def test_command(tmp_path, capsys):
+    config = with_candidates(TOY, per_prompt=2, num_inference_steps=3)
+    write_toy_input(tmp_path/"input", config, pairs=2, real=2)
+    data = config.model_dump()
+    data["data"] = {k: str(tmp_path/v) if isinstance(v, str) else v for k, v in data["data"].items()}
+    path = tmp_path/"run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    ask = ["gate", str(path), "--prompts", "3", "--out", str(tmp_path/"gate")]
+    assert main(ask) == 0
+    said = capsys.readouterr().out
+    assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
+    path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))))
+    assert main(ask) == 2 and "set candidates.num_inference_steps, cache or preview_steps" in capsys.readouterr().err
+    with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
