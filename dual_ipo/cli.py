@@ -152,7 +152,7 @@ def demo_config(
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=450, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80, by="grades"),
         align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., checkpointing="none"),
-        pce=dict(use="weight"), srpo=dict(steps=16, batch_size=8, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
+        pce=dict(use="weight", form="votes"), srpo=dict(steps=16, batch_size=8, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(

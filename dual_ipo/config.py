@@ -112,7 +112,7 @@ class VotesPart(Part):
         return self
 
 class PCEPart(Part):
-    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("paths", description="how P(R > Q) is taken; votes: the share of the votes for the label instead")
+    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and the only one that tells right labels from wrong")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
     use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")

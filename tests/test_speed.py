@@ -1,0 +1,46 @@
+"What is timed is the same arithmetic, and what was measured is kept."
+import json
+import pytest, torch
+import dual_ipo.speed as speed
+from dual_ipo.align import step_loss
+from dual_ipo.store import read_json
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "Two blocks and 9 small frames under the names of the real models."
+    monkeypatch.setattr(speed, "DEVICE", "cpu")
+    monkeypatch.setitem(speed.REAL, "Wan2.1-1.3B", (dict(num_attention_heads=2, ffn_dim=64, num_layers=2, text_dim=4096), (9, 64, 64), None, None))
+    monkeypatch.setitem(speed.REAL, "CogVideoX-2B", (speed.COG | dict(num_attention_heads=2, num_layers=2), (9, 64, 64), None, None))
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-1.3B", "CogVideoX-2B"])
+def test_the_peers_recipe_has_our_gradient(small, name):
+    "Four passes, every block checkpointed, against one pass for both clips."
+    grads = []
+    for recipe in ("peers", "ours"):
+        torch.manual_seed(0)
+        g = speed.real_generator(name, "cpu", 4, torch.float32)
+        batch = [[x.float() for x in part] if isinstance(part, list) else part for part in speed.a_batch(g, 2)]
+        if recipe == "peers": speed.keep(g.transformer, ["none"]*2)
+        with torch.no_grad():
+            for n, p in g.transformer.named_parameters():
+                if "lora_B" in n: p.copy_(.1*speed.noise(p.shape, n))
+        loss = speed.peers_loss(g, batch) if recipe == "peers" else step_loss(g, g.transformer, batch, 1, 2000., 0., 0.)[0]
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in g.transformer.parameters() if p.requires_grad]))
+    assert grads[0].abs().sum() > 0
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5*grads[0].abs().max().item())
+
+
+def test_a_part_that_fails_says_why_and_the_next_begins(small, monkeypatch, tmp_path):
+    monkeypatch.setitem(speed.PARTS, "broken", lambda: 1/0)
+    speed.measure(["broken", "train Wan2.1-1.3B ours"], tmp_path/"speed.json")
+    found = read_json(tmp_path/"speed.json")["parts"]
+    assert found["broken"]["failed"].startswith("ZeroDivisionError") and found["train Wan2.1-1.3B ours"]["first_margin"] == 0 and found["train Wan2.1-1.3B ours"]["seconds"] > 0
+
+
+def test_the_limit():
+    rates = dict(gemm=2., cudnn_forward=1., cudnn_backward=1.)
+    assert speed.limit(1., 0., rates) == 2*(2 + 2.5) and speed.limit(0., 2., rates, share=1.) == pytest.approx(2*(2 + 1.06 + 1))
+    assert speed.limit(0., 2., rates, full=True) > speed.limit(0., 2., rates)
