@@ -35,7 +35,8 @@ def scored_candidates(
     c, at, only, steps = config.candidates, folder / "scores.parquet", None, model.num_inference_steps
     with stage(folder, resumes=True) as todo:
         if todo:
-            began = time.time()
+            clock = time.time if model.device.type == "cuda" else time.process_time   # on a CPU others may be at work
+            began = clock()
             score = lambda rows, where: [sum(g) / len(g) for g in grades_of(judge, [(row["prompt"], where / row["clip"]) for row in rows], config.reward.dimensions)]
             sampled = lambda where, only=None: sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate", batch_size=config.generator.batch_size, what=folder.name, only=only)
             if c.preview_steps:
@@ -46,7 +47,7 @@ def scored_candidates(
             rows = sampled(folder, only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])
             model.num_inference_steps, model.cache = steps, None
-            write_json(folder / "seconds.json", dict(seconds=time.time() - began))
+            write_json(folder / "seconds.json", dict(seconds=clock() - began))
     return read_table(at)
 
 # %% ../nbs/33_gate.ipynb #593408da
