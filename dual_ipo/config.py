@@ -99,6 +99,7 @@ class VotesPart(Part):
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
     scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
     min_gap: float = Field(.25, ge=0, description="by grades: A and B must differ by more than this, all dimensions together")
+    early: bool = Field(False, description="stop writing about a pair whose label is decided; takes by: answers and pce.use: none, since grades and certainty need every path")
 
     @field_validator("k")
     @classmethod
@@ -146,6 +147,11 @@ class Config(Part):
     pce: PCEPart = PCEPart()
     srpo: SRPOPart = SRPOPart()
     evaluate: EvaluatePart = EvaluatePart()
+
+    @model_validator(mode="after")
+    def whole_votes(self):
+        if self.votes.early and (self.votes.by != "answers" or self.pce.use != "none"): raise ValueError("votes.early: grades and certainty need every path; set votes.by to answers and pce.use to none, or early to false")
+        return self
 
 # %% ../nbs/06_config.ipynb #2b6dcf2f
 def parse_config(

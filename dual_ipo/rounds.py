@@ -324,7 +324,7 @@ def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
     with r.stage("votes") as todo:
         if todo:
             rows = pseudo_label(r.judge(r.before("reward")), pairs, v.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
-                                by=v.by, min_gap=v.min_gap, **p.model_dump(), **r.sampling)
+                                by=v.by, min_gap=v.min_gap, early=v.early, **p.model_dump(), **r.sampling)
             if v.scorer: rows = relabelled(r, pairs, rows)
             write_table(r.folder / "votes.parquet", [dict(path_a=relative(r, pair.a), path_b=relative(r, pair.b)) | row for pair, row in zip(pairs, rows)])
     return read_table(r.folder / "votes.parquet")

@@ -109,21 +109,23 @@ def pseudo_label(
     use: str = "both",  # certainty decides which labels are kept ("filter"), how much they weigh ("weight"), both or "none"
     by: str = "answers",   # what makes a label: the vote, where both orders agree; or "grades", see `grade_gap`
     min_gap: float = .25,  # by grades: a smaller gap decides nothing
+    early: bool = False,   # see `Judge.vote`; only for labels by answers whose certainty is not asked for
     dimensions=DIMENSIONS,
     group: int = 16,   # pairs voted on between two looks at the progress bar
     **sampling,        # see `Judge.sample`
 ) -> list:             # rows: pair_id, prompt, label, p_a, n_valid, n_votes, consistent, votes, pce, kept, weight, reward, paths
     "Vote on pairs and weigh the outcome."
+    if early and (by != "answers" or use != "none"): raise UserError("pseudo-labels: grades and certainty need every path; stop early only with by = answers and use = none")
     judgements = []
     for i in progress(range(0, len(pairs), group), "votes"):
-        some = judge.vote(pairs[i:i + group], k, keys, dimensions, **sampling)
-        judge.refer(pairs[i:i + group], some, reference, dimensions, batch=sampling.get("batch", 128))
+        some = judge.vote(pairs[i:i + group], k, keys, dimensions, early=early, **sampling)
+        if not early: judge.refer(pairs[i:i + group], some, reference, dimensions, batch=sampling.get("batch", 128))
         judgements += some
     if by == "grades":
         gaps = [grade_gap(j, dimensions) for j in judgements]
         judgements = [j if j.label == "invalid" else replace(j, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie") for j, gap in zip(judgements, gaps)]
     decided = [j.label in ("A", "B") and (j.consistent is True or by == "grades") for j in judgements]
-    R = [log_ratios(j) if d else torch.zeros(0) for j, d in zip(judgements, decided)]
+    R = [log_ratios(j) if d and not early else torch.zeros(0) for j, d in zip(judgements, decided)]
     certainty = torch.tensor([vote_share(j) for j in judgements]) if form == "votes" else pce(R, mean_reward(R), form, tau)
     kept = torch.tensor(decided)
     if use in ("both", "filter"): kept &= keep(certainty, threshold)

@@ -258,3 +258,15 @@ def test_stopping_early_changes_no_label(judge, pairs, monkeypatch):
     for a, b in zip(whole, early):   # what was finished is what would have been written
         written = [(v.order, v.ids) for v in a.votes]
         assert all((v.order, v.ids) in written for v in b.votes)
+
+def test_pseudo_labels_of_votes_that_stopped_early(judge, pairs, monkeypatch):
+    import dual_ipo.voting as voting
+    from dual_ipo.config import parse_config
+    monkeypatch.setattr(voting, "parse_answer", lambda text: {0: "1", 1: "2", 2: "tie"}.get(len(text) % 4))
+    judge.eos = set(range(4, 40))
+    asked = dict(dimensions=[], use="none", temperature=1., top_p=1., **SHORT)
+    whole, early = (pseudo_label(judge, pairs, 8, ("early",), early=e, **asked) for e in (False, True))
+    for key in ("label", "kept", "weight"): assert [row[key] for row in whole] == [row[key] for row in early]
+    with pytest.raises(UserError, match="need every path"): pseudo_label(judge, pairs, 8, ("early",), early=True, **asked | dict(use="both"))
+    with pytest.raises(UserError, match="votes.early: grades and certainty need every path"): parse_config(dict(votes=dict(early=True)), "run.yaml")
+    parse_config(dict(votes=dict(early=True), pce=dict(use="none")), "run.yaml")
