@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths', 'labels_of', 'opinions', 'signals_of', 'collect',
-           'evaluate_base', 'version', 'gather', 'rows_of', 'mean_ci', 'difference', 'judge_difference']
+           'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
 import json, os, shutil, subprocess, sys, time
@@ -18,7 +18,7 @@ from .candidates import sample_candidates
 from .cli import demo_config, write_toy_input
 from .config import Config, parse_config
 from .core import UserError
-from .evaluate import bootstrap_ci, load_measure, right, score_videos
+from .evaluate import load_measure, mean_ci, right, score_videos
 from .monitor import above_reference, late_mean
 from .rounds import Round, grades_of, load_generator, read_candidates, run_round, totals
 from .store import Run, is_done, read_json, read_table, stage, write_json, write_table
@@ -217,14 +217,6 @@ def rows_of(
 ) -> list:
     "The rows that match."
     return [row for row in rows if all(row[key] == value for key, value in which.items())]
-
-def mean_ci(
-    values: list,
-    groups: list,  # what is drawn together
-) -> dict:         # {"mean", "lo", "hi", "n"}
-    "Mean with a 95% bootstrap interval."
-    lo, hi = bootstrap_ci(values, groups)
-    return dict(mean=sum(values) / len(values), lo=lo, hi=hi, n=len(values))
 
 def difference(
     before: list, after: list,  # rows of clips

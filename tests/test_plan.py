@@ -9,9 +9,8 @@ from dual_ipo.config import Config
 from dual_ipo.core import UserError
 from dual_ipo.plan import GPUS, generator_facts, judge_facts, meta_generator, plan, remedy, stages
 from dual_ipo.toyworld import CHECKPOINTS
-from dual_ipo.speed import REAL
+from dual_ipo.speed import COG_VAE, REAL
 
-COG_VAE = dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, down_block_types=["CogVideoXDownBlock3D"]*4, up_block_types=["CogVideoXUpBlock3D"]*4, latent_channels=16)
 WAN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 
 
