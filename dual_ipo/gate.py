@@ -42,7 +42,7 @@ def scored_candidates(
             if c.preview_steps:
                 model.num_inference_steps = c.preview_steps
                 rows = sampled(folder / "previews")
-                only = both_ends(rows, score(rows, folder / "previews"), c.keep)
+                only, model.num_inference_steps = both_ends(rows, score(rows, folder / "previews"), c.keep), steps
             cheaper(config, model)
             rows = sampled(folder, only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])

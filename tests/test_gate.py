@@ -68,3 +68,13 @@ def test_command(tmp_path, capsys):
     path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))))
     assert main(ask) == 2 and "set candidates.num_inference_steps, cache or preview_steps" in capsys.readouterr().err
     with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
+
+
+def test_after_previews_the_ends_are_sampled_in_full(tmp_path):
+    "The best of the kept, in full, is at least as good as the preview's choice: with most kept, the pair is nearly always the full one."
+    config = with_candidates(TOY, preview_steps=3, keep=1, per_prompt=4)
+    said = gate(config, PROMPTS, tmp_path)
+    rows = {where: {row["name"]: row["score"] for row in read_table(tmp_path/where/"scores.parquet")} for where in ("full", "preview_steps_3_keep_1")}
+    assert len(rows["preview_steps_3_keep_1"]) == 8
+    for name, score in rows["preview_steps_3_keep_1"].items(): assert score == pytest.approx(rows["full"][name], abs=.05)
+    assert said["label"]["mean"] == 1
