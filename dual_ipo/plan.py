@@ -206,7 +206,7 @@ def plan(
 
 # %% ../nbs/32_plan.ipynb #d1264169
 STAGES = {  # of `rounds` → (row of the plan, setting that it hangs on)
-    "cold_start": (None, "cold_start.batch_size"), "candidates": ("candidates", "generator.batch_size"), "ranking": ("ranking", "reward.batch_size"), "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
+    "cold_start": (None, "cold_start.batch_size"), "previews": ("candidates", "generator.batch_size"), "candidates": ("candidates", "generator.batch_size"), "ranking": ("ranking", "reward.batch_size"), "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
     "fresh": ("fresh clips", "generator.batch_size"), "votes": ("votes", "reward.batch_size"), "srpo": ("srpo", "srpo.batch_size"), "evaluate": ("evaluation", "generator.batch_size"), "judge_check": ("evaluation", "reward.batch_size")}
 
 def out_of_memory(

@@ -71,7 +71,7 @@ def test_out_of_memory_is_one_line(tmp_path):
     from dual_ipo.store import Run
     import torch
     r = Round(Run.open(tmp_path/"run", demo_config("wan", "dpo", 1, 0).model_dump()), 0)
-    for name, said in (("align", r"\(.* GB were estimated\); set generator.lora_rank: 64"), ("votes", r"\(.* GB were estimated\); take a card"), ("cold_start", "; lower cold_start.batch_size")):
+    for name, said in (("align", r"\(.* GB were estimated\); set generator.lora_rank: 64"), ("previews", r"\(.* GB were estimated\); (set generator.batch_size: 1|take a card)"), ("votes", r"\(.* GB were estimated\); take a card"), ("cold_start", "; lower cold_start.batch_size")):
         with pytest.raises(UserError, match=f"{name}: the 0.0 GB of the GPU are not enough.*{said}.*`dual-ipo plan`") as error:
             with r.stage(name): raise torch.OutOfMemoryError("CUDA out of memory")
         assert "\n" not in str(error.value)
