@@ -17,7 +17,7 @@ setup(
     keywords=cfg["keywords"], license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["dual_ipo", "dual_ipo.*"]), include_package_data=True,
-    package_data={"dual_ipo": ["toy/**/*", "notebooks/*.ipynb"]},
+    package_data={"dual_ipo": ["toy/**/*", "people/*", "notebooks/*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["dual_ipo=dual_ipo._modidx:d"]},

@@ -150,7 +150,7 @@ def demo_config(
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
-        cold_start=dict(steps=450, batch_size=8, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80, by="grades"),
+        cold_start=dict(steps=900, batch_size=4, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80, by="grades"),
         align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., checkpointing="none"),
         pce=dict(use="weight", form="votes"), srpo=dict(steps=16, batch_size=8, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
@@ -159,7 +159,8 @@ def write_toy_input(
     folder: Path,
     config: Config,
     pairs: int = 1000,   # that the annotator labels
-    real: int = 256,     # clean clips
+    real: int = 256,     # clips for the NLL
+    curated: bool = False,  # they are clean
     flipped: float = 0., # share of the labels that are wrong on purpose
     words: tuple = (),   # training prompts and real clips name one of these; none: the balanced pool
 ):
@@ -172,7 +173,7 @@ def write_toy_input(
         (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n")
         (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
         write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
-        shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed))) if fits(p)]
+        shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed, curated))) if fits(p)]
         for i, clip, _ in shown: Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown))
 

@@ -7,18 +7,19 @@ __all__ = ['COLORS', 'SHAPES', 'DIRECTIONS', 'SPEEDS', 'TEMPLATES', 'FRAMES', 'S
            'LEVELS', 'CHECKPOINTS', 'prompt_of', 'parse_prompt', 'toy_prompts', 'Scene', 'clean_scene', 'distance',
            'blurred', 'render', 'add_defects', 'spoil_words', 'random_words', 'web_clips', 'Parts', 'take_apart',
            'cutouts', 'overlap', 'templates', 'track', 'perceive', 'measure', 'describe', 'level_of', 'judged', 'grade',
-           'bradley_terry_scale', 'annotate_pairs', 'human_pairs', 'real_clips']
+           'bradley_terry_scale', 'annotate_pairs', 'people_clips', 'human_pairs', 'real_clips']
 
 # %% ../nbs/05_toyworld.ipynb #eaf33d13
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .core import Pair, UserError, Video, generator
+from .core import Pair, UserError, Video, generator, read_mp4
 
 # %% ../nbs/05_toyworld.ipynb #33b2362a
 COLORS = {"red": (.95, .15, .15), "yellow": (.95, .9, .15), "green": (.15, .8, .2),
@@ -424,17 +425,28 @@ def annotate_pairs(
 # %% ../nbs/05_toyworld.ipynb #4529f4ef
 CHECKPOINTS = Path(__file__).parent / "toy" if "__file__" in globals() else Path("../dual_ipo/toy")
 
+@cache
+def people_clips(
+    folder: Path = CHECKPOINTS.parent / "people",
+) -> tuple:  # (prompts [P], uint8 [P, N, T, C, H, W])
+    "The generated clips that people are shown: N of each prompt of the split \"human\"."
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    return prompts, torch.stack([read_mp4(folder / f"{i:03d}.mp4")[0].unflatten(0, (-1, FRAMES)) for i in range(len(prompts))])
+
 def human_pairs(
     n: int,  # pairs
     seed: int = 0,
     flipped: float = 0.,  # share of the labels that say the opposite
+    generated: float = .7,  # share of the pairs that are of `people_clips`; the others are web-like
     shares: dict = SHARES | dict(morph=.5),  # see `add_defects`; subjects that change are what generators do worst, so people are shown more of them
 ) -> list:  # of Pair, annotated
     "Pairs of clips of one prompt, with a simulated person's labels and reasons."
-    rng, prompts = generator("human pairs", seed), toy_prompts(144, "human", seed)
+    rng, prompts, (known, made) = generator("human pairs", seed), toy_prompts(144, "human", seed), people_clips()
     chosen = [prompts[i % len(prompts)] for i in range(n)]
-    clips = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng, shares), rng)
-    pairs = annotate_pairs([Pair(p, Video(clips[i], FPS), Video(clips[n + i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
+    a, b = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng, shares), rng).chunk(2)
+    shown = torch.rand(n, generator=rng) < generated
+    for i in shown.nonzero().flatten().tolist(): a[i], b[i] = made[known.index(chosen[i]), torch.randperm(made.shape[1], generator=rng)[:2]]
+    pairs = annotate_pairs([Pair(p, Video(a[i], FPS), Video(b[i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
     wrong = torch.rand(n, generator=generator("flipped", seed)) < flipped
     return [replace(p, label={"A": "B", "B": "A"}.get(p.label, p.label)) if w else p for p, w in zip(pairs, wrong)]
 
@@ -442,8 +454,11 @@ def human_pairs(
 def real_clips(
     n: int,
     seed: int = 0,
+    curated: bool = False,  # clean and rightly captioned
 ) -> tuple:  # (uint8 [n, T, C, H, W], captions [n])
-    "Clean, rightly captioned clips, as somebody curated them: the stream of real videos for the NLL term."
+    "The stream of real videos for the NLL term: the web's, as bad as what the generators learned from, or curated ones."
     rng, prompts = generator("real clips", seed), toy_prompts(288, "train", seed)
-    chosen = [prompts[i % len(prompts)] for i in range(n)]
-    return render(clean_scene(torch.tensor([parse_prompt(p) for p in chosen]), rng), rng), chosen
+    words = torch.tensor([parse_prompt(prompts[i % len(prompts)]) for i in range(n)])
+    scene = clean_scene(words, rng)
+    said = words if curated else spoil_words(words, rng)
+    return render(scene if curated else add_defects(scene, rng), rng), [prompt_of(*w, template=i % len(TEMPLATES)) for i, w in enumerate(said.tolist())]
