@@ -122,7 +122,7 @@ class SRPOPart(Part):
     steps: int = Field(100, ge=0, description="updates per round; 0: the judge stays as the cold start made it")
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
     lr: float = Field(5e-6, gt=0, description="learning rate")
-    beta: float = Field(.1, gt=0, description="β_r, nats")
+    beta: float = Field(.1, ge=0, description="β_r, nats; 0: no preference, only the NLL terms")
     lambda_win: float = Field(1., ge=0, description="weight of the NLL on the preferred responses, which keeps their form")
     lambda_human: float = Field(.5, ge=0, description="weight of the NLL on the human pairs, which keeps what they taught")
 
