@@ -151,8 +151,8 @@ def demo_config(
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=900, batch_size=4, lr=1e-3), candidates=dict(prompts_per_round=72), votes=dict(pairs=80, by="grades"),
-        align=dict(objective=objective, steps=60, batch_size=24, lr=3e-5, beta=300., lambda_win=5., lambda_real=60., checkpointing="none"),
-        pce=dict(use="weight", form="votes"), srpo=dict(steps=16, batch_size=8, lr=5e-5), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
+        align=dict(objective=objective, steps=30, batch_size=24, lr=3e-5, beta=300., lambda_win=1., lambda_real=5., checkpointing="none"),
+        pce=dict(use="weight", form="votes"), srpo=dict(steps=32, batch_size=8, lr=1e-4, lambda_human=1.), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=96))
 
 # %% ../nbs/60_cli.ipynb #02731725
 def write_toy_input(
