@@ -166,7 +166,7 @@ def write_toy_input(
 ):
     "What a user of the toy world would bring: prompts, human pairs, real clips."
     from dual_ipo import toyworld as toy
-    from dual_ipo.data import write_pairs
+    from dual_ipo.data import save_videos, write_pairs
     with stage(folder) as todo:
         if not todo: return
         fits = lambda prompt: not words or set(words) & set(prompt.split())
@@ -174,7 +174,7 @@ def write_toy_input(
         (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
         write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
         shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed, curated))) if fits(p)]
-        for i, clip, _ in shown: Video(clip, toy.FPS).save(folder / f"real/{i:04d}.mp4")
+        save_videos([(folder / f"real/{i:04d}.mp4", Video(clip, toy.FPS)) for i, clip, _ in shown])
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown))
 
 # %% ../nbs/60_cli.ipynb #254f4e98

@@ -442,11 +442,11 @@ def human_pairs(
 ) -> list:  # of Pair, annotated
     "Pairs of clips of one prompt, with a simulated person's labels and reasons."
     rng, prompts, (known, made) = generator("human pairs", seed), toy_prompts(144, "human", seed), people_clips()
-    chosen = [prompts[i % len(prompts)] for i in range(n)]
-    a, b = render(add_defects(clean_scene(spoil_words(torch.tensor([parse_prompt(p) for p in chosen]).repeat(2, 1), rng), rng), rng, shares), rng).chunk(2)
-    shown = torch.rand(n, generator=rng) < generated
-    for i in shown.nonzero().flatten().tolist(): a[i], b[i] = made[known.index(chosen[i]), torch.randperm(made.shape[1], generator=rng)[:2]]
-    pairs = annotate_pairs([Pair(p, Video(a[i], FPS), Video(b[i], FPS), pair_id=str(i)) for i, p in enumerate(chosen)], seed)
+    chosen, drawn = [prompts[i % len(prompts)] for i in range(n)], torch.rand(n, generator=rng) >= generated
+    words = torch.tensor([parse_prompt(p) for p in chosen])[drawn].repeat(2, 1)
+    web = iter(zip(*render(add_defects(clean_scene(spoil_words(words, rng), rng), rng, shares), rng).chunk(2)))
+    clips = [next(web) if d else made[known.index(p), torch.randperm(made.shape[1], generator=rng)[:2]] for p, d in zip(chosen, drawn)]
+    pairs = annotate_pairs([Pair(p, Video(a, FPS), Video(b, FPS), pair_id=str(i)) for i, (p, (a, b)) in enumerate(zip(chosen, clips))], seed)
     wrong = torch.rand(n, generator=generator("flipped", seed)) < flipped
     return [replace(p, label={"A": "B", "B": "A"}.get(p.label, p.label)) if w else p for p, w in zip(pairs, wrong)]
 
