@@ -86,14 +86,14 @@ class AlignPart(Part):
     accumulate: int = Field(1, ge=1, description="batches per update")
     lr: float = Field(1e-5, gt=0, description="learning rate")
     beta: float = Field(2000., ge=0, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
-    lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners; in the toy studies it cost a little beside the NLL on real clips")
-    lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips, which takes data.real_clips; in the toy studies most of the gain, and what held the generator over many rounds")
+    lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners; in the toy's tuning it made no difference")
+    lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):
-    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.56 of the pairs, 8 in 0.60")
+    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.56 of the pairs, 8 in 0.59")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
@@ -113,7 +113,7 @@ class VotesPart(Part):
         return self
 
 class PCEPart(Part):
-    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and the only one that tells right labels from wrong")
+    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and the only one that tells right labels from wrong at all")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
     use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")
@@ -124,7 +124,7 @@ class SRPOPart(Part):
     lr: float = Field(5e-6, gt=0, description="learning rate")
     beta: float = Field(.1, ge=0, description="β_r, nats; 0: no preference, only the NLL terms")
     lambda_win: float = Field(1., ge=0, description="weight of the NLL on the preferred responses, which keeps their form")
-    lambda_human: float = Field(.5, ge=0, description="weight of the NLL on the human pairs, which keeps what they taught")
+    lambda_human: float = Field(1., ge=0, description="weight of the NLL on the human pairs, which keeps what they taught; in the toy's tuning 1 did better than 0.5")
 
 class EvaluatePart(Part):
     measure: str | None = Field(None, description="package.module:function(videos, prompts) -> scores; null: human pairs only")

@@ -11,7 +11,7 @@ from dual_ipo.cot import Item
 from dual_ipo.generator import Generator
 from dual_ipo.reward import Judge
 from dual_ipo.toymodels import DESCRIBE_ONE
-from dual_ipo.toyworld import CHECKPOINTS, clean_scene, describe, level_of, measure, prompt_of, random_words, render, toy_prompts, web_clips
+from dual_ipo.toyworld import CHECKPOINTS, clean_scene, describe, human_pairs, level_of, measure, people_clips, prompt_of, random_words, real_clips, render, toy_prompts, web_clips
 
 PIPELINES = [f"{arch}-{size}" for arch in ("wan", "cogvideox") for size in ("small", "large")]
 SETTINGS = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=10, guidance_scale=3., max_sequence_length=16)
@@ -74,3 +74,19 @@ def test_the_judge_sees():
 def test_each_tells_how_it_was_trained(path):
     facts = json.loads((CHECKPOINTS/path).read_text())
     for run in facts if isinstance(facts, list) else [facts]: assert {"losses", "seconds", "device", "steps"} <= set(run)
+
+
+def test_people_compare_generated_clips_of_human_prompts():
+    prompts, clips = people_clips()
+    assert set(prompts) == set(toy_prompts(144, "human")) and not set(prompts) & set(toy_prompts(144, "eval") + toy_prompts(288, "train"))
+    assert clips.shape == (144, 12, 9, 3, 32, 32) and sum(p.stat().st_size for p in (CHECKPOINTS.parent/"people").iterdir()) < 4e6
+    some = human_pairs(30, generated=1.)
+    assert all((clips[prompts.index(p.prompt)] == p.a.frames).flatten(1).all(1).any() for p in some)
+    assert not any((p.a.frames == p.b.frames).all() for p in some)
+
+
+def test_real_clips_are_no_better_than_what_the_generators_learned_from():
+    total = {curated: measure(*real_clips(128, 7, curated))["total"].mean() for curated in (False, True)}
+    clips, words = web_clips(128, generator("as good as the web"))
+    web = measure(clips, [prompt_of(*w) for w in words.tolist()])["total"].mean()
+    assert abs(total[False] - web) < .04 and total[True] > .95
