@@ -99,7 +99,7 @@ def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_pat
 def test_no_run_there(capsys, tmp_path, command): says(capsys, tmp_path, "run.yaml", argv=[command, str(tmp_path)])
 
 
-@pytest.mark.parametrize("stop, judged, loser, last", [(True, [4, 4.3, 4.32, 4.5], .03, 2), (True, [4, 4.3, 4.32, 4.5], .001, 3), (True, [4, 4.3, 4.5, 4.7], .03, 3), (False, [4, 4.3, 4.32, 4.5], .03, 3)])
+@pytest.mark.parametrize("stop, judged, loser, last", [(True, [4, 4.3, 4.31, 4.5], .03, 2), (True, [4, 4.3, 4.31, 4.5], .001, 3), (True, [4, 4.3, 4.5, 4.7], .03, 3), (False, [4, 4.3, 4.31, 4.5], .03, 3)])
 def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, loser, last):
     "Only if asked to, and only where the grade stands still while losers are driven away."
     def execute_round(run, k):
