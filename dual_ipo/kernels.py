@@ -49,6 +49,7 @@ def choose_compile(
 
 def compile_blocks(transformer):
     "torch.compile for every block, rounding where eager code rounds."
+    torch._dynamo.config.recompile_limit = 64
     for block in blocks_of(transformer): block.compile(dynamic=False, options={"emulate_precision_casts": True, "deterministic": True})
 
 # %% ../nbs/24_kernels.ipynb #31f36683

@@ -269,5 +269,6 @@ def measure(
         try: found["parts"][part] = PARTS[part]()
         except Exception as error: found["parts"][part] = dict(failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         torch.cuda.empty_cache()
+        torch._dynamo.reset()
         print(f"{part}: {found['parts'][part]} ({time.time() - began:.0f} s)", flush=True)
         write_json(out, found)
