@@ -152,7 +152,7 @@ def demo_config(
     "The demo's settings."
     from dual_ipo.toyworld import CHECKPOINTS, FPS, FRAMES, SIZE
     return Config(
-        seed=seed, rounds=rounds,
+        seed=seed, rounds=rounds, deterministic=True,
         generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=3.,
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),

@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .core import UserError, generator, noise
-from .kernels import ATTENTION, choose_attention, choose_compile, compile_blocks
+from .kernels import ATTENTION, choose_attention, choose_compile, compile_blocks, keep_nothing
 from .store import is_done, mark_done, read_json, read_tensors, write_json
 
 # %% ../nbs/21_generator.ipynb #1cd6a3ea
@@ -181,7 +181,9 @@ class Weights:
         if self.lora_rank: return
         self.frozen = copy.deepcopy(self.transformer).requires_grad_(False)
         if self.dtype != torch.float32: mixed_precision(self.frozen, self.dtype)
-        if self.compiled: compile_blocks(self.frozen)
+        if self.compiled:
+            compile_blocks(self.frozen)
+            keep_nothing(self.frozen)
 
     @property
     def untouched(self) -> bool:
@@ -190,11 +192,11 @@ class Weights:
 
     @contextmanager
     def reference(self):
-        "Yield the reference transformer; no gradients inside."
+        "Yield the reference transformer; no gradients come of it."
         if not self.lora_rank and self.frozen is None: raise RuntimeError("call freeze_reference() before training")
         if self.lora_rank: self.transformer.disable_adapters()
         try:
-            with torch.no_grad(): yield self.transformer if self.lora_rank else self.frozen
+            with torch.set_grad_enabled(self.compiled and not self.lora_rank): yield self.transformer if self.lora_rank else self.frozen
         finally:
             if self.lora_rank: self.transformer.enable_adapters()
 
@@ -280,6 +282,7 @@ class Generator(Weights):
         model, t = self.transformer if model is None else model, t.to(self.device)
         noisy, target = self.add_noise(*(x.to(self.device, torch.float32) for x in (latents, eps)), t)
         v = self.predict(model, noisy.to(self.transformer.dtype), t, self.pad(text).to(self.transformer.dtype))
+        if model is self.frozen: v = v.detach()
         return (v.float() - target).pow(2).mean((1, 2, 3, 4))
 
     def sample(self,

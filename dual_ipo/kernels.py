@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'WORTH', 'aten', 'SAVED', 'KEPT', 'choose_attention', 'blocks_of', 'choose_compile', 'compile_blocks',
-           'is_saved', 'keep', 'kept_bytes', 'block_bytes', 'choose_kept', 'free_bytes', 'fit']
+           'is_saved', 'keep', 'keep_nothing', 'kept_bytes', 'block_bytes', 'choose_kept', 'free_bytes', 'fit']
 
 # %% ../nbs/24_kernels.ipynb #478ee4f6
 import shutil
@@ -72,6 +72,12 @@ def keep(
         selective = dict(context_fn=partial(create_selective_checkpoint_contexts, is_saved)) if how[id(block)] == "attention" else {}
         return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **selective)
     transformer.enable_gradient_checkpointing(call)
+
+# %% ../nbs/24_kernels.ipynb #63a597a8
+def keep_nothing(transformer):
+    "Run the blocks as in training, for a reference whose numbers are the policy's to the last bit, and keep nothing of it."
+    cut = lambda x: tuple(map(cut, x)) if isinstance(x, tuple) else x.detach().requires_grad_()
+    transformer.requires_grad_(True).enable_gradient_checkpointing(lambda block, *args: cut(block(*args)))
 
 # %% ../nbs/24_kernels.ipynb #542e2088
 def kept_bytes(

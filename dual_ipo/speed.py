@@ -187,7 +187,7 @@ def training(
             index = iter(range(10**6))
             loss = lambda batch: step_loss(g, g.transformer, batch, 1, 2000., .1, 0., baseline, next(index))[0]
         batch = a_batch(g, 2)
-        with torch.no_grad(), g.reference() as reference: E_ref = g.error(*batch, reference)
+        with g.reference() as reference: E_ref = g.error(*batch, reference)
         logit = (g.error(*batch).detach() - E_ref).abs().max().item()
         step = a_step(g, loss)
         took = seconds(step, n)

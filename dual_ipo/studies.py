@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths', 'labels_of', 'opinions', 'signals_of', 'collect',
-           'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'judge_difference']
+           'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'run_sd', 'widened', 'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
 import json, os, shutil, subprocess, sys, time
@@ -230,6 +230,21 @@ def difference(
     seeds = sorted({seed for seed, _, _ in both})
     by_seed = {seed: sum(own) / len(own) for seed in seeds if (own := [x for s, _, x in both if s == seed])}
     return mean_ci([x for _, _, x in both], [(s, p) for s, p, _ in both]) | dict(seeds=by_seed)
+
+# %% ../nbs/70_studies.ipynb #3e96e8c7
+def run_sd(
+    pairs: list,  # of totals of the same job run twice, points
+) -> float:
+    "Standard deviation of one run."
+    return (sum((a - b) ** 2 for a, b in pairs) / (2 * len(pairs))) ** .5
+
+def widened(
+    d: dict,          # of `difference`
+    variance: float,  # of what is compared, from run to run; with two runs of their own twice that of one
+) -> dict:
+    "The same with an interval by prompt and by run."
+    chance = 1.96 * (variance / len(d["seeds"])) ** .5
+    return d | dict(lo=d["mean"] - ((d["mean"] - d["lo"]) ** 2 + chance**2) ** .5, hi=d["mean"] + ((d["hi"] - d["mean"]) ** 2 + chance**2) ** .5)
 
 # %% ../nbs/70_studies.ipynb #a3562fad
 def judge_difference(
