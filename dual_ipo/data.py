@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Pair, UserError, Video, read_mp4, seed_of
+from .core import Pair, UserError, Video, VideoFile, read_mp4, seed_of
 from .prompts import read_csv, read_text
 from .store import atomic_write, progress
 
@@ -41,8 +41,8 @@ class PairRow:
     rationale: dict | None   # as in `Pair`
 
     def load(self) -> Pair:
-        "Decode both clips."
-        return Pair(self.prompt, Video.load(self.path_a), Video.load(self.path_b), self.label, self.pair_id, self.rationale)
+        "The pair, its clips decoded when somebody looks."
+        return Pair(self.prompt, VideoFile(self.path_a), VideoFile(self.path_b), self.label, self.pair_id, self.rationale)
 
 # %% ../nbs/03_data.ipynb #34ab1653
 def parse_rationale(
@@ -65,7 +65,7 @@ def parse_rationale(
 # %% ../nbs/03_data.ipynb #8ed31e45
 @dataclass
 class PairTable:
-    "Pairs on disk, in order; `table[i]` decodes one."
+    "Pairs on disk, in order."
     rows: list[PairRow]
 
     def __len__(self): return len(self.rows)

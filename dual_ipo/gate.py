@@ -13,7 +13,7 @@ import torch
 
 from .candidates import best_worst, both_ends, sample_candidates
 from .config import Config
-from .core import Pair, UserError, Video
+from .core import Pair, UserError, VideoFile
 from .evaluate import mean_ci
 from .rounds import cheaper, grades_of, load_generator, load_judge, voting_of
 from .store import read_json, read_table, stage, write_json, write_table
@@ -84,7 +84,7 @@ def gate(
     rows = agreement(full, cheap)
     clips = {(where, row["prompt"], row["candidate"]): folder / where / row["clip"] for where, some in (("full", full), (name, cheap)) for row in some}
     def votes(where, key):
-        pairs = [Pair(row["prompt"], *[Video.load(clips[where, row["prompt"], row[f"cheap_{side}"]]) for side in ("winner", "loser")], pair_id=row["prompt"]) for row in rows]
+        pairs = [Pair(row["prompt"], *[VideoFile(clips[where, row["prompt"], row[f"cheap_{side}"]]) for side in ("winner", "loser")], pair_id=row["prompt"]) for row in rows]
         return [j.label for j in judge.vote(pairs, config.votes.k, (config.seed, "gate", key), **voting_of(config))]
     first, again, other = votes("full", 1), votes("full", 2), votes(name, 3)
     own, cross = [a == b for a, b in zip(first, again)], [a == b for a, b in zip(first, other)]

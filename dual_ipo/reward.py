@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from .core import Judgement, Pair, UserError, seed_of
+from .core import Judgement, Pair, UserError, frames_of, seed_of
 from .cot import DIMENSIONS, Item, clip_item, pair_item
 from .store import read_json, write_json
 from .voting import Vote, check_k, decided, tally
@@ -123,7 +123,8 @@ class VLM:
     def inputs(self, items: list[Item]) -> dict:
         "Tensors of a batch of questions, padded on the left."
         texts = [self.chat(item) for item in items]
-        images = [[frame for video in item.videos for frame in video.frames_at(self.frames_per_video)] for item in items]
+        frames = iter(frames_of([video for item in items for video in item.videos], self.frames_per_video))
+        images = [[frame for _ in item.videos for frame in next(frames)] for item in items]
         x = self.processor(text=texts, images=images, padding=True, add_special_tokens=self.special(texts[0]), return_tensors="pt")
         return dict(x.to(self.device, self.base.dtype))
 

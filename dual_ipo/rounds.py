@@ -23,7 +23,7 @@ import torch
 from .align import align
 from .candidates import both_ends, make_pairs, sample_candidates
 from .config import Config, parse_config
-from .core import Pair, UserError, Video, generator
+from .core import Pair, UserError, Video, VideoFile, generator
 from .cot import annotate, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
@@ -294,7 +294,7 @@ def clip_pairs(
     folder: Path,  # of the candidates
 ) -> list:         # of Pair
     "Candidates 0 and 1, 2 and 3, … of each prompt as unlabelled pairs."
-    load = lambda row: Video.load(folder / row["clip"])
+    load = lambda row: VideoFile(folder / row["clip"])
     return [Pair(a["prompt"], load(a), load(b), pair_id=f"{a['name']}:{b['name']}") for a, b in zip(rows[::2], rows[1::2])]
 
 # %% ../nbs/30_rounds.ipynb #abcc5027
@@ -374,7 +374,7 @@ def truth_of(r: Round, scored: list, human: PairTable) -> tuple:  # (pairs with 
     if "total" not in scored[0]:
         _, held = human.split(HELD_OUT, r.config.seed)
         return [held[i] for i in range(len(held))], None
-    load, pairs, gaps = lambda row: Video.load(r.folder / "evaluate" / row["path"]), [], []
+    load, pairs, gaps = lambda row: VideoFile(r.folder / "evaluate" / row["path"]), [], []
     for a, b in zip(scored[::2], scored[1::2]):
         gap = a["total"] - b["total"]
         pairs.append(Pair(a["prompt"], load(a), load(b), "A" if gap > 0 else "B" if gap < 0 else "same", f"{a['prompt']}:{a['seed']}:{b['seed']}"))
