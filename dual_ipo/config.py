@@ -48,6 +48,7 @@ class RewardPart(Part):
     top_p: float = Field(.95, gt=0, le=1, description="of the votes")
     max_new_tokens: int = Field(512, ge=1, description="longest reasoning")
     batch_size: int = Field(8, ge=1, description="responses written at once")
+    backend: Literal["transformers", "vllm"] = Field("transformers", description="what writes the responses; vllm has to be installed, and needs room beside the judge")
 
 # %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):

@@ -197,6 +197,8 @@ def chosen(
 # %% ../nbs/13_reward.ipynb #d9059ce0
 class Writer(VLM):
     "A reader that also writes, and scores what is written."
+    engine = None   # what writes in its place, see `engine`
+
     def ids(self, response) -> list[int]:
         "Tokens of a response: of its text with the end token, or as they were sampled."
         if not isinstance(response, str): return list(response)
@@ -251,6 +253,7 @@ class Writer(VLM):
         side_by_side: int = 1,      # items that `stop` has to see together
     ) -> list[list[Response]]:
         "K responses to each question."
+        if self.engine: return self.engine.sample(items, k, seed_keys, temperature, top_p, max_new_tokens)
         n = max(batch//k//side_by_side, 1)*side_by_side
         chunks = [self.write(items[i:i + n], k, seed_keys[i:i + n], temperature, top_p, max_new_tokens, stop) for i in range(0, len(items), n)]
         return [row for chunk in chunks for row in chunk]

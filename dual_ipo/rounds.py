@@ -56,7 +56,11 @@ def load_generator(config: Config, path) -> Generator:
 def load_judge(config: Config, path) -> Judge:
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
-    return Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, frames_per_video=part.frames_per_video, seed=config.seed)
+    judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, frames_per_video=part.frames_per_video, seed=config.seed)
+    if part.backend == "vllm":
+        from dual_ipo.engine import Engine
+        judge.engine = Engine(judge)
+    return judge
 
 def voting_of(config: Config) -> dict:
     "How the judge writes about a pair."
