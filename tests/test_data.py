@@ -250,3 +250,21 @@ def test_lock_is_exclusive_and_dies_with_its_process(tmp_path):
 def test_bad_yaml(tmp_path, text):
     (tmp_path/"run.yaml").write_text(text)
     assert "is not YAML" in line_of(read_yaml, tmp_path/"run.yaml")
+
+
+def test_what_was_decoded_last_is_kept_and_no_more(tmp_path, monkeypatch):
+    "A table of any length needs the memory of `KEPT` bytes."
+    from dual_ipo import core
+    files = [core.VideoFile(core.Video(torch.full((5, 3, 16, 16), 40 * i, dtype=torch.uint8), 8.).save(tmp_path / f"{i}.mp4").path) for i in range(5)]
+    monkeypatch.setattr(core.VideoFile, "kept", core.OrderedDict())
+    monkeypatch.setattr(core.VideoFile, "size", 0)
+    monkeypatch.setattr(core, "KEPT", 3 * files[0].frames.nbytes)
+    asked, own = [], core.read_mp4
+    monkeypatch.setattr(core, "read_mp4", lambda path: asked.append(path.name) or own(path))
+    for file in files: file.frames
+    assert len(core.VideoFile.kept) == 3 and core.VideoFile.size == core.KEPT
+    asked.clear()
+    for i in (4, 2, 0, 4): files[i].frames_at(2)
+    assert asked == ["0.mp4"]
+    files[1].path.unlink()
+    with pytest.raises(UserError, match="no such file"): files[1].frames

@@ -103,3 +103,13 @@ def test_unfinished_and_absent(tmp_path):
         elif path.name != "run.yaml": path.unlink()
     assert "No round is finished yet" in make_report(folder).read_text()
     with pytest.raises(UserError, match="no run folder"): make_report(tmp_path)
+
+
+def test_the_line_of_certainty_is_the_configs(run):
+    "A threshold is drawn where it is, and only where something is left out by it."
+    for use, threshold in (("both", .7), ("filter", .3), ("weight", .5), ("none", .5)):
+        results = read_results(run)
+        results.config["pce"] = dict(use=use, threshold=threshold)
+        fig = votes_figure(results)
+        assert [s.x0 for s in fig.layout.shapes] == ([threshold] if use in ("both", "filter") else [])
+        assert ("kept" in fig.layout.xaxis2.title.text) == (use in ("both", "filter"))
