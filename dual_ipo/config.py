@@ -137,7 +137,7 @@ class Config(Part):
     "Everything that decides a run's results."
     seed: int = Field(0, description="names all randomness")
     rounds: int = Field(3, ge=1, description="the paper's 3; 5 for Wan")
-    deterministic: bool = Field(False, description="on a GPU: the same numbers again from the same seed on the same kind of GPU, at the price of slower backward passes; on a CPU always so")
+    deterministic: bool = Field(False, description="on a GPU: kernels that add up in the same order every time, where PyTorch has them, at the price of slower ones; on a CPU they always do")
     stop: bool = Field(False, description="end the run after the round in which monitor.should_stop advises to keep the one before")
     generator: GeneratorPart = GeneratorPart()
     reward: RewardPart = RewardPart()

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'seeded', 'ranks', 'rank_slice', 'epoch_order', 'take', 'trained', 'adam_tensors', 'load_adam',
-           'keep_only', 'save_checkpoint', 'load_checkpoint', 'same_order', 'gradients', 'TrainingAnomaly',
-           'check_anomaly', 'train']
+           'keep_only', 'save_checkpoint', 'load_checkpoint', 'gradients', 'TrainingAnomaly', 'check_anomaly', 'train']
 
 # %% ../nbs/04_training.ipynb #dc3c1342
 import math, os, shutil
@@ -140,15 +139,6 @@ def load_checkpoint(
     return facts["step"], read_table(done[-1]/"history.parquet")
 
 # %% ../nbs/04_training.ipynb #f7e3710b
-@contextmanager
-def same_order():
-    "Where deterministic kernels are asked for with a mere warning, insist: attention's backward pass adds up in the same order only then."
-    asked = torch.is_deterministic_algorithms_warn_only_enabled()
-    if asked: torch.use_deterministic_algorithms(True)
-    try: yield
-    finally:
-        if asked: torch.use_deterministic_algorithms(True, warn_only=True)
-
 def gradients(
     accelerator: Accelerator,
     model: nn.Module,        # as prepared
@@ -164,7 +154,7 @@ def gradients(
         last = index == (step + 1)*accumulate - 1
         with seeded(device, seed, "step", index, accelerator.process_index), nullcontext() if last else accelerator.no_sync(model):
             loss, metrics = loss_fn(model, index)
-            with same_order(): accelerator.backward(loss/accumulate)
+            accelerator.backward(loss/accumulate)
         rows.append([loss.item(), *metrics.values()])
     mean = accelerator.reduce(torch.tensor(rows, dtype=torch.float64).mean(0).to(accelerator.device), "mean")
     return dict(zip(["loss", *metrics], mean.tolist()))
