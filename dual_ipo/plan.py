@@ -138,7 +138,8 @@ def stages(
 ) -> list[dict]:           # {"stage", "flops", "gpu_hours", "memory"}, bytes on one GPU
     "A round, stage by stage."
     c, a, v, s, e, part = config.candidates, config.align, config.votes, config.srpo, config.evaluate, config.generator
-    video = part.num_inference_steps * (2 if part.guidance_scale > 1 else 1) * g["forward"] + g["decode"]
+    clip = lambda steps: steps * (2 if part.guidance_scale > 1 else 1) * g["forward"] + g["decode"]
+    video, candidates, full = clip(part.num_inference_steps), c.prompts_per_round * c.per_prompt, c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
     sampling = g["weights"] + g["others"] + part.batch_size * max(g["work"], g["decode_work"])
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
     samples, real = 2, .5 if a.lambda_real else 0
@@ -155,7 +156,8 @@ def stages(
     def votes(pairs): return read(j["pair"], 2 * pairs) + write(v.k * pairs)
     def grades(clips): return read(j["clip"] + 40 * len(config.reward.dimensions), clips)
     both = j["pair"] + response
-    rows = [("candidates", c.prompts_per_round * c.per_prompt * video, 0, sampling), ("ranking", 0, 0 if c.scorer else grades(c.prompts_per_round * c.per_prompt), j["weights"] + cache),
+    rows = [("previews", candidates * clip(c.preview_steps), grades(candidates), max(sampling, j["weights"] + cache))] if c.preview_steps else []
+    rows += [("candidates", full * clip(c.num_inference_steps or part.num_inference_steps), 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),
             ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, fixed + held)]
     if s.steps: rows += [("fresh clips", 2 * v.pairs * video, 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
                          ("srpo", 0, 3 * read(both, s.steps * s.batch_size * (2 + (1 if s.lambda_human else 0))) + read(both, 4 * v.pairs), j["weights"] + s.batch_size * 2 * both * j["width"] * j["layers"] * 34)]
@@ -179,8 +181,8 @@ def remedy(
             n //= 2
             options.append((f"align.batch_size: {n} with align.accumulate: {a.accumulate * a.batch_size // n}", ("align", dict(batch_size=n, accumulate=a.accumulate * a.batch_size // n, checkpointing="auto"))))
         if not g["lora"]: options.append(("generator.lora_rank: 64", None))
-    if row["stage"] in ("candidates", "fresh clips", "evaluation") and config.generator.batch_size > 1: options.append(("generator.batch_size: 1", ("generator", dict(batch_size=1))))
-    if row["stage"] in ("ranking", "votes", "evaluation") and config.reward.batch_size > 1: options.append(("reward.batch_size: 1", ("reward", dict(batch_size=1))))
+    if row["stage"] in ("previews", "candidates", "fresh clips", "evaluation") and config.generator.batch_size > 1: options.append(("generator.batch_size: 1", ("generator", dict(batch_size=1))))
+    if row["stage"] in ("previews", "ranking", "votes", "evaluation") and config.reward.batch_size > 1: options.append(("reward.batch_size: 1", ("reward", dict(batch_size=1))))
     if row["stage"] == "srpo": options += [(f"srpo.batch_size: {n}", ("srpo", dict(batch_size=n))) for n in (8, 4, 2, 1) if n < config.srpo.batch_size]
     for text, change in options:
         if change is None or tried(change[0], **change[1]): return f"set {text}"
@@ -206,7 +208,7 @@ def plan(
 
 # %% ../nbs/32_plan.ipynb #d1264169
 STAGES = {  # of `rounds` → (row of the plan, setting that it hangs on)
-    "cold_start": (None, "cold_start.batch_size"), "previews": ("candidates", "generator.batch_size"), "candidates": ("candidates", "generator.batch_size"), "ranking": ("ranking", "reward.batch_size"), "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
+    "cold_start": (None, "cold_start.batch_size"), "previews": ("previews", "generator.batch_size"), "candidates": ("candidates", "generator.batch_size"), "ranking": ("ranking", "reward.batch_size"), "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
     "fresh": ("fresh clips", "generator.batch_size"), "votes": ("votes", "reward.batch_size"), "srpo": ("srpo", "srpo.batch_size"), "evaluate": ("evaluation", "generator.batch_size"), "judge_check": ("evaluation", "reward.batch_size")}
 
 def out_of_memory(

@@ -70,8 +70,25 @@ def test_out_of_memory_is_one_line(tmp_path):
     from dual_ipo.rounds import Round
     from dual_ipo.store import Run
     import torch
-    r = Round(Run.open(tmp_path/"run", demo_config("wan", "dpo", 1, 0).model_dump()), 0)
+    config = demo_config("wan", "dpo", 1, 0)
+    config.candidates.preview_steps = 2
+    r = Round(Run.open(tmp_path/"run", config.model_dump()), 0)
     for name, said in (("align", r"\(.* GB were estimated\); set generator.lora_rank: 64"), ("previews", r"\(.* GB were estimated\); (set generator.batch_size: 1|take a card)"), ("votes", r"\(.* GB were estimated\); take a card"), ("cold_start", "; lower cold_start.batch_size")):
         with pytest.raises(UserError, match=f"{name}: the 0.0 GB of the GPU are not enough.*{said}.*`dual-ipo plan`") as error:
             with r.stage(name): raise torch.OutOfMemoryError("CUDA out of memory")
         assert "\n" not in str(error.value)
+
+
+def test_cheaper_candidates_are_counted(tmp_path):
+    "Half the steps are half the passes; previews are sampled and graded, and only both ends in full."
+    config = config_of(tmp_path/"generator", "CogVideoX-2B")
+    g, j, card = generator_facts(meta_generator(config)), judge_facts(config), GPUS["H100"]
+    def planned(**changes):
+        other = config.model_copy(update=dict(candidates=config.candidates.model_copy(update=changes)))
+        return {row["stage"]: row for row in stages(other, g, j, card)}
+    full, half, seen = planned(), planned(num_inference_steps=25), planned(preview_steps=5, keep=2)
+    n = config.candidates.prompts_per_round * config.candidates.per_prompt
+    assert full["candidates"]["flops"] - half["candidates"]["flops"] == pytest.approx(n * 25 * 2 * g["forward"]) and "previews" not in full
+    assert seen["candidates"]["flops"] == pytest.approx(full["candidates"]["flops"] / 2) and seen["ranking"]["flops"] == pytest.approx(full["ranking"]["flops"] / 2)
+    assert seen["previews"]["flops"] == pytest.approx(n * (5 * 2 * g["forward"] + g["decode"]) + full["ranking"]["flops"])
+    assert full["fresh clips"] == half["fresh clips"] == seen["fresh clips"]
