@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import tiny
 from dual_ipo.cli import demo_config, main, write_toy_input
-from dual_ipo.store import read_json, read_table
+from dual_ipo.rounds import run_round
+from dual_ipo.store import Run, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
 
 COMMAND = [sys.executable, "-c", "from dual_ipo.cli import main; raise SystemExit(main())"]
@@ -109,3 +111,23 @@ def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
     finally: broken.write_bytes(whole)
     rows = read_table(tmp_path/"run/quarantine.parquet")
     assert [Path(row["path"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
+
+
+def weights_of(folder, steps):
+    "All weights of a round of the real toy, after a cold start of so many steps."
+    config = demo_config("wan", "dpo", 1, 0)
+    config.cold_start.steps = steps
+    config.candidates.prompts_per_round = config.votes.pairs = config.evaluate.prompts = steps // 10
+    config.align.steps, config.srpo.steps = steps // 10, steps // 10
+    run = Run.open(folder, config.model_dump())
+    write_toy_input(run.path/"input", config, pairs=steps, real=8)
+    for k in (0, 1): run_round(run, k)
+    return {path.relative_to(run.path): path.read_bytes() for path in run.path.rglob("*.safetensors")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_ends_with_the_same_weights_twice(tmp_path):
+    "`deterministic`, which the demo's config sets: cold start, alignment and SRPO, long enough for sums in another order to show."
+    first, again = (weights_of(tmp_path/name, 200) for name in ("first", "again"))
+    assert first.keys() == again.keys() and len(first) > 6
+    assert not [str(path) for path, weights in first.items() if weights != again[path]]
