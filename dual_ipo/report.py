@@ -358,10 +358,10 @@ def votes_figure(results: Results):
         color = shade((i + 1)/len(votes))
         fig.add_trace(go.Scatter(x=edges, y=[*share.tolist(), 0], mode="lines", line=dict(shape="hv", color=color, width=2), name=f"round {k}", showlegend=False, hovertemplate="%{y:.0%}<extra>%{fullData.name}</extra>"), 1, 2)
     if len(fig.data) == len(KINDS): fig.add_annotation(text="no pair was decided, so none has a PCE", x=.5, y=.5, xref="x2 domain", yref="y2 domain", showarrow=False, font=dict(color=GREY, size=12))
-    use, line = (results.config.get("pce", {}).get(key, other) for key, other in (("use", "both"), ("threshold", .5)))
-    if filtered := use in ("both", "filter"): fig.add_shape(type="line", x0=line, x1=line, y0=0, y1=1, xref="x2", yref="y2 domain", line=dict(color=SAND, dash="dot", width=1.5))
+    part = dict(use="both", threshold=.5) | results.config.get("pce", {})
+    if filtered := part["use"] in ("both", "filter"): fig.add_shape(type="line", x0=part["threshold"], x1=part["threshold"], y0=0, y1=1, xref="x2", yref="y2 domain", line=dict(color=SAND, dash="dot", width=1.5))
     fig.update_xaxes(tickformat=".0%", range=[0, 1], row=1, col=1); fig.update_yaxes(autorange="reversed", showgrid=False, row=1, col=1)
-    fig.update_xaxes(title="PCE" + ("; pairs right of the line are kept" if filtered else "; the weight of a pair" if use == "weight" else ""), range=[0, 1], row=1, col=2); fig.update_yaxes(title="share of pairs", tickformat=".0%", rangemode="tozero", row=1, col=2)
+    fig.update_xaxes(title="PCE" + ("; pairs right of the line are kept" if filtered else "; the weight of a pair" if part["use"] == "weight" else ""), range=[0, 1], row=1, col=2); fig.update_yaxes(title="share of pairs", tickformat=".0%", rangemode="tozero", row=1, col=2)
     return panel_titles(fig).update_layout(template=TEMPLATE, barmode="stack", height=330, margin_t=36, legend=dict(y=-.18, yanchor="top", traceorder="normal"))
 
 # %% ../nbs/50_report.ipynb #35e41248

@@ -374,9 +374,9 @@ class Judge(Chooser):
         judge.source = str(Path(source).resolve()) if Path(source).is_dir() else source
         return judge
 
-    def save(self, folder):
-        "Write it as the hub has it: adapter files and the base's name for LoRA on untouched weights, otherwise the whole model."
-        folder, base = Path(folder), self.source if self.is_lora else None
+    def save(self, folder, whole: bool = False):
+        "Write it as the hub has it: adapter files and the base's name for LoRA on untouched weights, otherwise, or if asked, the whole model."
+        folder, base = Path(folder), self.source if self.is_lora and not whole else None
         if base: self.model.save_pretrained(folder/"adapter")
         else: (copy.deepcopy(self.model).merge_and_unload() if self.is_lora else self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
