@@ -154,7 +154,7 @@ def stages(
     write = lambda n: -(-n // config.reward.batch_size) * response * max(config.reward.batch_size * token / (gpu.flops * share), j["weights"] / gpu.bandwidth)
     cache = config.reward.batch_size * (j["pair"] + response) * j["layers"] * j["width"] * 4
     def votes(pairs): return read(j["pair"], 2 * pairs) + write(v.k * pairs)
-    def grades(clips): return read(j["clip"] + 40 * len(config.reward.dimensions), clips)
+    def grades(clips): return read(j["clip"] + 5 * len(config.reward.dimensions), clips)
     both = j["pair"] + response
     rows = [("previews", candidates * clip(c.preview_steps), grades(candidates), max(sampling, j["weights"] + cache))] if c.preview_steps else []
     rows += [("candidates", full * clip(c.num_inference_steps or part.num_inference_steps), 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from .core import Judgement, Pair, UserError, frames_of, seed_of
-from .cot import DIMENSIONS, Item, clip_item, pair_item
+from .cot import DIMENSIONS, Item, clip_item, grade_stems, pair_item
 from .store import read_json, write_json
 from .voting import Vote, check_k, decided, tally
 
@@ -148,7 +148,7 @@ class VLM:
         read.mask = torch.cat([read.mask, mask], 1)
         x = dict(input_ids=ids, attention_mask=read.mask, position_ids=read.last + n)
         out = self.model(**x, past_key_values=read.cache, use_cache=True)
-        read.last = read.last + len(n)
+        read.last = read.last + mask.sum(1, keepdim=True)
         return out.logits.float()
 
 # %% ../nbs/13_reward.ipynb #5967e642
@@ -299,22 +299,27 @@ class Chooser(Writer):
     "A writer that can be held to a few answers."
     @torch.no_grad()
     def choose(self,
-        groups: list[list[Item]],  # [B][D] questions; those of a group are about the same frames
-        options: list[str],        # O answers of which one has to follow
-        stem: str = "<answer>",    # the forced beginning of a response
+        items: list[Item],        # B questions
+        options: list[str],       # O answers of which one has to follow each stem
+        stems=("<answer>",),      # S forced beginnings, one after the other
     ) -> Tensor:
-        "log-probabilities of the options, renormalised over them: float32 [B, D, O]."
-        D, O = len(groups[0]), len(options)
-        heads = [self.chat(group[0]) for group in groups]
-        encode = lambda texts: self.tokenizer(texts, add_special_tokens=self.special(heads[0])).input_ids
-        rows = encode([chat + stem + option for group in groups for chat in map(self.chat, group) for option in options])
-        rows, heads = [rows[i:i + O] for i in range(0, len(rows), O)], encode(heads)
-        cut = max(len(head) - common([head, *sum(rows[b*D:(b + 1)*D], [])]) for b, head in enumerate(heads))
-        ids, mask = self.pad([row[0][len(heads[i//D]) - cut:common(row)] for i, row in enumerate(rows)])
-        logits = self.extend(self.read([group[0] for group in groups], cut).repeat(D, ids.shape[1]), ids, mask)
-        logits = logits[torch.arange(len(rows)), mask.sum(1) - 1]
-        tokens = torch.tensor([[option[common(row)] for option in row] for row in rows], device=self.device)
-        return logits.gather(1, tokens).log_softmax(-1).view(len(groups), D, O)
+        "log-probabilities of the options after each stem, renormalised over them; the likeliest stands before the next stem: float32 [B, S, O]."
+        texts, read, found = [self.chat(item) for item in items], None, []
+        encode = lambda texts: self.tokenizer(texts, add_special_tokens=self.special(texts[0])).input_ids
+        for stem in stems:
+            rows = encode([text + stem + option for text in texts for option in options])
+            rows = [rows[i:i + len(options)] for i in range(0, len(rows), len(options))]
+            if read is None:
+                heads = encode(texts)
+                cut = max(len(head) - common([head, *row]) for head, row in zip(heads, rows))
+                read, done = self.read(items, cut), [len(head) - cut for head in heads]
+            ends = [common(row) for row in rows]
+            ids, mask = self.pad([row[0][a:b] for row, a, b in zip(rows, done, ends)])
+            logits = self.extend(read, ids, mask)[torch.arange(len(rows)), mask.sum(1) - 1]
+            tokens = torch.tensor([[option[end] for option in row] for row, end in zip(rows, ends)], device=self.device)
+            found.append(logits.gather(1, tokens).log_softmax(-1))
+            texts, done = [text + stem + options[best] for text, best in zip(texts, found[-1].argmax(-1).tolist())], ends
+        return torch.stack(found, 1)
 
 # %% ../nbs/13_reward.ipynb #1e60f4d7
 def add_lora(
@@ -409,8 +414,8 @@ class Judge(Chooser):
         batch: int = 64,         # clips read together
     ) -> Tensor:
         r"Expected grades $\sum_s s\,p_s$ over the digits 1..5: float32 [B, D]."
-        groups = [[clip_item(prompt, video, d) for d in dimensions] for prompt, video in items]
-        logp = torch.cat([self.choose(groups[i:i + batch], list("12345")) for i in range(0, len(groups), batch)])
+        asked = [clip_item(prompt, video, dimensions) for prompt, video in items]
+        logp = torch.cat([self.choose(asked[i:i + batch], list("12345"), grade_stems(dimensions)) for i in range(0, len(asked), batch)])
         return logp.exp() @ torch.arange(1., 6., device=logp.device)
 
     def verdict_probs(self,
@@ -418,8 +423,8 @@ class Judge(Chooser):
         batch: int = 64,         # questions read together
     ) -> Tensor:
         "P(A is better) without sampling, log-odds of 1 against 2 averaged over both orders: float32 [B]."
-        groups = [[pair_item(pair, order, [])] for pair in pairs for order in ("ab", "ba")]
-        logp = torch.cat([self.choose(groups[i:i + batch], ["1", "2"]) for i in range(0, len(groups), batch)])[:, 0]
+        asked = [pair_item(pair, order, []) for pair in pairs for order in ("ab", "ba")]
+        logp = torch.cat([self.choose(asked[i:i + batch], ["1", "2"]) for i in range(0, len(asked), batch)])[:, 0]
         first = (logp[:, 0] - logp[:, 1]).view(-1, 2)
         return torch.sigmoid((first[:, 0] - first[:, 1])/2)
 

@@ -42,12 +42,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 def set_deterministic(wanted: bool):
-    "Have PyTorch take kernels on the GPU that add up in the same order every time, and warn where there are none. On a CPU they do."
-    if device() == "cpu": return
+    "If wanted, have PyTorch take kernels on the GPU that add up in the same order every time, and warn where there are none. On a CPU they do."
+    if device() == "cpu" or not wanted: return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.enable_mem_efficient_sdp(not wanted)  # its backward pass adds up in any order as long as PyTorch only warns
 
 def load_generator(config: Config, path) -> Generator:
     "A generator with the config's settings, with what its checkpoint learned folded in and a fresh adapter on top."

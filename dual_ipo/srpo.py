@@ -19,7 +19,7 @@ from .core import UserError, generator
 from .cot import DIMENSIONS, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import progress
-from .training import take, train
+from .training import ordered, take, train
 from .voting import grade_gap
 
 # %% ../nbs/14_srpo.ipynb #a3417a8e
@@ -183,7 +183,7 @@ def srpo(
     both = lambda some: ([e[0] for e in some] * 2, [e[1] for e in some] + [e[2] for e in some])
     reference = []
     for i in progress(range(0, len(examples), batch_size), "reference"):
-        with torch.no_grad(): reference += judge.log_probs(*both(examples[i:i + batch_size])).view(2, -1).T.tolist()
+        with torch.no_grad(), ordered(): reference += judge.log_probs(*both(examples[i:i + batch_size])).view(2, -1).T.tolist()
     reference = torch.tensor(reference)
     def loss_fn(model, index):
         some = take(len(examples), batch_size, index, seed, "srpo")

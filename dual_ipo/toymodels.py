@@ -26,7 +26,7 @@ DESCRIBE_ONE = "Frames of a video. Prompt: {prompt}\nDescribe it: {dimension}"
 def judge_words() -> list:
     "Every text whose words the toy judge knows whole."
     labelled = [Pair("", None, None, label) for label in ("A", "B", "same")]
-    return [pair_prompt(""), pair_prompt("", []), *[clip_prompt("", d) for d in DIMENSIONS], *[annotation_prompt(p) for p in labelled], *DESCRIBE.values(), CHECK.format(prompt=""), DESCRIBE_ONE.format(prompt="", dimension=""),
+    return [pair_prompt(""), pair_prompt("", []), clip_prompt(""), *[annotation_prompt(p) for p in labelled], *DESCRIBE.values(), CHECK.format(prompt=""), DESCRIBE_ONE.format(prompt="", dimension=""),
             *TEMPLATES, *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS, *SEMANTIC, *[w for level in LEVELS.values() for ws in level for w in ws],
             "stands still frozen does not move nothing clear but yes no user judge tie 1 2 3 4 5 <answer> </answer> | : \n"]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'seeded', 'ranks', 'rank_slice', 'epoch_order', 'take', 'trained', 'adam_tensors', 'load_adam',
-           'keep_only', 'save_checkpoint', 'load_checkpoint', 'gradients', 'TrainingAnomaly', 'check_anomaly', 'train']
+           'keep_only', 'save_checkpoint', 'load_checkpoint', 'ordered', 'gradients', 'TrainingAnomaly',
+           'check_anomaly', 'train']
 
 # %% ../nbs/04_training.ipynb #dc3c1342
 import math, os, shutil
@@ -138,6 +139,15 @@ def load_checkpoint(
     if ranks().is_main_process: keep_only(done[-1])
     return facts["step"], read_table(done[-1]/"history.parquet")
 
+# %% ../nbs/04_training.ipynb #2b00cf61
+@contextmanager
+def ordered():
+    "Where deterministic algorithms are asked for, do without the attention kernel whose backward pass adds up in any order all the same."
+    was = torch.backends.cuda.mem_efficient_sdp_enabled()
+    torch.backends.cuda.enable_mem_efficient_sdp(was and not torch.are_deterministic_algorithms_enabled())
+    try: yield
+    finally: torch.backends.cuda.enable_mem_efficient_sdp(was)
+
 # %% ../nbs/04_training.ipynb #f7e3710b
 def gradients(
     accelerator: Accelerator,
@@ -152,7 +162,7 @@ def gradients(
     rows = []
     for index in range(step*accumulate, (step + 1)*accumulate):
         last = index == (step + 1)*accumulate - 1
-        with seeded(device, seed, "step", index, accelerator.process_index), nullcontext() if last else accelerator.no_sync(model):
+        with seeded(device, seed, "step", index, accelerator.process_index), ordered(), nullcontext() if last else accelerator.no_sync(model):
             loss, metrics = loss_fn(model, index)
             accelerator.backward(loss/accumulate)
         rows.append([loss.item(), *metrics.values()])

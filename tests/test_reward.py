@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dual_ipo.core import Pair, UserError, Video, generator
-from dual_ipo.cot import DIMENSIONS, annotate, clip_item, cold_start_items, pair_item, pair_response, parse_answer, parse_grades, parse_rationale
+from dual_ipo.cot import DIMENSIONS, annotate, clip_item, cold_start_items, grade_stems, pair_item, pair_response, parse_answer, parse_grades, parse_rationale
 from dual_ipo.pce import FORMS, ece, log_ratios, mean_reward, pce
 from dual_ipo.reward import Judge, uniform
 from dual_ipo.srpo import cold_start, preferences, pseudo_label, srpo, srpo_loss, turned
@@ -138,9 +138,12 @@ def test_swapping_turns_the_verdict(judge, pairs):
 def test_grades_are_expectations_over_digits(judge, pairs):
     grades = judge.grades([(p.prompt, p.a) for p in pairs])
     assert grades.shape == (5, len(DIMENSIONS)) and (grades > 1).all() and (grades < 5).all()
-    digits = [judge.tokenizer(f"<answer>{d}", add_special_tokens=False).input_ids for d in range(1, 6)]
-    with torch.no_grad(): p = judge.log_probs([clip_item(pairs[3].prompt, pairs[3].a, "motion")]*5, digits).softmax(0)
-    torch.testing.assert_close((p*torch.arange(1., 6.)).sum(), grades[3, DIMENSIONS.index("motion")], **CLOSE)
+    said, item = "", clip_item(pairs[3].prompt, pairs[3].a)
+    for stem, grade in zip(grade_stems(), grades[3]):
+        rows = [judge.tokenizer(f"{said}{stem}{d}", add_special_tokens=False).input_ids for d in range(1, 6)]
+        with torch.no_grad(): p = judge.log_probs([item]*5, rows).softmax(0)
+        torch.testing.assert_close((p*torch.arange(1., 6.)).sum(), grade, **CLOSE)
+        said += f"{stem}{p.argmax() + 1}"
 
 @pytest.mark.parametrize("lora_rank", [4, None])
 def test_policy_is_its_reference_at_first_and_leaves_it(checkpoint, pairs, lora_rank):
