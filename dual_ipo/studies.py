@@ -7,7 +7,7 @@ __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths',
            'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'run_sd', 'widened', 'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -233,10 +233,10 @@ def difference(
 
 # %% ../nbs/70_studies.ipynb #3e96e8c7
 def run_sd(
-    pairs: list,  # of totals of the same job run twice, points
+    groups: list,  # of lists of totals, points; those of a list differ in nothing that matters
 ) -> float:
-    "Standard deviation of one run."
-    return (sum((a - b) ** 2 for a, b in pairs) / (2 * len(pairs))) ** .5
+    "Standard deviation of one run: within the groups, pooled."
+    return (sum((len(own) - 1) * statistics.variance(own) for own in groups) / sum(len(own) - 1 for own in groups)) ** .5
 
 def widened(
     d: dict,          # of `difference`
