@@ -144,7 +144,7 @@ def cold_start_items(
     items = []
     for pair in pairs:
         items += [pair_item(pair, order, []) for order in ("ab", "ba")]
-        if not pair.rationale: continue
+        if not (pair.rationale and dimensions): continue
         items += [pair_item(pair, order, dimensions) for order in ("ab", "ba")]
         items += [clip_item(pair.prompt, video, dimensions, {d: pair.rationale[d][f"grade_{side}"] for d in dimensions}) for side, video in (("a", pair.a), ("b", pair.b))]
     return items
