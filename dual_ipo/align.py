@@ -138,7 +138,7 @@ def align(
     candidates,                   # their folder
     folder,                       # for checkpoints, encodings, history.parquet
     *,
-    real: list[tuple] = (),       # (caption, path of mp4), each of the generator's shape
+    real: list[tuple] = (),       # (caption, path of mp4), each of the generator's shape; of longer ones the beginning
     objective: str = "dpo",       # or "kto": winners desirable, losers undesirable
     steps: int, lr: float,
     beta: float,                  # 5000 for CogVideoX, 2000 for Wan
@@ -166,7 +166,7 @@ def align(
     prompts = list(dict.fromkeys([p["prompt"] for p in pairs] + ([caption for caption, _ in real] if R else [])))
     texts = dict(zip(prompts, encode_once(prompts, model.encode_prompts, folder/"texts", "texts")))
     at_once = max(1, 2**24//(model.num_frames*model.height*model.width))
-    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read_mp4(p)[0] for _, p in clips[i:i+at_once]]))]
+    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read_mp4(p)[0][:model.num_frames] for _, p in clips[i:i+at_once]]))]
     found = encode_once(list(real), encode, folder/"real", "real clips") if R else []
     clips = [dict(prompt=caption, file=file, name=name) for (caption, _), (file, name) in zip(real, found)]
     batches = Batches(model, pairs, candidates, clips, folder/"real", texts, folder/"texts", batch_size, R, objective == "dpo", seed, round, "align")

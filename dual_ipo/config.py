@@ -23,7 +23,7 @@ class Part(BaseModel):
 # %% ../nbs/06_config.ipynb #206984f3
 class GeneratorPart(Part):
     path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1 or CogVideoX pipeline")
-    num_frames: int = Field(81, ge=1, description="frames of every video, 4k+1")
+    num_frames: int = Field(81, ge=1, description="frames of every video: 4k+1 for Wan, 8k+1 for CogVideoX")
     height: int = Field(480, ge=1, description="pixels")
     width: int = Field(832, ge=1, description="pixels")
     fps: float = Field(16., gt=0, description="frames per second, written into every mp4 (Wan 16, CogVideoX 8)")
@@ -70,7 +70,8 @@ class CandidatesPart(Part):
     scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
     pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
     min_margin: float = Field(0., ge=0, description="judge scores must differ by more than this (grades are 1 to 5)")
-    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next two make cheaper candidates: ask `dual-ipo gate` first whether their labels are the same")
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next three make cheaper candidates, the first three cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same")
+    num_frames: int | None = Field(None, ge=1, description="frames of candidates, which `align` then learns from; null: the generator's")
     cache: float | None = Field(None, gt=0, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
     preview_steps: int | None = Field(None, ge=1, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
     keep: int = Field(2, ge=1, description="with previews: how many from the top and how many from the bottom are sampled in full")

@@ -15,11 +15,11 @@ from .candidates import best_worst, both_ends, sample_candidates
 from .config import Config
 from .core import Pair, UserError, VideoFile
 from .evaluate import mean_ci
-from .rounds import cheaper, grades_of, load_generator, load_judge, voting_of
+from .rounds import cheaper, grades_of, load_generator, load_judge, shorter, voting_of
 from .store import read_json, read_table, stage, write_json, write_table
 
 # %% ../nbs/33_gate.ipynb #ea4b02e4
-DIALS = dict(num_inference_steps=None, cache=None, preview_steps=None)  # of `candidates`, and where they cost nothing in quality
+DIALS = dict(num_inference_steps=None, num_frames=None, cache=None, preview_steps=None)  # of `candidates`, and where they cost nothing in quality
 
 def with_candidates(config: Config, **changes) -> Config:
     "The config with another `candidates` part."
@@ -40,13 +40,14 @@ def scored_candidates(
             score = lambda rows, where: [sum(g) / len(g) for g in grades_of(judge, [(row["prompt"], where / row["clip"]) for row in rows], config.reward.dimensions)]
             sampled = lambda where, only=None: sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate", batch_size=config.generator.batch_size, what=folder.name, only=only)
             if c.preview_steps:
-                model.num_inference_steps = c.preview_steps
+                shorter(config, model).num_inference_steps = c.preview_steps
                 rows = sampled(folder / "previews")
                 only, model.num_inference_steps = both_ends(rows, score(rows, folder / "previews"), c.keep), steps
             cheaper(config, model)
             rows = sampled(folder, only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])
             model.num_inference_steps, model.cache = steps, None
+            model.shorten(model.most_frames)
             write_json(folder / "seconds.json", dict(seconds=clock() - began))
     return read_table(at)
 
@@ -76,7 +77,7 @@ def gate(
     "Whether candidates sampled as the config says get the labels of those sampled in full. UserError if the config asks for nothing cheaper."
     folder, c = Path(folder), config.candidates
     dials = {key: getattr(c, key) for key, none in DIALS.items() if getattr(c, key) != none}
-    if not dials: raise UserError("gate: candidates are sampled in full; set candidates.num_inference_steps, cache or preview_steps, and ask again")
+    if not dials: raise UserError("gate: candidates are sampled in full; set candidates.num_inference_steps, num_frames, cache or preview_steps, and ask again")
     name = "_".join(f"{key}_{value:g}" for key, value in dials.items()) + (f"_keep_{c.keep}" if c.preview_steps else "")
     model, judge = load_generator(config, generator or config.generator.path), load_judge(config, judge or config.reward.path)
     full = scored_candidates(with_candidates(config, **DIALS), model, judge, prompts, folder / "full")

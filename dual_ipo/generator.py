@@ -214,6 +214,7 @@ class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise` and `predict`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
+    latents_at_once = 1   # frames of latents that the VAE decodes together, after the first
 
     def __init__(self, pipe, *,
         num_frames: int, height: int, width: int, fps: float,                       # of every video
@@ -221,7 +222,7 @@ class Generator(Weights):
         max_sequence_length: int,                                                   # tokens of a text, padding included
         **weights,                                                                  # see `Weights`
     ):
-        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self.num_frames, self.height, self.width, self.fps, self.most_frames = num_frames, height, width, fps, num_frames
         self.num_inference_steps, self.guidance_scale, self.negative_prompt = num_inference_steps, guidance_scale, negative_prompt
         self.max_sequence_length, self.pipe, self.negative = max_sequence_length, pipe, None
         pipe.set_progress_bar_config(disable=True)
@@ -230,10 +231,27 @@ class Generator(Weights):
 
     def check_shapes(self):
         "UserError if the model can't make videos of this shape."
-        t, multiple = self.pipe.vae_scale_factor_temporal, math.lcm(self.size_multiple, self.pipe.vae_scale_factor_spatial*self.patch_size)
-        if self.num_frames % t != 1: raise UserError(f"num_frames: {self.num_frames} is not {t}k+1; use {max(self.num_frames - 1, 0)//t*t + 1}")
+        t, multiple = self.pipe.vae_scale_factor_temporal*self.latents_at_once, math.lcm(self.size_multiple, self.pipe.vae_scale_factor_spatial*self.patch_size)
+        if self.num_frames % t != 1: raise UserError(f"num_frames: {self.num_frames} is not {t}k+1; use {max(0, round((self.num_frames - 1)/t))*t + 1}")
         for key, size in (("height", self.height), ("width", self.width)):
             if size < 1 or size % multiple: raise UserError(f"{key}: {size} is not a multiple of {multiple}; use {max(1, round(size/multiple))*multiple}")
+
+    def shorten(self,
+        num_frames: int,   # no more than the model was loaded with
+    ):
+        "Make, encode and learn from clips of so many frames from now on. UserError if it can't."
+        if num_frames > self.most_frames: raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.most_frames}; lower it")
+        self.num_frames = num_frames
+        self.check_shapes()
+
+    @property
+    def latent_shape(self):
+        "Of one clip, see `shape_of`."
+        return self.shape_of(self.num_frames)
+
+    def start(self, key):
+        "The noise that a clip starts from; a shorter one takes the first of it."
+        return noise(self.shape_of(self.most_frames), *key)[tuple(slice(n) for n in self.latent_shape)]
 
     def check_prompts(self,
         prompts: list[str],
@@ -304,7 +322,7 @@ class Generator(Weights):
         if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
         def catch(pipe, i, t, tensors): return last.update(tensors) or {}
         videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
-            latents=torch.stack([noise(self.latent_shape, *key) for key in keys]).to(self.device, self.latent_dtype),
+            latents=torch.stack([self.start(key) for key in keys]).to(self.device, self.latent_dtype),
             generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
             height=self.height, width=self.width, num_frames=self.num_frames, num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale, output_type="pt", callback_on_step_end=catch).frames
@@ -315,6 +333,7 @@ class Generator(Weights):
 class CogVideoX(Generator):
     "CogVideoX 2B, 5B and 1.5."
     pipeline, size_multiple, clean = CogVideoXPipeline, 8, staticmethod(str)
+    latents_at_once = 2   # of an even number its VAE makes frames that nobody asked for
 
     @property
     def patch_size(self): return self.pipe.transformer.config.patch_size
@@ -322,16 +341,14 @@ class CogVideoX(Generator):
     @property
     def latent_dtype(self): return self.dtype
 
-    @property
-    def front_frames(self):
+    def front_frames(self, num_frames):
         "Latent frames that CogVideoX1.5 wants in front, to come in twos."
-        return -((self.num_frames - 1)//self.pipe.vae_scale_factor_temporal + 1) % (self.transformer.config.patch_size_t or 1)
+        return -((num_frames - 1)//self.pipe.vae_scale_factor_temporal + 1) % (self.transformer.config.patch_size_t or 1)
 
-    @property
-    def latent_shape(self):
+    def shape_of(self, num_frames):
         "[T, C, H, W]"
         s, t = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
-        return (self.num_frames - 1)//t + 1 + self.front_frames, self.transformer.config.in_channels, self.height//s, self.width//s
+        return (num_frames - 1)//t + 1 + self.front_frames(num_frames), self.transformer.config.in_channels, self.height//s, self.width//s
 
     def check_model(self):
         "UserError if this isn't a model we train rightly."
@@ -348,7 +365,7 @@ class CogVideoX(Generator):
     ) -> Tensor:     # [B, T, C, H, W]
         "z·scaling_factor, and the first frame again in front where the model wants an even number."
         z = self.pipe.vae.config.scaling_factor*z.transpose(1, 2)
-        return torch.cat([z[:, :1].expand(-1, self.front_frames, -1, -1, -1), z], 1)
+        return torch.cat([z[:, :1].expand(-1, self.front_frames(self.num_frames), -1, -1, -1), z], 1)
 
     def timesteps(self, B: int, *keys) -> Tensor:
         "B timesteps, uniform."
@@ -380,11 +397,10 @@ class Wan(Generator):
         config = self.pipe.scheduler.config
         return config["flow_shift"] if "flow_shift" in config else config["shift"]
 
-    @property
-    def latent_shape(self):
+    def shape_of(self, num_frames):
         "[C, T, H, W]"
         s, t = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
-        return self.transformer.config.in_channels, (self.num_frames - 1)//t + 1, self.height//s, self.width//s
+        return self.transformer.config.in_channels, (num_frames - 1)//t + 1, self.height//s, self.width//s
 
     def check_model(self):
         "UserError if this isn't a model we train rightly."

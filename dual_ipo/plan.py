@@ -96,9 +96,14 @@ def largest(run) -> int:
 
 # %% ../nbs/32_plan.ipynb #6fe18525
 def generator_facts(
-    g: Generator,   # on the meta device
-) -> dict:          # FLOP and bytes, of one video or one training sample
+    g: Generator,                    # on the meta device
+    num_frames: int | None = None,   # of the clips that are learned from, if they are shorter
+) -> dict:                           # FLOP and bytes, of one video or one training sample; "short": the same of a shorter clip
     "What one forward pass, one decoding, one encoding and one backward pass take."
+    if num_frames:
+        whole = generator_facts(g)
+        g.shorten(num_frames)
+        return whole | dict(short=generator_facts(g)["short"])
     y = torch.empty(1, *g.latent_shape, device="meta")
     width = g.transformer.config.get("text_dim") or g.transformer.config.text_embed_dim
     call = lambda: g.error(y, g.timesteps(1, "plan"), y, [torch.empty(g.max_sequence_length, width, device="meta")])
@@ -111,10 +116,11 @@ def generator_facts(
     hidden = g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
     tokens = latents[0, 0].numel() // g.patch_size**2
     boundary, attentions = tokens * hidden * torch.finfo(g.dtype).bits // 8, sum(hasattr(m, "to_q") for m in blocks[0].modules())
-    return dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=len(blocks),
+    found = dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=len(blocks),
                 sizes=dict(all=saved // len(blocks), attention=boundary * (1 + attentions), none=boundary), attention=4 * tokens**2 * hidden * len(blocks),
                 work=largest(call), decode_work=largest(lambda: vae.decode(latents)), weights=size(g.transformer), others=size(g.pipe.text_encoder) + size(vae),
                 optimizer=sum(p.numel() for p in trained) * (4 + 8 + (0 if g.lora_rank else 4)), reference=0 if g.lora_rank else size(g.transformer), lora=bool(g.lora_rank), tokens=tokens)
+    return found | dict(short=found)
 
 # %% ../nbs/32_plan.ipynb #432a84ad
 def judge_facts(
@@ -138,9 +144,10 @@ def stages(
 ) -> list[dict]:           # {"stage", "flops", "gpu_hours", "memory"}, bytes on one GPU
     "A round, stage by stage."
     c, a, v, s, e, part = config.candidates, config.align, config.votes, config.srpo, config.evaluate, config.generator
-    clip = lambda steps: steps * (2 if part.guidance_scale > 1 else 1) * g["forward"] + g["decode"]
-    video, candidates, full = clip(part.num_inference_steps), c.prompts_per_round * c.per_prompt, c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
-    sampling = g["weights"] + g["others"] + part.batch_size * max(g["work"], g["decode_work"])
+    clip = lambda steps, x: steps * (2 if part.guidance_scale > 1 else 1) * x["forward"] + x["decode"]
+    whole, g, few = g, g["short"], c.num_inference_steps or part.num_inference_steps   # what is learned from may be shorter
+    candidates, full = c.prompts_per_round * c.per_prompt, c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
+    sampling, evaluating = (x["weights"] + x["others"] + part.batch_size * max(x["work"], x["decode_work"]) for x in (g, whole))
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
     samples, real = 2, .5 if a.lambda_real else 0
     per_gpu, fixed = -(-a.batch_size // count) * (samples + real), g["weights"] + g["reference"] + g["optimizer"] + g["work"]
@@ -156,12 +163,12 @@ def stages(
     def votes(pairs): return read(j["pair"], 2 * pairs) + write(v.k * pairs)
     def grades(clips): return read(j["clip"] + 5 * len(config.reward.dimensions), clips)
     both = j["pair"] + response
-    rows = [("previews", candidates * clip(c.preview_steps), grades(candidates), max(sampling, j["weights"] + cache))] if c.preview_steps else []
-    rows += [("candidates", full * clip(c.num_inference_steps or part.num_inference_steps), 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),
+    rows = [("previews", candidates * clip(c.preview_steps, g), grades(candidates), max(sampling, j["weights"] + cache))] if c.preview_steps else []
+    rows += [("candidates", full * clip(few, g), 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),
             ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, fixed + held)]
-    if s.steps: rows += [("fresh clips", 2 * v.pairs * video, 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
+    if s.steps: rows += [("fresh clips", 2 * v.pairs * clip(few, g), 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
                          ("srpo", 0, 3 * read(both, s.steps * s.batch_size * (2 + (1 if s.lambda_human else 0))) + read(both, 4 * v.pairs), j["weights"] + s.batch_size * 2 * both * j["width"] * j["layers"] * 34)]
-    rows += [("evaluation", e.prompts * e.videos_per_prompt * video, votes(e.prompts * e.videos_per_prompt), max(sampling, j["weights"] + cache))]
+    rows += [("evaluation", e.prompts * e.videos_per_prompt * clip(part.num_inference_steps, whole), votes(e.prompts * e.videos_per_prompt), max(evaluating, j["weights"] + cache))]
     return [dict(stage=name, flops=work + seconds * gpu.flops * share, gpu_hours=(work / (gpu.flops * share) + seconds) / 3600, memory=int(memory)) for name, work, seconds, memory in rows]
 
 # %% ../nbs/32_plan.ipynb #5eb0d271
@@ -196,7 +203,7 @@ def plan(
 ) -> str:                                # a table
     "What a round of this config costs."
     if gpu not in GPUS: raise UserError(f"gpu {gpu!r}: choose one of {', '.join(GPUS)}")
-    g, j, card = generator_facts(meta_generator(config)), judge_facts(config), GPUS[gpu]
+    g, j, card = generator_facts(meta_generator(config), config.candidates.num_frames), judge_facts(config), GPUS[gpu]
     rows = stages(config, g, j, card, count, share)
     hours = sum(row["gpu_hours"] for row in rows)
     lines = [f"one round on {count} {gpu}, at {share:.0%} of its rate", f"{'stage':14}{'PFLOP':>12}{'GPU-hours':>12}{'hours':>10}{'share':>8}{'GB':>8}  fits"]
@@ -221,7 +228,7 @@ def out_of_memory(
     name, setting = STAGES[stage]
     card = GPU("this card", 1e12, memory, 1e12)
     try:
-        g, j = generator_facts(meta_generator(config)), judge_facts(config)
+        g, j = generator_facts(meta_generator(config), config.candidates.num_frames), judge_facts(config)
         row = next((row for row in stages(config, g, j, card, count) if row["stage"] == name), None)
         estimate, advice = (f" ({row['memory'] / 1e9:.1f} GB were estimated)", remedy(config, g, j, row, card, count)) if row else ("", "")
     except Exception: estimate, advice = "", ""  # the message matters more

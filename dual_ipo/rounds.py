@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of', 'Round', 'check_prompts',
-           'read_input', 'check_input', 'prompts_of_round', 'start_judge', 'human_items', 'cheaper', 'previews',
-           'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade', 'rank', 'update_generator',
-           'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label', 'update_judge',
-           'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
+           'shorter', 'check_model', 'read_input', 'check_input', 'prompts_of_round', 'start_judge', 'human_items',
+           'cheaper', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade', 'rank',
+           'update_generator', 'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label',
+           'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
@@ -29,7 +29,7 @@ from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator
 from .monitor import needs_srpo
-from .plan import out_of_memory
+from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
 from .reward import Judge
 from .srpo import cold_start, pseudo_label, srpo
@@ -126,6 +126,19 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
     if len(eval_prompts) < wanted: raise UserError(f"{data.eval_prompts}: has {len(eval_prompts)} prompts, evaluate.prompts asks for {wanted}; add some or lower it")
     if config.align.lambda_real and not data.real_clips: raise UserError("data.real_clips: is empty, but align.lambda_real > 0; give real clips or set it to 0")
 
+# %% ../nbs/30_rounds.ipynb #50a4668a
+def shorter(config: Config, model: Generator) -> Generator:
+    "The generator with clips as long as `candidates` wants them."
+    model.shorten(config.candidates.num_frames or model.num_frames)
+    return model
+
+def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
+    "UserError where the generator can't do what it is asked to: shapes, and texts that are too long. Its config files and tokenizer tell."
+    data, model = config.data, shorter(config, meta_generator(config))
+    model.check_prompts(prompts, f"{data.prompts}: prompt")
+    model.check_prompts(eval_prompts, f"{data.eval_prompts}: prompt")
+    if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
+
 # %% ../nbs/30_rounds.ipynb #e44bafb5
 def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs, real clips)
     "Read the user's files; bad clips go to quarantine.parquet."
@@ -136,6 +149,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     real = read_clips(r.path(data.real_clips)) if data.real_clips else []
     at = r.run.path / "input_check.json"
     if not at.exists():
+        check_model(r.config, prompts, eval_prompts, real)
         good, bad = check_clips(pairs.paths(), None, data.max_bad_share)
         fits, misfit = check_clips([p for _, p in real], (g.num_frames, g.height, g.width), data.max_bad_share) if real else ([], [])
         if bad + misfit: write_table(r.run.path / "quarantine.parquet", bad + misfit)
@@ -153,11 +167,12 @@ def check_input(
     prompts, eval_prompts = read_prompts(data.prompts), read_prompts(data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
     read_pairs(data.pairs)
-    if data.real_clips: read_clips(data.real_clips)
+    real = read_clips(data.real_clips) if data.real_clips else []
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
     name = pipeline_class(read_checkpoint(config.generator.path)[0])
     if name not in ("WanPipeline", "CogVideoXPipeline"): raise UserError(f"{config.generator.path}: is a {name}; give a WanPipeline or a CogVideoXPipeline")
+    check_model(config, prompts, eval_prompts, real)
 
 # %% ../nbs/30_rounds.ipynb #7a765674
 def prompts_of_round(
@@ -199,14 +214,13 @@ def cheaper(config: Config, model: Generator) -> Generator:
     "The generator as `candidates` wants it sampled."
     c = config.candidates
     model.num_inference_steps, model.cache = c.num_inference_steps or model.num_inference_steps, c.cache
-    return model
-
+    return shorter(config, model)
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
     "Sample all candidates in few steps, and keep those that the judge puts first and last."
     c = r.config.candidates
     with r.stage("previews", resumes=True) as todo:
         if todo:
-            model = r.generator(r.before("generator"))
+            model = shorter(r.config, r.generator(r.before("generator")))
             model.num_inference_steps = c.preview_steps
             rows = sample_candidates(model, prompts, c.per_prompt, r.folder / "previews", r.config.seed, r.k, batch_size=r.config.generator.batch_size, what="previews")
             write_table(r.folder / "previews.parquet", grade(r, rows, "previews"))
@@ -286,7 +300,7 @@ def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a r
     if not a["lambda_real"]: real = []
     with r.stage("align", resumes=True) as todo:
         if todo:
-            model = r.generator(r.before("generator"))
+            model = shorter(r.config, r.generator(r.before("generator")))
             try: align(model, pairs, r.folder / "candidates", r.folder / "align", real=real, seed=r.config.seed, round=r.k, **a)
             except TrainingAnomaly as anomaly: write_json(r.folder / "align/anomaly.json", dict(reason=str(anomaly)))
             model.save(r.folder / "generator")
@@ -308,7 +322,7 @@ def sample_fresh(r: Round, prompts: list) -> list:  # of Pair; none for a judge 
     n = min(r.config.votes.pairs, len(prompts))
     per = 2 * -(-r.config.votes.pairs // n)
     with r.stage("fresh", resumes=True) as todo:
-        if todo: sample_candidates(r.generator(r.folder / "generator"), prompts_of_round(prompts, r.k, n, f"{r.config.seed} fresh"), per, r.folder / "fresh",
+        if todo: sample_candidates(cheaper(r.config, r.generator(r.folder / "generator")), prompts_of_round(prompts, r.k, n, f"{r.config.seed} fresh"), per, r.folder / "fresh",
                                    f"{r.config.seed} fresh", r.k, batch_size=r.config.generator.batch_size, what="fresh clips")
     return clip_pairs(read_candidates(r.folder / "fresh"), r.folder / "fresh")[:r.config.votes.pairs]
 

@@ -5,12 +5,19 @@
 # %% auto #0
 __all__ = ['COG', 'REAL', 'COG_VAE', 'DEVICE', 'PARTS', 'real_generator', 'seconds', 'peak_gb', 'patches', 'attention_flops',
            'ceilings', 'limit', 'a_batch', 'peers_loss', 'a_step', 'training', 'sampling', 'real_judge', 'judging',
-           'measure']
+           'utilisation', 'timeline', 'a_run', 'whole_round', 'measure']
 
 # %% ../nbs/71_speed.ipynb #738fa82e
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -23,15 +30,19 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .align import step_loss
+from .config import parse_config
 from .core import Pair, Video, noise
 from .cot import pair_item
+from .data import save_videos, write_pairs
 from .generator import CogVideoX, Generator, Wan
 from .kernels import fit, keep, blocks_of
 from .losses import KtoBaseline, dpo_loss
 from .plan import flops, fused_attention
 from .reward import Judge
-from .store import write_json
+from .rounds import Round, run_round
+from .store import Run, write_json
 from .toymodels import CHAT, judge_tokenizer
+from .toyworld import toy_prompts
 
 # %% ../nbs/71_speed.ipynb #e963bc5a
 COG = dict(attention_head_dim=64, time_embed_dim=512, text_embed_dim=4096)
@@ -249,6 +260,81 @@ def judging(
                                       ours_each=seconds(lambda: ours(many), 1, 0) / pairs, pairs=pairs, grades_each=seconds(lambda: judge.grades([(p.prompt, p.a) for p in many]), 2) / pairs,
                                       peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
+# %% ../nbs/71_speed.ipynb #1ddb5179
+@contextmanager
+def utilisation():
+    "Collects (time, share of the time in which the GPU computed) while it is open; nothing where there is no GPU."
+    seen, watch = [], None
+    def read():
+        for line in watch.stdout: seen.append((time.time(), int(line) / 100))
+    if shutil.which("nvidia-smi"):
+        watch = subprocess.Popen("nvidia-smi --id=0 --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200".split(), stdout=subprocess.PIPE, text=True)
+        Thread(target=read, daemon=True).start()
+    try: yield seen
+    finally:
+        if watch: watch.kill()
+
+@contextmanager
+def timeline():
+    "Collects when each stage of a round began and ended, and the GB that PyTorch held at most."
+    seen, stage = [], Round.stage
+    @contextmanager
+    def timed(self, name, *args, **kwargs):
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+        began = time.time()
+        with stage(self, name, *args, **kwargs) as todo: yield todo
+        seen.append(dict(round=self.k, stage=name, start=began, end=time.time(), peak_gb=torch.cuda.max_memory_allocated() / 1e9))
+        print(f"round {self.k} {name}: {seen[-1]['end'] - began:.0f} s", flush=True)
+    with patch.object(Round, "stage", timed): yield seen
+
+# %% ../nbs/71_speed.ipynb #4ab37759
+def a_run(
+    folder,               # for the checkpoints, the clips and the run
+    name: str,            # of REAL
+    steps: int,           # of denoising
+    judge,                # checkpoint; a number: layers of `real_judge`
+    frames_per_video: int = 8,
+) -> Run:
+    "A run of a real model with all that it reads: 4 prompts, 12 human pairs, 4 real clips."
+    folder = Path(folder)
+    g = real_generator(name, DEVICE, None)
+    g.transformer.to(torch.bfloat16)
+    g.pipe.save_pretrained(folder / "generator")
+    if isinstance(judge, int): real_judge(DEVICE, judge).save(judge := folder / "judge")
+    T, H, W = g.num_frames, g.height, g.width
+    video = lambda *key: Video((noise((T, 3, 8, 8), *key) * 64 + 128).clamp(0, 255).byte().repeat_interleave(H // 8 + 1, 2).repeat_interleave(W // 8 + 1, 3)[..., :H, :W].contiguous(), g.fps)
+    prompts = toy_prompts(144, "train", 1001)
+    (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n")
+    (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:2]) + "\n")
+    write_pairs(folder, [Pair(prompts[i], video("a", i), video("b", i), label="AB"[i % 2], pair_id=str(i)) for i in range(12)])
+    save_videos([(folder / f"real/{i}.mp4", video("real", i)) for i in range(4)])
+    (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i}.mp4,{prompts[i]}\n" for i in range(4)))
+    shape = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "guidance_scale", "max_sequence_length")}
+    return Run.open(folder / "run", parse_config(dict(
+        seed=0, rounds=1, generator=dict(path=str(folder / "generator"), num_inference_steps=steps, lora_rank=64, batch_size=1, dtype="bfloat16") | shape,
+        reward=dict(path=str(judge), frames_per_video=frames_per_video, lora_rank=16, max_new_tokens=100, batch_size=16, dtype="bfloat16"),
+        data=dict(prompts=str(folder / "prompts.txt"), eval_prompts=str(folder / "eval_prompts.txt"), pairs=str(folder / "pairs.csv"), real_clips=str(folder / "real.csv")),
+        cold_start=dict(steps=4, batch_size=2), candidates=dict(prompts_per_round=2, per_prompt=4), align=dict(steps=6, batch_size=1, warmup=1, lambda_real=.1),
+        votes=dict(pairs=4, k=8), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=2, videos_per_prompt=2, measure=None)), "speed").model_dump())
+
+def whole_round(
+    name: str,
+    steps: int = 8,       # of denoising
+    judge=8,              # checkpoint, or layers of `real_judge`: what a round trains beside a generator on one GPU
+    **settings,           # of `a_run`
+) -> dict:
+    "When each stage of a cold start and of the first round began and ended, what it held, and how busy the GPU was."
+    with tempfile.TemporaryDirectory() as folder:
+        run = a_run(folder, name, steps, judge, **settings)
+        torch.cuda.empty_cache()
+        began = time.time()
+        with utilisation() as used, timeline() as stages:
+            for k in (0, 1): run_round(run, k)
+    at = lambda s: [share for t, share in used if s["start"] <= t < s["end"]]
+    return dict(model=name, denoising_steps=steps, judge=judge if isinstance(judge, int) else Path(judge).name, config=run.config,
+                stages=[s | dict(start=s["start"] - began, end=s["end"] - began, busy=statistics.mean(at(s)) if at(s) else None) for s in stages],
+                used=[(round(t - began, 1), share) for t, share in used])
+
 # %% ../nbs/71_speed.ipynb #9e1ecb68
 PARTS = {"ceilings Wan2.1-1.3B": lambda: ceilings("Wan2.1-1.3B"), "ceilings CogVideoX-2B": lambda: ceilings("CogVideoX-2B")}
 for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
@@ -256,7 +342,7 @@ for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
               f"train {_name} kto": lambda name=_name: training(name, "ours", "kto"), f"train {_name} full": lambda name=_name: training(name, "ours", lora_rank=None, n=2),
               f"train {_name} eager": lambda name=_name: training(name, "ours", compile=False, n=2),
               f"sample {_name} diffusers": lambda name=_name: sampling(name, "diffusers"), f"sample {_name} diffusers flash": lambda name=_name: sampling(name, "diffusers flash"), f"sample {_name} ours": lambda name=_name: sampling(name, "ours")}
-PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2), "judge": judging}
+PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2), "judge": judging, "round CogVideoX-2B": lambda: whole_round("CogVideoX-2B")}
 
 def measure(
     parts: list,   # of PARTS

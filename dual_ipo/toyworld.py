@@ -29,7 +29,7 @@ DIRECTIONS = {"left": (-1., 0.), "right": (1., 0.), "up": (0., -1.), "down": (0.
 SPEEDS = {"slowly": .9, "quickly": 2.0}  # pixels per frame
 TEMPLATES = ["a {color} {shape} moves {direction} {speed}", "a {color} {shape} is moving {direction} {speed}",
              "{speed} a {color} {shape} moves {direction}"]
-FRAMES, SIZE, FPS = 9, 32, 8.0  # 4k+1 frames suit both VAEs; height = width = SIZE
+FRAMES, SIZE, FPS = 9, 32, 8.0  # 8k+1 frames suit both VAEs; height = width = SIZE
 
 # %% ../nbs/05_toyworld.ipynb #9ef4bebb
 def prompt_of(

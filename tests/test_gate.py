@@ -66,7 +66,7 @@ def test_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
     path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))))
-    assert main(ask) == 2 and "set candidates.num_inference_steps, cache or preview_steps" in capsys.readouterr().err
+    assert main(ask) == 2 and "set candidates.num_inference_steps, num_frames, cache or preview_steps" in capsys.readouterr().err
     with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
 
 

@@ -91,4 +91,9 @@ def test_cheaper_candidates_are_counted(tmp_path):
     assert full["candidates"]["flops"] - half["candidates"]["flops"] == pytest.approx(n * 25 * 2 * g["forward"]) and "previews" not in full
     assert seen["candidates"]["flops"] == pytest.approx(full["candidates"]["flops"] / 2) and seen["ranking"]["flops"] == pytest.approx(full["ranking"]["flops"] / 2)
     assert seen["previews"]["flops"] == pytest.approx(n * (5 * 2 * g["forward"] + g["decode"]) + full["ranking"]["flops"])
-    assert full["fresh clips"] == half["fresh clips"] == seen["fresh clips"]
+    assert full["fresh clips"] == seen["fresh clips"] and half["fresh clips"]["flops"] < .6*full["fresh clips"]["flops"]   # the judge learns from clips made alike
+    g = generator_facts(meta_generator(config), 25)
+    short = planned()
+    assert g["short"]["tokens"]*13 == g["tokens"]*7 and short["evaluation"] == full["evaluation"]
+    assert short["candidates"]["flops"] == pytest.approx(n * (50 * 2 * g["short"]["forward"] + g["short"]["decode"]))
+    assert short["align"]["memory"] < full["align"]["memory"] and short["fresh clips"]["flops"] < .5*full["fresh clips"]["flops"]

@@ -2,11 +2,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import torch
 import yaml
 
 import tiny
-from dual_ipo.cli import demo_config, main, write_toy_input
+from dual_ipo.cli import demo_config, main, start_run, write_toy_input
+from dual_ipo.core import Video
 from dual_ipo.rounds import run_round
 from dual_ipo.store import Run, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
@@ -111,6 +114,29 @@ def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
     finally: broken.write_bytes(whole)
     rows = read_table(tmp_path/"run/quarantine.parquet")
     assert [Path(row["path"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
+
+
+def test_learning_from_shorter_clips(given, tmp_path):
+    "Candidates, fresh clips and real clips of 5 frames; evaluation of all 9."
+    data = small_config("wan", lora_rank=4)
+    data["candidates"] |= dict(num_frames=5, preview_steps=2, keep=1)
+    data["cold_start"]["steps"] = 2
+    run = start_run(Namespace(config=write(given, "short.yaml", data), out=tmp_path/"run"))
+    for k in (0, 1): run_round(run, k)
+    lengths = {name: {len(Video.load(path).frames) for path in (tmp_path/"run/round_01"/name).rglob("*.mp4")} for name in ("previews", "candidates", "fresh", "evaluate")}
+    assert lengths == dict(previews={5}, candidates={5}, fresh={5}, evaluate={9})
+    history = read_table(tmp_path/"run/round_01/align/history.parquet")
+    assert len(history) == 6 and all(row["E_real"] > 0 for row in history) and history[0]["abs_logit"] == 0
+
+
+@pytest.mark.parametrize("part, change, said", [("candidates", dict(num_frames=6), "num_frames: 6 is not 4k.1; use 5"), ("candidates", dict(num_frames=13), "num_frames: 13 is more than a whole clip's 9"),
+    ("generator", dict(height=36), "height: 36 is not a multiple"), ("data", dict(prompts="long.txt"), "long.txt: prompt 2 .*tokens are more than max_sequence_length")])
+def test_what_does_not_fit_the_generator_is_told_before_the_judge_learns(given, tmp_path, capsys, part, change, said):
+    data = small_config()
+    data[part] |= change
+    (given/"long.txt").write_text("a red circle moves left\n" + "a red circle " * 20 + "\n")
+    assert main(["run", str(write(given, "misfit.yaml", data)), "--out", str(tmp_path/"run")]) == 2
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path/"run").exists()
 
 
 def weights_of(folder, steps):

@@ -4,6 +4,7 @@ import pytest, torch
 import dual_ipo.speed as speed
 from dual_ipo.align import step_loss
 from dual_ipo.store import read_json
+from dual_ipo.toyworld import CHECKPOINTS
 
 
 @pytest.fixture
@@ -44,3 +45,13 @@ def test_the_limit():
     rates = dict(gemm=2., cudnn_forward=1., cudnn_backward=1.)
     assert speed.limit(1., 0., rates) == 2*(2 + 2.5) and speed.limit(0., 2., rates, share=1.) == pytest.approx(2*(2 + 1.06 + 1))
     assert speed.limit(0., 2., rates, full=True) > speed.limit(0., 2., rates)
+
+
+
+def test_a_whole_round_of_a_real_pipeline(small, monkeypatch):
+    "The VAE of the real model, mp4 files and all stages, each with its time."
+    monkeypatch.setitem(speed.REAL, "CogVideoX-2B", (speed.REAL["CogVideoX-2B"][0], (9, 32, 32), None, None))
+    found = speed.whole_round("CogVideoX-2B", steps=1, judge=CHECKPOINTS/"judge", frames_per_video=5)
+    stages = [(s["round"], s["stage"]) for s in found["stages"]]
+    assert stages == [(0, s) for s in ("cold_start", "evaluate", "judge_check")] + [(1, s) for s in ("candidates", "ranking", "align", "fresh", "votes", "srpo", "evaluate", "judge_check")]
+    assert all(0 <= a["start"] < a["end"] <= b["start"] for a, b in zip(found["stages"], found["stages"][1:]))
