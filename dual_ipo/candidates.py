@@ -7,6 +7,7 @@ __all__ = ['sample_shard', 'sample_candidates', 'best_worst', 'random_two', 'bot
            'read_latents', 'preview']
 
 # %% ../nbs/22_candidates.ipynb #806e1943
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,7 @@ def sample_shard(
     rows = [dict(prompt_index=first + i, candidate=j, prompt=prompt, seed=str(seed), round=round, name=f"{first + i:06d}_{j:02d}",
         clip=f"{folder.name}/clips/{first + i:06d}_{j:02d}.mp4", latents=f"{folder.name}/latents.safetensors") for i, prompt in enumerate(prompts) for j in (range(n) if only is None else only[prompt])]
     latents, encoded = {}, []
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:   # a clip of 480p takes a core five seconds, as long as few denoising steps take a GPU
         for k in range(0, len(rows), batch_size):
             part = rows[k:k+batch_size]
             z, videos = model.sample([r["prompt"] for r in part], [(seed, round, r["prompt"], r["candidate"]) for r in part], text, batch_size)

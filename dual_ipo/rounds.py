@@ -126,7 +126,7 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
     if len(eval_prompts) < wanted: raise UserError(f"{data.eval_prompts}: has {len(eval_prompts)} prompts, evaluate.prompts asks for {wanted}; add some or lower it")
     if config.align.lambda_real and not data.real_clips: raise UserError("data.real_clips: is empty, but align.lambda_real > 0; give real clips or set it to 0")
 
-# %% ../nbs/30_rounds.ipynb #50a4668a
+# %% ../nbs/30_rounds.ipynb #1a21f792
 def shorter(config: Config, model: Generator) -> Generator:
     "The generator with clips as long as `candidates` wants them."
     model.shorten(config.candidates.num_frames or model.num_frames)

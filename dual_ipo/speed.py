@@ -260,7 +260,7 @@ def judging(
                                       ours_each=seconds(lambda: ours(many), 1, 0) / pairs, pairs=pairs, grades_each=seconds(lambda: judge.grades([(p.prompt, p.a) for p in many]), 2) / pairs,
                                       peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
-# %% ../nbs/71_speed.ipynb #1ddb5179
+# %% ../nbs/71_speed.ipynb #a2a247f7
 @contextmanager
 def utilisation():
     "Collects (time, share of the time in which the GPU computed) while it is open; nothing where there is no GPU."
@@ -287,7 +287,7 @@ def timeline():
         print(f"round {self.k} {name}: {seen[-1]['end'] - began:.0f} s", flush=True)
     with patch.object(Round, "stage", timed): yield seen
 
-# %% ../nbs/71_speed.ipynb #4ab37759
+# %% ../nbs/71_speed.ipynb #54ce5bf4
 def a_run(
     folder,               # for the checkpoints, the clips and the run
     name: str,            # of REAL
