@@ -8,6 +8,7 @@ __all__ = ['COG', 'REAL', 'COG_VAE', 'DEVICE', 'PARTS', 'real_generator', 'secon
            'utilisation', 'timeline', 'a_run', 'whole_round', 'measure']
 
 # %% ../nbs/71_speed.ipynb #738fa82e
+import json
 import shutil
 import statistics
 import subprocess
@@ -331,7 +332,7 @@ def whole_round(
         with utilisation() as used, timeline() as stages:
             for k in (0, 1): run_round(run, k)
     at = lambda s: [share for t, share in used if s["start"] <= t < s["end"]]
-    return dict(model=name, denoising_steps=steps, judge=judge if isinstance(judge, int) else Path(judge).name, config=run.config,
+    return dict(model=name, denoising_steps=steps, config=json.loads(json.dumps(run.config).replace(f"{folder}/", "")),
                 stages=[s | dict(start=s["start"] - began, end=s["end"] - began, busy=statistics.mean(at(s)) if at(s) else None) for s in stages],
                 used=[(round(t - began, 1), share) for t, share in used])
 
