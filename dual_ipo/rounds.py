@@ -23,7 +23,7 @@ import torch
 from .align import align
 from .candidates import both_ends, make_pairs, sample_candidates
 from .config import Config, parse_config
-from .core import Pair, UserError, Video, VideoFile, generator
+from .core import Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import annotate, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
@@ -262,8 +262,12 @@ def grades_of(
     clips: list,       # of (prompt, path)
     dimensions: list,
 ) -> list:             # [D] floats for each
-    "A judge's grades of clips on disk, of which a few are in memory at a time; the next ones are decoded meanwhile."
-    grades, batch = [], lambda i: [(prompt, Video.load(path)) for prompt, path in clips[i:i + 64]]
+    "A judge's grades of clips on disk. While it reads some, the frames that it will see of the next are decoded, many clips at once: one takes a core longer than a judge of 8B a GPU."
+    grades = []
+    def batch(i):
+        own = clips[i:i + 64]
+        frames = frames_of([VideoFile(path) for _, path in own], judge.frames_per_video)
+        return [(prompt, Video(shown, 1.)) for (prompt, _), shown in zip(own, frames)]
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(batch, 0)
         for i in progress(range(0, len(clips), 64), "grades"):
