@@ -229,10 +229,15 @@ class Generator(Weights):
         self.check_model(); self.check_shapes(); self.check_prompts([negative_prompt], "negative_prompt")
         super().__init__(pipe, **weights)
 
+    def check_frames(self, num_frames):
+        "UserError if the model can't make videos of so many frames."
+        t = self.pipe.vae_scale_factor_temporal*self.latents_at_once
+        if num_frames % t != 1: raise UserError(f"num_frames: {num_frames} is not {t}k+1; use {max(0, round((num_frames - 1)/t))*t + 1}")
+
     def check_shapes(self):
         "UserError if the model can't make videos of this shape."
-        t, multiple = self.pipe.vae_scale_factor_temporal*self.latents_at_once, math.lcm(self.size_multiple, self.pipe.vae_scale_factor_spatial*self.patch_size)
-        if self.num_frames % t != 1: raise UserError(f"num_frames: {self.num_frames} is not {t}k+1; use {max(0, round((self.num_frames - 1)/t))*t + 1}")
+        self.check_frames(self.num_frames)
+        multiple = math.lcm(self.size_multiple, self.pipe.vae_scale_factor_spatial*self.patch_size)
         for key, size in (("height", self.height), ("width", self.width)):
             if size < 1 or size % multiple: raise UserError(f"{key}: {size} is not a multiple of {multiple}; use {max(1, round(size/multiple))*multiple}")
 
@@ -241,8 +246,8 @@ class Generator(Weights):
     ):
         "Make, encode and learn from clips of so many frames from now on. UserError if it can't."
         if num_frames > self.most_frames: raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.most_frames}; lower it")
+        self.check_frames(num_frames)
         self.num_frames = num_frames
-        self.check_shapes()
 
     @property
     def latent_shape(self):

@@ -189,6 +189,7 @@ def test_a_shorter_clip(paths):
     for name in ("cogvideox 2b", "cogvideox 1.5"):
         long = Generator.load(paths[name], **tiny.SETTINGS | dict(num_frames=17))
         with pytest.raises(UserError, match="5 is not 8k.1"): long.shorten(5)
+        assert long.num_frames == 17
         long.shorten(9)
         latents, videos = long.sample(PROMPTS[:1], KEYS[:1])
         assert videos.shape[1] == 9 and latents.shape[1:] == long.latent_shape and long.encode_videos(videos).shape[1:] == long.latent_shape
