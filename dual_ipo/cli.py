@@ -48,7 +48,7 @@ def bars(
     every: float = .3,  # seconds
 ):
     "Show the stages that another process reports, with their ETA, while the block runs."
-    over = threading.Event()
+    path, over = path.resolve(), threading.Event()   # papermill changes the directory of the process
     def follow():
         bar, seen = None, None
         while not over.wait(every):
@@ -81,7 +81,7 @@ def execute_round(
     if is_done(folder): return
     folder.mkdir(exist_ok=True)
     given = check_parameters(ROUND, dict(run=str(run.path.resolve()), round=k))
-    try: papermill.execute_notebook(str(ROUND), str(folder / "round.ipynb"), parameters=given, kernel_name="python3", cwd=str(run.path), progress_bar=False,
+    try: papermill.execute_notebook(str(ROUND), str((folder / "round.ipynb").resolve()), parameters=given, kernel_name="python3", cwd=str(run.path), progress_bar=False,
                                     autosave_cell_every=10, coalesce_streams=True, store_widget_state=False, extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as error:
         if error.ename == "UserError": raise UserError(error.evalue) from None

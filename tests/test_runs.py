@@ -85,10 +85,14 @@ def test_killed_at_random_moments_ends_the_same(given, tmp_path):
 
 
 @pytest.mark.parametrize("arch, objective, lora_rank", [("cogvideox", "kto", None), ("cogvideox", "dpo", 4)])
-def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
+def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora_rank):
+    "In a folder that is named as users do, from where they are; what happens is shown meanwhile."
     config = write(given, f"{arch}-{objective}.yaml", small_config(arch, objective, lora_rank=lora_rank) | dict(rounds=2))
-    out = tmp_path/"run"
+    monkeypatch.chdir(tmp_path)
+    out = Path("run")
     assert main(["run", str(config), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    for line in ("round 0  cold start", "round 1  candidates", "round 2  evaluation clips"): assert line in said.err
     rounds = read_json(out/"summary.json")["rounds"]
     assert [e["round"] for e in rounds] == [0, 1, 2]
     for e in rounds:
@@ -100,7 +104,7 @@ def test_a_users_run(given, tmp_path, capsys, arch, objective, lora_rank):
     votes = read_table(out/"round_01/votes.parquet")
     assert len(votes) == 4 and all(row["n_votes"] == len(row["paths"]) == 2 for row in votes)
     assert (out/"round_01/srpo/history.parquet").exists() == any(row["kept"] for row in votes)  # none may be kept: this judge has seen 24 pairs
-    assert "report.html" in capsys.readouterr().out and (out/"report.html").stat().st_size > 1e6
+    assert "report.html" in said.out and (out/"report.html").stat().st_size > 1e6
     assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
 
 
