@@ -215,6 +215,7 @@ def cheaper(config: Config, model: Generator) -> Generator:
     c = config.candidates
     model.num_inference_steps, model.cache = c.num_inference_steps or model.num_inference_steps, c.cache
     return shorter(config, model)
+
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
     "Sample all candidates in few steps, and keep those that the judge puts first and last."
     c = r.config.candidates

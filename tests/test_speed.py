@@ -47,7 +47,6 @@ def test_the_limit():
     assert speed.limit(0., 2., rates, full=True) > speed.limit(0., 2., rates)
 
 
-
 def test_a_whole_round_of_a_real_pipeline(small, monkeypatch):
     "The VAE of the real model, mp4 files and all stages, each with its time."
     monkeypatch.setitem(speed.REAL, "CogVideoX-2B", (speed.REAL["CogVideoX-2B"][0], (9, 32, 32), None, None))
