@@ -9,7 +9,6 @@ __all__ = ['COG', 'REAL', 'COG_VAE', 'DEVICE', 'PARTS', 'real_generator', 'secon
 
 # %% ../nbs/71_speed.ipynb #738fa82e
 import json
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -264,12 +263,12 @@ def judging(
 # %% ../nbs/71_speed.ipynb #a2a247f7
 @contextmanager
 def utilisation():
-    "Collects (time, share of the time in which the GPU computed) while it is open; nothing where there is no GPU."
+    "Collects (time, share of the time in which the process's GPU computed) while it is open; nothing where there is none."
     seen, watch = [], None
     def read():
         for line in watch.stdout: seen.append((time.time(), int(line) / 100))
-    if shutil.which("nvidia-smi"):
-        watch = subprocess.Popen("nvidia-smi --id=0 --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200".split(), stdout=subprocess.PIPE, text=True)
+    if torch.cuda.is_available():
+        watch = subprocess.Popen(f"nvidia-smi --id=GPU-{torch.cuda.get_device_properties().uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200".split(), stdout=subprocess.PIPE, text=True)
         Thread(target=read, daemon=True).start()
     try: yield seen
     finally:

@@ -38,7 +38,9 @@ def test_the_autoencoder_keeps_the_truth(arch):
     x = (clips.float()/127.5 - 1).transpose(1, 2)
     with torch.no_grad(): y = model.pipe.vae.decode(model.pipe.vae.encode(x).latent_dist.mode()).sample
     back = ((y.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).transpose(1, 2)
-    assert measure(back, prompts)["total"].mean() > .95*measure(clips, prompts)["total"].mean()
+    before, after = measure(clips, prompts), measure(back, prompts)
+    assert after["total"].mean() > .97*before["total"].mean()
+    assert after["imaging_quality"].mean() > .9*before["imaging_quality"].mean()  # what it blurs no preference can sharpen
 
 
 @pytest.mark.parametrize("arch", ["wan", "cogvideox"])
@@ -73,7 +75,7 @@ def test_the_judge_sees():
 @pytest.mark.parametrize("path", [*[f"{name}/training.json" for name in PIPELINES], "judge/training.json"])
 def test_each_tells_how_it_was_trained(path):
     facts = json.loads((CHECKPOINTS/path).read_text())
-    for run in facts if isinstance(facts, list) else [facts]: assert {"losses", "seconds", "device", "steps"} <= set(run)
+    for run in facts: assert {"losses", "seconds", "device", "steps"} <= set(run)
 
 
 def test_people_compare_generated_clips_of_human_prompts():
