@@ -95,7 +95,7 @@ class AlignPart(Part):
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):
-    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.56 of the pairs, 8 in 0.59")
+    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.56 of the pairs, 8 in 0.63")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
@@ -115,7 +115,7 @@ class VotesPart(Part):
         return self
 
 class PCEPart(Part):
-    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and the only one that tells right labels from wrong at all")
+    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and tells right labels from wrong best")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
     use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")
