@@ -88,7 +88,7 @@ def gate(
         pairs = [Pair(row["prompt"], *[VideoFile(clips[where, row["prompt"], row[f"cheap_{side}"]]) for side in ("winner", "loser")], pair_id=row["prompt"]) for row in rows]
         return [j.label for j in judge.vote(pairs, config.votes.k, (config.seed, "gate", key), **voting_of(config))]
     first, again, other = votes("full", 1), votes("full", 2), votes(name, 3)
-    own, cross = [a == b for a, b in zip(first, again)], [a == b for a, b in zip(first, other)]
+    own, cross = [a == b for a, b in zip(first, again)], [((a == c) + (b == c)) / 2 for a, b, c in zip(first, again, other)]
     of = lambda values: {key: round(x, 4) for key, x in mean_ci([float(x) for x in values], [row["prompt"] for row in rows]).items()}
     seconds = {where: read_json(folder / where / "seconds.json")["seconds"] for where in ("full", name)}
     difference = of([float(b) - float(a) for a, b in zip(own, cross)])

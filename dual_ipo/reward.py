@@ -395,7 +395,7 @@ class Judge(Chooser):
 
     def freeze_reference(self):
         "Remember the judge as it is; needed when all weights are trained."
-        if not self.is_lora: self.frozen = copy.deepcopy(self.model).requires_grad_(False)
+        if not self.is_lora: self.frozen = copy.deepcopy(self.model)  # weights that ask for gradients, as the policy's do: PyTorch multiplies by others in another order
 
     @contextmanager
     def reference(self):
@@ -405,7 +405,8 @@ class Judge(Chooser):
             return
         if self.frozen is None: raise RuntimeError("no reference: call freeze_reference() before training all weights")
         trained, self.model = self.model, self.frozen
-        try: yield self
+        try:
+            with torch.no_grad(): yield self
         finally: self.model = trained
 
     def grades(self,
