@@ -151,7 +151,7 @@ def align(
     kto_window: int = 64,         # see `KtoBaseline`
     checkpointing: str = "auto",                  # or none, selective, full: see `kernels.fit`
     save_every: int = 50, accumulate: int = 1,    # see `train`, also for:
-    **training,                   # warmup, weight_decay, max_grad_norm, betas
+    **training,                   # warmup, decay, weight_decay, max_grad_norm, betas
 ) -> list[dict]:                  # a row a step
     "Update the generator on its own pairs, or finish an interrupted update. UserError for bad input, before anything is computed."
     folder, R = Path(folder), (real_batch_size or -(-batch_size//2//ranks().num_processes)*ranks().num_processes) if lambda_real else 0

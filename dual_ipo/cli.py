@@ -153,12 +153,12 @@ def demo_config(
     from dual_ipo.toyworld import CHECKPOINTS, FPS, FRAMES, SIZE
     return Config(
         seed=seed, rounds=rounds, deterministic=True,
-        generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=3.,
+        generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=2.,
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
         reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=700, batch_size=4, lr=1e-3), candidates=dict(prompts_per_round=64), votes=dict(pairs=80, by="grades"),
-        align=dict(objective=objective, steps=30, batch_size=24, lr=3e-5, beta=300., lambda_win=1., lambda_real=5., checkpointing="none"),
+        align=dict(objective=objective, steps=30, batch_size=48, lr=5e-5, beta=300., lambda_win=1., lambda_real=5., checkpointing="none"),
         pce=dict(use="weight", form="votes"), srpo=dict(steps=32, batch_size=8, lr=1e-4, lambda_human=1.), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=72))
 
 # %% ../nbs/60_cli.ipynb #02731725

@@ -91,6 +91,7 @@ class AlignPart(Part):
     lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners; in the toy's tuning it made no difference")
     lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
+    decay: bool = Field(True, description="from there linearly to zero at the end of the round; false: constant")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 

@@ -14,7 +14,7 @@ from dual_ipo.toymodels import DESCRIBE_ONE
 from dual_ipo.toyworld import CHECKPOINTS, clean_scene, describe, human_pairs, level_of, measure, people_clips, prompt_of, random_words, real_clips, render, toy_prompts, web_clips
 
 PIPELINES = [f"{arch}-{size}" for arch in ("wan", "cogvideox") for size in ("small", "large")]
-SETTINGS = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=10, guidance_scale=3., max_sequence_length=16)
+SETTINGS = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=10, guidance_scale=2., max_sequence_length=16)
 
 
 def test_they_are_small():
