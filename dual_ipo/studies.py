@@ -7,7 +7,7 @@ __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths',
            'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'run_sd', 'widened', 'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
-import json, os, shutil, statistics, subprocess, sys, time
+import json, math, os, shutil, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -95,33 +95,37 @@ def execute(
 # %% ../nbs/70_studies.ipynb #e0f3c012
 def work(
     job: Job, folder: Path,
-    gpu: str,  # number of the GPU, "" for none
+    gpu: str,      # number of the GPU, "" for none
+    until: float,  # end it then, in the clock's seconds; subprocess.TimeoutExpired
 ):
     "The job in a process of its own. The GPU is named before Python starts: a process that has looked for one once keeps what it found."
     code = "import json, sys, pathlib; from dual_ipo.studies import Job, execute; execute(Job(**json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, json.dumps(asdict(job)), str(folder)]
+    if time.time() >= until: raise subprocess.TimeoutExpired(command, 0)
     with open(folder / f"{job.name}.log", "a") as log:
-        subprocess.run([sys.executable, "-c", code, json.dumps(asdict(job)), str(folder)], check=True, stdout=log, stderr=log,
+        subprocess.run(command, check=True, stdout=log, stderr=log, timeout=None if until == math.inf else until - time.time(),
                        env={"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
 # %% ../nbs/70_studies.ipynb #a02ecfb5
 def run_jobs(
-    jobs: list,          # of `Job`
-    folder,              # of all runs
-    at_once: int = 2,    # processes
-    gpus: list = ("",),  # numbers of the GPUs to share out; "": none
-) -> list:               # names of the jobs that failed
-    "Run a study: first the shared cold starts, then everything else."
-    folder, failed = Path(folder), []
+    jobs: list,                  # of `Job`
+    folder,                      # of all runs
+    at_once: int = 2,            # processes
+    gpus: list = ("",),          # numbers of the GPUs to share out; "": none
+    limit: float | None = None,  # seconds; what runs then is ended, and goes on in another call
+) -> list:                       # names of the jobs that failed
+    "Run a study: first the shared cold starts, then everything else, in the order given."
+    folder, failed, began = Path(folder), [], time.time()
     folder.mkdir(parents=True, exist_ok=True)
     firsts = {first.name: first for job in jobs for first in ([job.first, job.second] if job.held_out else [job.first])}
     for phase, some in (("cold starts", list(firsts.values())), ("jobs", jobs)):
-        began = time.time()
         with ThreadPoolExecutor(at_once) as pool:
-            waiting = {pool.submit(work, job, folder, gpus[i % len(gpus)]): job for i, job in enumerate(some)}
+            waiting = {pool.submit(work, job, folder, gpus[i % len(gpus)], began + (limit or math.inf)): job for i, job in enumerate(some)}
             for n, done in enumerate(as_completed(waiting), 1):
                 job, error = waiting[done], done.exception()
-                if error: failed.append(job.name)
-                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{', failed' if error else ''}", flush=True)
+                ended = "" if error is None else ", no time left" if isinstance(error, subprocess.TimeoutExpired) else ", failed"
+                if ended == ", failed": failed.append(job.name)
+                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{ended}", flush=True)
     return failed
 
 # %% ../nbs/70_studies.ipynb #a09f0e1d
@@ -180,11 +184,12 @@ def evaluate_base(
     job: Job,
     path,     # of another generator of the same shape of clips
     folder,   # for its clips
+    per_prompt: int | None = None,  # clips; else as many as the job evaluates
 ) -> list:    # rows as in the table of clips, round 0
-    "What an untrained generator makes of the job's evaluation prompts, from the same noise."
+    "What another generator makes of the job's evaluation prompts, from the same noise."
     config, prompts = config_of(job), toy_prompts(144, "eval", job.seed)
     e = config.evaluate
-    rows = sample_candidates(load_generator(config, path), prompts[:e.prompts], e.videos_per_prompt, folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
+    rows = sample_candidates(load_generator(config, path), prompts[:e.prompts], per_prompt or e.videos_per_prompt, folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
     scores = score_videos(load_measure(e.measure), [Path(folder) / row["clip"] for row in rows], [row["prompt"] for row in rows])
     return [dict(variant=job.variant, arch=job.arch, seed=job.seed, round=0, prompt=row["prompt"], clip=row["candidate"]) | {k: x[i].item() for k, x in scores.items()} for i, row in enumerate(rows)]
 
@@ -199,7 +204,7 @@ def gather(
     jobs: list,
     runs,       # their folder
     out,        # folder for the joint tables
-    **note,     # kept in jobs.json
+    **note,     # kept in jobs.json; code=, the commit, where git is not at hand
 ):
     "Join the tables of all finished rounds."
     rounds = [(job, at) for job in jobs for at in sorted((Path(runs) / job.name).glob("round_*")) if is_done(at / "tables")]
@@ -208,7 +213,7 @@ def gather(
         if rows: write_table(Path(out) / f"{name}.parquet", rows)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     entries = {job.name: asdict(job) | dict(rounds_done=[read_json(at / "round.json") for other, at in rounds if other is job]) for job in jobs}
-    write_json(Path(out) / "jobs.json", dict(code=version(), torch=torch.__version__, device=device, **note, jobs=entries))
+    write_json(Path(out) / "jobs.json", dict(code=version(), torch=torch.__version__, device=device) | note | dict(jobs=entries))
 
 # %% ../nbs/70_studies.ipynb #3dea5bec
 def rows_of(

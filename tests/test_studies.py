@@ -18,6 +18,8 @@ def test_jobs_end_in_tables(tmp_path, capsys):
     jobs = [Job("dual", rounds=1, changes=SMALL, human=given, held_out=True), Job("true", rounds=1, changes=SMALL | {"candidates.scorer": "dual_ipo.toyworld:measure", "srpo.steps": 0, "align.beta": 0.}, human=given),
             Job("broken", rounds=1, changes=SMALL | {"candidates.scorer": "nowhere:f"}, human=given)]
     assert len({job.first.name for job in jobs}) == 1
+    assert run_jobs(jobs, tmp_path/"runs", limit=3.) == [] and "no time left" in capsys.readouterr().out
+    assert not is_done(tmp_path/"runs/dual-wan-0/round_01")
     assert run_jobs(jobs, tmp_path/"runs") == ["broken-wan-0"]
     assert "No module named 'nowhere'" in (tmp_path/"runs/broken-wan-0.log").read_text()
     weights = [(tmp_path/"runs"/name/"round_00/reward/model.safetensors").stat().st_ino for name in (jobs[0].first.name, "dual-wan-0", "true-wan-0")]
