@@ -74,8 +74,8 @@ def grade_mask(
     rows: list,     # of `Item` of kind "grade", with responses
 ) -> Tensor:        # [B, N] 1 where a token of the response is a grade
     "Which tokens are grades: those that other grades would change."
-    other = str.maketrans("12345", "23451")
-    return judge.pad([[int(a != b) for a, b in zip(judge.ids(item.response), judge.ids(item.response.translate(other)))] for item in rows])[0]
+    other = lambda response: re.sub(r"(?<= )[1-5](?=[,<])", lambda grade: str(int(grade[0]) % 5 + 1), response)
+    return judge.pad([[int(a != b) for a, b in zip(judge.ids(item.response), judge.ids(other(item.response)))] for item in rows])[0]
 
 # %% ../nbs/14_srpo.ipynb #1c3df712
 def human_nll(
