@@ -96,7 +96,7 @@ class AlignPart(Part):
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):
-    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.56 of the pairs, 8 in 0.63")
+    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.60 of the pairs, 8 in 0.66")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
