@@ -123,9 +123,9 @@ def run_jobs(
             waiting = {pool.submit(work, job, folder, gpus[i % len(gpus)], began + (limit or math.inf)): job for i, job in enumerate(some)}
             for n, done in enumerate(as_completed(waiting), 1):
                 job, error = waiting[done], done.exception()
-                ended = "" if error is None else ", no time left" if isinstance(error, subprocess.TimeoutExpired) else ", failed"
-                if ended == ", failed": failed.append(job.name)
-                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{ended}", flush=True)
+                late = isinstance(error, subprocess.TimeoutExpired)
+                if error and not late: failed.append(job.name)
+                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{', no time left' if late else ', failed' if error else ''}", flush=True)
     return failed
 
 # %% ../nbs/70_studies.ipynb #a09f0e1d
