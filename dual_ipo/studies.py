@@ -8,8 +8,9 @@ __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths',
 
 # %% ../nbs/70_studies.ipynb #a7097f59
 import json, math, os, shutil, statistics, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ def work(
 ):
     "The job in a process of its own. The GPU is named before Python starts: a process that has looked for one once keeps what it found."
     code = "import json, sys, pathlib; from dual_ipo.studies import Job, execute; execute(Job(**json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))"
+    if is_done(folder / job.name / f"round_{job.rounds:02d}/tables"): return Run.open(folder / job.name, config_of(job).model_dump())  # or a UserError, if it is another run's
     command = [sys.executable, "-c", code, json.dumps(asdict(job)), str(folder)]
     if time.time() >= until: raise subprocess.TimeoutExpired(command, 0)
     with open(folder / f"{job.name}.log", "a") as log:
@@ -114,18 +116,25 @@ def run_jobs(
     gpus: list = ("",),          # numbers of the GPUs to share out; "": none
     limit: float | None = None,  # seconds; what runs then is ended, and goes on in another call
 ) -> list:                       # names of the jobs that failed
-    "Run a study: first the shared cold starts, then everything else, in the order given."
+    "Run a study: every job as soon as its cold start is there, in the order given."
     folder, failed, began = Path(folder), [], time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    firsts = {first.name: first for job in jobs for first in ([job.first, job.second] if job.held_out else [job.first])}
-    for phase, some in (("cold starts", list(firsts.values())), ("jobs", jobs)):
-        with ThreadPoolExecutor(at_once) as pool:
-            waiting = {pool.submit(work, job, folder, gpus[i % len(gpus)], began + (limit or math.inf)): job for i, job in enumerate(some)}
-            for n, done in enumerate(as_completed(waiting), 1):
-                job, error = waiting[done], done.exception()
+    needs = {job.name: [job.first, job.second] if job.held_out else [job.first] for job in jobs}
+    firsts = list({first.name: first for some in needs.values() for first in some}.values())
+    with ThreadPoolExecutor(at_once) as pool:
+        order, waiting, later, n = count(), {}, list(jobs), 0
+        def submit(job): waiting[pool.submit(work, job, folder, gpus[next(order) % len(gpus)], began + (limit or math.inf))] = job
+        for first in firsts: submit(first)
+        while waiting:
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                job, error, n = waiting.pop(done), done.exception(), n + 1
                 late = isinstance(error, subprocess.TimeoutExpired)
                 if error and not late: failed.append(job.name)
-                print(f"{phase} {n}/{len(some)}: {job.name}, {time.time() - began:.0f} s{', no time left' if late else ', failed' if error else ''}", flush=True)
+                how = ", no time left" if late else f", {error}" if isinstance(error, UserError) else ", failed" if error else ""
+                print(f"{n}/{len(firsts) + len(jobs)}: {job.name}, {time.time() - began:.0f} s{how}", flush=True)
+            made = {job.name for job in waiting.values()}
+            ready, later = [[job for job in later if any(first.name in made for first in needs[job.name]) == blocked] for blocked in (False, True)]
+            for job in ready: submit(job)
     return failed
 
 # %% ../nbs/70_studies.ipynb #a09f0e1d

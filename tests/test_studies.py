@@ -40,3 +40,6 @@ def test_jobs_end_in_tables(tmp_path, capsys):
     done = (tmp_path/"runs/dual-wan-0/round_01/DONE").stat().st_mtime_ns
     assert is_done(tmp_path/"runs/dual-wan-0/round_01") and run_jobs(jobs[:1], tmp_path/"runs") == []
     assert (tmp_path/"runs/dual-wan-0/round_01/DONE").stat().st_mtime_ns == done
+    other = Job("dual", rounds=1, changes=jobs[0].changes | {"align.lr": 1.}, human=given, held_out=True)  # the same name, another run
+    capsys.readouterr()
+    assert run_jobs([other], tmp_path/"runs") == ["dual-wan-0"] and "align" in capsys.readouterr().out
