@@ -412,16 +412,18 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
             path, k = r.folder / "reward" if is_done(r.folder / "reward") else r.before("reward"), r.config.votes.k
             bare = [Pair(p.prompt, p.a, p.b, pair_id=p.pair_id) for p in pairs]
             cast = lambda judge: judge.vote(bare, k, (r.config.seed, "evaluate"), **r.sampling)
-            updated = cast(r.judge(path)) if r.k else None  # one judge in memory at a time
-            cold = r.judge(r.run.round(0) / "reward")
+            first = r.run.round(0) / "reward"
+            updated = cast(r.judge(path)) if path != first else None  # one judge in memory at a time
+            cold = r.judge(first)
             static = cast(cold)
             votes = updated or static
             row = lambda i, p: dict(pair_id=p.pair_id, prompt=p.prompt, truth=p.label, gap=gaps[i] if gaps else None, label=votes[i].label, p_a=votes[i].p_a,
                                     p_a_static=static[i].p_a, n_valid=votes[i].n_valid, n_votes=votes[i].n_votes, consistent=votes[i].consistent, votes=[v.label or "invalid" for v in votes[i].votes])
             write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])
             p_a = lambda js: torch.tensor([j.p_a for j in js])
-            newest = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in read_table(r.folder / "evaluate/scores.parquet")]
-            grades = torch.tensor(grades_of(cold, newest, r.config.reward.dimensions))
+            newest = read_table(r.folder / "evaluate/scores.parquet")
+            grades = torch.tensor(grades_of(cold, [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in newest], r.config.reward.dimensions))
+            write_table(r.folder / "judge_check/grades.parquet", [dict(path=row["path"], grade=g.mean().item()) for row, g in zip(newest, grades)])
             write_json(r.folder / "judge_check/reward.json", reward_accuracy([p.label for p in pairs], p_a(votes), p_a(static), votes, gaps) | dict(judged=round(grades.mean().item(), 4)))
     return read_json(r.folder / "judge_check/reward.json")
 

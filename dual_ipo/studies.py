@@ -179,8 +179,8 @@ def collect(
         if not todo: return
         scores = read_table(r.folder / "evaluate/scores.parquet")
         clips = [dict(prompt=row["prompt"], clip=row["seed"]) | {key: x for key, x in row.items() if key not in ("prompt", "seed", "path")} for row in scores]
-        for name, judge in dict(judged=run.round(0) / "reward", held_out=held_out).items():
-            clips = [row | {name: grade} for row, grade in zip(clips, opinions(r, scores, judge) if judge else [None] * len(scores))]
+        judged = [row["grade"] for row in read_table(r.folder / "judge_check/grades.parquet")]
+        clips = [row | dict(judged=a, held_out=b) for row, a, b in zip(clips, judged, opinions(r, scores, held_out) if held_out else [None] * len(scores))]
         votes = [{key: row[key] for key in ("prompt", "truth", "gap", "label", "p_a", "p_a_static", "consistent", "n_valid")} for row in read_table(r.folder / "evaluate/votes.parquet")]
         scored = read_table(r.folder / "scores.parquet") if k else []
         candidates = [dict(prompt=row["prompt"], candidate=row["candidate"], score=row["score"], truth=truth) for row, truth in zip(scored, truths(r, scored, "candidates"))] if k else []
