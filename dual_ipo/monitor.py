@@ -111,7 +111,7 @@ def stalled(
 def should_stop(
     judged: list,       # mean grades, 1..5, that one and the same judge gave to what the generators of rounds 0, 1, … make
     history: list,      # the last `align` history
-    price: float = .8,  # grade points that a round must bring for each unit of error by which it drives losers away
+    price: float = .6,  # grade points that a round must bring for each unit of error by which it drives losers away
 ) -> list[str]:
     "A reason to keep the generator of the round before, from signals that need no truth."
     margin = max(late_mean(history, "margin_l"), 1e-4) if history else math.nan   # nan is neither above nor below

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths', 'labels_of', 'opinions', 'signals_of', 'collect',
-           'evaluate_base', 'version', 'gather', 'rows_of', 'difference', 'run_sd', 'widened', 'judge_difference']
+           'evaluate_base', 'version', 'gather', 'rows_of', 'together', 'difference', 'run_sd', 'widened',
+           'judge_difference']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
 import json, math, os, shutil, statistics, subprocess, sys, time
@@ -231,6 +232,14 @@ def rows_of(
 ) -> list:
     "The rows that match."
     return [row for row in rows if all(row[key] == value for key, value in which.items())]
+
+def together(
+    rows: list,  # of clips, of several variants
+) -> list:       # the same clips once each
+    "Variants taken as one: the mean total of every clip."
+    clips = {}
+    for row in rows: clips.setdefault((row["seed"], row["prompt"], row["clip"]), []).append(row["total"])
+    return [dict(seed=s, prompt=p, clip=c, total=sum(x) / len(x)) for (s, p, c), x in clips.items()]
 
 def difference(
     before: list, after: list,  # rows of clips
