@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'config_of', 'start', 'execute', 'work', 'run_jobs', 'truths', 'labels_of', 'opinions', 'signals_of', 'collect',
            'evaluate_base', 'version', 'gather', 'rows_of', 'together', 'difference', 'run_sd', 'widened',
-           'judge_difference']
+           'judge_difference', 'graded_pairs']
 
 # %% ../nbs/70_studies.ipynb #a7097f59
 import json, math, os, shutil, statistics, subprocess, sys, time
@@ -278,3 +278,11 @@ def judge_difference(
     rows = [row for row in rows if row["truth"] != "same"]
     mine, other = [[right(row[key], row["truth"]) for row in rows] for key in (a, b)]
     return mean_ci([x - y for x, y in zip(mine, other)], [(row["seed"], row["prompt"]) for row in rows]) | dict(a=sum(mine) / len(rows), b=sum(other) / len(rows))
+
+def graded_pairs(
+    rows: list,  # of candidates: score, truth
+) -> list:       # (truth of the best graded, of the worst graded, truths of all) for every prompt of a seed
+    "The pairs that a judge's grades make, and what they could have been."
+    prompts = {}
+    for row in rows: prompts.setdefault((row["seed"], row["prompt"]), []).append(row)
+    return [(max(own, key=lambda row: row["score"])["truth"], min(own, key=lambda row: row["score"])["truth"], [row["truth"] for row in own]) for own in prompts.values()]
