@@ -18,7 +18,7 @@ from .core import UserError, noise, read_mp4
 from .kernels import fit
 from .losses import KtoBaseline, dpo_loss, kto_loss, nll
 from .store import progress, read_json, stage, write_json, write_tensors
-from .training import rank_slice, ranks, take, train
+from .training import Ahead, rank_slice, ranks, take, train
 
 # %% ../nbs/23_align.ipynb #3a421851
 def encode_once(
@@ -85,7 +85,7 @@ def step_loss(
     baseline: KtoBaseline | None = None,       # None: DPO
     index: int = 0,                            # of the batch, for the baseline
     lambda_d: float = 1., lambda_u: float = 1.,
-) -> tuple[Tensor, dict]:                      # (loss, metrics)
+) -> tuple[Tensor, dict]:                      # (loss, metrics), all on the device: nothing waits for them
     "L_pref + λ₁ E(y_w) + λ₂ E(y_real), DESIGN §3."
     latents, t, eps, text = batch
     with model.reference() as reference: E_ref = model.error(latents[:2*B], t[:2*B], eps[:2*B], text[:2*B], reference)
@@ -104,7 +104,7 @@ def step_loss(
         total = total + lambda_real*nll(real)
         metrics["E_real"] = nll(real)
     metrics |= margins(E[:2*B] - E_ref, t[:2*B].to(E.device))
-    return total, dict(zip(metrics, torch.stack([m.detach().float().to(E.device) for m in metrics.values()]).tolist()))
+    return total, {key: m.detach() for key, m in metrics.items()}
 
 # %% ../nbs/23_align.ipynb #e7891a09
 BINS = 4   # of timesteps
@@ -173,8 +173,9 @@ def align(
 
     trace, last, B = folder/"kto.json", steps*accumulate, batch_size//ranks().num_processes
     baseline = KtoBaseline(kto_window, gather, read_json(trace) if trace.exists() else []) if objective == "kto" else None
+    ready = Ahead(batches, last)
     def loss_fn(wrapped, index):
-        result = step_loss(model, wrapped, batches(index), B, beta, lambda_win, lambda_real, baseline, index, lambda_d, lambda_u)
+        result = step_loss(model, wrapped, ready(index), B, beta, lambda_win, lambda_real, baseline, index, lambda_d, lambda_u)
         if baseline and ranks().is_main_process and ((index + 1) % (save_every*accumulate) == 0 or index + 1 == last): write_json(trace, baseline.trace)
         return result
     model.freeze_reference()

@@ -33,7 +33,7 @@ class GeneratorPart(Part):
     max_sequence_length: int = Field(512, ge=1, description="text tokens (Wan 512, CogVideoX 226)")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
-    attention: Literal["auto", "native", "cudnn"] = Field("auto", description="kernel: PyTorch's choice or cuDNN's; auto: what is faster on this GPU")
+    attention: Literal["auto", "native", "cudnn", "flash4"] = Field("auto", description="kernel: PyTorch's choice, cuDNN's or FlashAttention-4 (pip install 'dual-ipo[flash]'); auto: the fastest that is there for this GPU")
     compile: bool | Literal["auto"] = Field("auto", description="compile the transformer's blocks; auto: large models on a GPU")
     batch_size: int = Field(1, ge=1, description="videos sampled at once")
 
@@ -70,14 +70,16 @@ class CandidatesPart(Part):
     scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
     pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
     min_margin: float = Field(0., ge=0, description="judge scores must differ by more than this (grades are 1 to 5)")
-    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next three make cheaper candidates, the first three cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same. The toy loses nothing with half of its steps, one of its two architectures a tenth of its gain with a third")
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next four make cheaper candidates, the first four cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same. The toy loses nothing with half of its steps, one of its two architectures a tenth of its gain with a third")
     num_frames: int | None = Field(None, ge=1, description="frames of candidates, which `align` then learns from; null: the generator's. The toy loses a third of its gain with half of them")
+    guidance_stop: float | None = Field(None, gt=0, le=1, description="share of the denoising steps, from the first, that are guided; the others take one pass instead of two; null: all")
     cache: float | None = Field(None, gt=0, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
     preview_steps: int | None = Field(None, ge=1, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
     keep: int = Field(2, ge=1, description="with previews: how many from the top and how many from the bottom are sampled in full")
 
     @model_validator(mode="after")
     def fewer(self):
+        if self.cache and self.guidance_stop: raise ValueError("guidance_stop: the cache of a guided step does not fit one that isn't; set one of the two to null")
         if self.preview_steps and 2*self.keep >= self.per_prompt: raise ValueError(f"keep: {self.keep} from the top and as many from the bottom are all {self.per_prompt} candidates; lower it or set preview_steps to null")
         return self
 
@@ -98,6 +100,7 @@ class AlignPart(Part):
 class VotesPart(Part):
     k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round; on the toy three times as many, in batches twice as large, held the judge 5.8 instead of 4.6 points ahead of one that stays")
+    clips: Literal["fresh", "candidates"] = Field("fresh", description="what is voted on: clips sampled for it, or the next round's candidates, sampled ahead of it from the same new generator, so that a fifth fewer clips are made; the last round always makes fresh ones")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
     scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
@@ -154,6 +157,9 @@ class Config(Part):
 
     @model_validator(mode="after")
     def whole_votes(self):
+        c, n = self.candidates, self.candidates.prompts_per_round*(self.candidates.per_prompt//2)
+        if self.votes.clips == "candidates" and c.preview_steps: raise ValueError("votes.clips: with previews the judge chooses among the candidates before it votes on them; set it to fresh, or candidates.preview_steps to null")
+        if self.votes.clips == "candidates" and self.votes.pairs > n: raise ValueError(f"votes.pairs: the candidates of a round make {n} pairs; lower it to that, or set votes.clips to fresh")
         if self.votes.early and (self.votes.by != "answers" or self.pce.use != "none"): raise ValueError("votes.early: grades and certainty need every path; set votes.by to answers and pce.use to none, or early to false")
         return self
 

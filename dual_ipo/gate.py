@@ -19,7 +19,7 @@ from .rounds import cheaper, grades_of, load_generator, load_judge, shorter, vot
 from .store import read_json, read_table, stage, write_json, write_table
 
 # %% ../nbs/33_gate.ipynb #ea4b02e4
-DIALS = dict(num_inference_steps=None, num_frames=None, cache=None, preview_steps=None)  # of `candidates`, and where they cost nothing in quality
+DIALS = dict(num_inference_steps=None, num_frames=None, guidance_stop=None, cache=None, preview_steps=None)  # of `candidates`, and where they cost nothing in quality
 
 def with_candidates(config: Config, **changes) -> Config:
     "The config with another `candidates` part."
@@ -46,7 +46,7 @@ def scored_candidates(
             cheaper(config, model)
             rows = sampled(folder, only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])
-            model.num_inference_steps, model.cache = steps, None
+            model.num_inference_steps, model.cache, model.guidance_stop = steps, None, None
             model.shorten(model.most_frames)
             write_json(folder / "seconds.json", dict(seconds=clock() - began))
     return read_table(at)
@@ -77,7 +77,7 @@ def gate(
     "Whether candidates sampled as the config says get the labels of those sampled in full. UserError if the config asks for nothing cheaper."
     folder, c = Path(folder), config.candidates
     dials = {key: getattr(c, key) for key, none in DIALS.items() if getattr(c, key) != none}
-    if not dials: raise UserError("gate: candidates are sampled in full; set candidates.num_inference_steps, num_frames, cache or preview_steps, and ask again")
+    if not dials: raise UserError("gate: candidates are sampled in full; set candidates.num_inference_steps, num_frames, guidance_stop, cache or preview_steps, and ask again")
     name = "_".join(f"{key}_{value:g}" for key, value in dials.items()) + (f"_keep_{c.keep}" if c.preview_steps else "")
     model, judge = load_generator(config, generator or config.generator.path), load_judge(config, judge or config.reward.path)
     full = scored_candidates(with_candidates(config, **DIALS), model, judge, prompts, folder / "full")

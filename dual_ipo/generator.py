@@ -8,7 +8,7 @@ __all__ = ['LowLinear', 'add_lora', 'stack_lora', 'split_lora', 'fold_lora', 're
 
 # %% ../nbs/21_generator.ipynb #2010b063
 import copy, math, shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from diffusers import CogVideoXPipeline, DiffusionPipeline, FirstBlockCacheConfig, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .core import UserError, generator, noise
-from .kernels import ATTENTION, choose_attention, choose_compile, compile_blocks, keep_nothing
+from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, use_attention
 from .store import is_done, mark_done, read_json, read_tensors, write_json
 
 # %% ../nbs/21_generator.ipynb #1cd6a3ea
@@ -132,7 +133,7 @@ class Weights:
             self.transformer.requires_grad_(True)
             if dtype != torch.float32: mixed_precision(self.transformer, dtype)
         self.attention, self.compiled = choose_attention(attention, self.device, dtype), choose_compile(compile, self.transformer, self.device)
-        if self.attention != "native": self.transformer.set_attention_backend(ATTENTION[self.attention])
+        use_attention(self.transformer, self.attention)
         if self.compiled: compile_blocks(self.transformer)
 
     @classmethod
@@ -194,11 +195,12 @@ class Weights:
     def reference(self):
         "Yield the reference transformer; no gradients come of it."
         if not self.lora_rank and self.frozen is None: raise RuntimeError("call freeze_reference() before training")
-        if self.lora_rank: self.transformer.disable_adapters()
+        adapted = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)] if self.lora_rank else []
+        for m in adapted: m._disable_adapters = True   # peft's own switch without its requires_grad, which took longer than to start the pass
         try:
             with torch.set_grad_enabled(self.compiled and not self.lora_rank): yield self.transformer if self.lora_rank else self.frozen
         finally:
-            if self.lora_rank: self.transformer.enable_adapters()
+            for m in adapted: m._disable_adapters = False
 
     @contextmanager
     def alone(self):
@@ -214,6 +216,7 @@ class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise` and `predict`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
+    guidance_stop = None   # share of the denoising steps that are guided while sampling, from the first; lossy; None: all
     latents_at_once = 1   # frames of latents that the VAE decodes together, after the first
 
     def __init__(self, pipe, *,
@@ -321,16 +324,20 @@ class Generator(Weights):
         return tuple(torch.cat(x) for x in zip(*parts))
 
     def sample_batch(self, text, keys):
-        "One call of the pipeline, which does everything; a callback sees the last latents on their way to the VAE."
+        "One call of the pipeline, which does everything; a callback sees the last latents on their way to the VAE, and ends guidance."
         text, last = self.pad(text), {}
         if self.cache: self.transformer.enable_cache(FirstBlockCacheConfig(threshold=self.cache))
         if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
-        def catch(pipe, i, t, tensors): return last.update(tensors) or {}
-        videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
-            latents=torch.stack([self.start(key) for key in keys]).to(self.device, self.latent_dtype),
-            generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
-            height=self.height, width=self.width, num_frames=self.num_frames, num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale, output_type="pt", callback_on_step_end=catch).frames
+        guided = self.num_inference_steps if self.guidance_stop is None else max(1, round(self.guidance_stop*self.num_inference_steps))
+        with ExitStack() as unguided:
+            def catch(pipe, i, t, tensors):
+                if i + 1 == guided: unguided.enter_context(self.without_guidance())
+                return last.update(tensors) or {}
+            videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
+                latents=torch.stack([self.start(key) for key in keys]).to(self.device, self.latent_dtype),
+                generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
+                height=self.height, width=self.width, num_frames=self.num_frames, num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale, output_type="pt", callback_on_step_end=catch).frames
         if self.cache: self.transformer.disable_cache()
         return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
@@ -371,6 +378,15 @@ class CogVideoX(Generator):
         "z·scaling_factor, and the first frame again in front where the model wants an even number."
         z = self.pipe.vae.config.scaling_factor*z.transpose(1, 2)
         return torch.cat([z[:, :1].expand(-1, self.front_frames(self.num_frames), -1, -1, -1), z], 1)
+
+    @contextmanager
+    def without_guidance(self):
+        "For the steps of a sampling that are left. The pipeline goes on with a batch of two halves: only the guided one is computed, and stands for both."
+        half = lambda m, args, kwargs: (args, kwargs | {key: kwargs[key].chunk(2)[1] for key in ("hidden_states", "encoder_hidden_states", "timestep")})
+        hooks = [self.transformer.register_forward_pre_hook(half, with_kwargs=True), self.transformer.register_forward_hook(lambda m, args, out: (torch.cat([out[0]]*2),))]
+        try: yield
+        finally:
+            for hook in hooks: hook.remove()
 
     def timesteps(self, B: int, *keys) -> Tensor:
         "B timesteps, uniform."
@@ -423,6 +439,12 @@ class Wan(Generator):
         "(z − mean)/std"
         mean, std = (torch.tensor(x, device=z.device).view(1, -1, 1, 1, 1) for x in (self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std))
         return (z - mean)/std
+
+    @contextmanager
+    def without_guidance(self):
+        "For the steps of a sampling that are left."
+        self.pipe._guidance_scale = 1.   # as diffusers' own cutoff callbacks do
+        yield
 
     def timesteps(self, B: int, *keys) -> Tensor:
         "B timesteps 1000σ, uniform before the shift."

@@ -6,8 +6,9 @@
 __all__ = ['HELD_OUT', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of', 'Round', 'check_prompts',
            'shorter', 'check_model', 'read_input', 'check_input', 'prompts_of_round', 'start_judge', 'human_items',
            'cheaper', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade', 'rank',
-           'update_generator', 'clip_pairs', 'sample_fresh', 'earlier_judge', 'relative', 'relabelled', 'label',
-           'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish', 'run_round']
+           'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge', 'relative',
+           'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish',
+           'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
@@ -213,7 +214,7 @@ def human_items(r: Round, pairs: PairTable) -> list:  # of Item
 def cheaper(config: Config, model: Generator) -> Generator:
     "The generator as `candidates` wants it sampled."
     c = config.candidates
-    model.num_inference_steps, model.cache = c.num_inference_steps or model.num_inference_steps, c.cache
+    model.num_inference_steps, model.cache, model.guidance_stop = c.num_inference_steps or model.num_inference_steps, c.cache, c.guidance_stop
     return shorter(config, model)
 
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
@@ -313,23 +314,36 @@ def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a r
 
 # %% ../nbs/30_rounds.ipynb #61414053
 def clip_pairs(
-    rows: list,    # of `sample_candidates`, even number per prompt
+    rows: list,    # of `sample_candidates`, two and two of the same prompt
     folder: Path,  # of the candidates
 ) -> list:         # of Pair
-    "Candidates 0 and 1, 2 and 3, … of each prompt as unlabelled pairs."
+    "Each two that follow each other as an unlabelled pair."
     load = lambda row: VideoFile(folder / row["clip"])
     return [Pair(a["prompt"], load(a), load(b), pair_id=f"{a['name']}:{b['name']}") for a, b in zip(rows[::2], rows[1::2])]
 
 # %% ../nbs/30_rounds.ipynb #abcc5027
+def next_candidates(r: Round, prompts: list) -> list:  # of Pair
+    "Sample the candidates of the next round ahead of it, and pair those of each prompt: the first pair of every prompt, then the second, …"
+    c, folder = r.config.candidates, r.run.round(r.k + 1) / "candidates"
+    with r.stage("fresh", resumes=True) as todo:
+        if todo:
+            with stage(folder, resumes=True) as missing:
+                if missing: sample_candidates(cheaper(r.config, r.generator(r.folder / "generator")), prompts_of_round(prompts, r.k + 1, c.prompts_per_round, r.config.seed), c.per_prompt, folder,
+                                              r.config.seed, r.k + 1, batch_size=r.config.generator.batch_size, what="next candidates")
+    rows = sorted(read_candidates(folder), key=lambda row: (row["candidate"] // 2, row["prompt_index"]))
+    return clip_pairs(rows[:2 * (c.per_prompt // 2) * len({row["prompt"] for row in rows})], folder)
+
 def sample_fresh(r: Round, prompts: list) -> list:  # of Pair; none for a judge that stays as it is
     "Unlabelled pairs of the new generator's clips."
+    v = r.config.votes
     if not r.config.srpo.steps: return []
-    n = min(r.config.votes.pairs, len(prompts))
-    per = 2 * -(-r.config.votes.pairs // n)
+    if v.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts)[:v.pairs]
+    n = min(v.pairs, len(prompts))
+    per = 2 * -(-v.pairs // n)
     with r.stage("fresh", resumes=True) as todo:
         if todo: sample_candidates(cheaper(r.config, r.generator(r.folder / "generator")), prompts_of_round(prompts, r.k, n, f"{r.config.seed} fresh"), per, r.folder / "fresh",
                                    f"{r.config.seed} fresh", r.k, batch_size=r.config.generator.batch_size, what="fresh clips")
-    return clip_pairs(read_candidates(r.folder / "fresh"), r.folder / "fresh")[:r.config.votes.pairs]
+    return clip_pairs(read_candidates(r.folder / "fresh"), r.folder / "fresh")[:v.pairs]
 
 # %% ../nbs/30_rounds.ipynb #f86959e0
 def earlier_judge(r: Round):
@@ -339,8 +353,8 @@ def earlier_judge(r: Round):
 
 # %% ../nbs/30_rounds.ipynb #fd1be19e
 def relative(r: Round, video: Video) -> str:
-    "A clip's path below the round's folder, as tables name it."
-    return str(video.path.relative_to(r.folder))
+    "A clip's path from the round's folder, as tables name it."
+    return os.path.relpath(video.path, r.folder)
 
 # %% ../nbs/30_rounds.ipynb #01a5321f
 def relabelled(r: Round, pairs: list, rows: list) -> list:

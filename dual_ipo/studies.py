@@ -147,11 +147,12 @@ def truths(r: Round, rows: list, what: str) -> list:
 def labels_of(r: Round) -> list:
     "The round's pseudo-labels with the true gap, and R of every path."
     if not (r.folder / "votes.parquet").exists(): return []
-    fresh = read_candidates(r.folder / "fresh")
-    true = dict(zip([f"fresh/{row['clip']}" for row in fresh], truths(r, fresh, "fresh")))
+    votes = read_table(r.folder / "votes.parquet")
+    clips = dict.fromkeys((row[f"path_{side}"], row["prompt"]) for row in votes for side in "ab")
+    true = dict(zip([path for path, _ in clips], totals(r.config.evaluate.measure, [r.folder / path for path, _ in clips], [prompt for _, prompt in clips])))
     return [{key: row[key] for key in ("prompt", "votes", "label", "p_a", "consistent", "pce", "kept")}
             | dict(gap=true[row["path_a"]] - true[row["path_b"]], orders=[p["order"] for p in row["paths"]], R=[p["log_prob"] - p["log_prob_ref"] for p in row["paths"]])
-            for row in read_table(r.folder / "votes.parquet")]
+            for row in votes]
 
 # %% ../nbs/70_studies.ipynb #35e53f10
 def opinions(
