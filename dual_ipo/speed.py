@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COG', 'REAL', 'COG_VAE', 'DEVICE', 'PARTS', 'real_generator', 'seconds', 'peak_gb', 'patches', 'attention_flops',
-           'ceilings', 'limit', 'a_batch', 'peers_loss', 'a_step', 'training', 'sampling', 'real_judge', 'judging',
-           'utilisation', 'timeline', 'a_run', 'whole_round', 'measure']
+           'attention_kernel', 'ceilings', 'limit', 'a_batch', 'peers_loss', 'a_step', 'training', 'sampling',
+           'real_judge', 'judging', 'utilisation', 'timeline', 'a_run', 'whole_round', 'measure']
 
 # %% ../nbs/71_speed.ipynb #738fa82e
 import json
@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, SiglipVisionConfig, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -35,7 +36,7 @@ from .core import Pair, Video, noise
 from .cot import pair_item
 from .data import save_videos, write_pairs
 from .generator import CogVideoX, Generator, Wan
-from .kernels import fit, keep, blocks_of
+from .kernels import activate_flash4, blocks_of, fit, has_flash4, keep
 from .losses import KtoBaseline, dpo_loss
 from .plan import flops, fused_attention
 from .reward import Judge
@@ -88,6 +89,7 @@ def seconds(
     run,
     n: int = 3,        # calls that count
     warmup: int = 1,   # that don't
+    hold: float = 0.,  # seconds of such calls before: a card at its power limit slows down
 ) -> float:
     "Median time of a call, the GPU's work included."
     def once():
@@ -96,6 +98,8 @@ def seconds(
         run()
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter() - began
+    until = time.perf_counter() + hold
+    while time.perf_counter() < until: once()
     return statistics.median([once() for _ in range(warmup + n)][warmup:])
 
 def peak_gb(run) -> float:
@@ -122,31 +126,44 @@ def attention_flops(g: Generator) -> tuple:  # (FLOP of attention, of the rest) 
     return own * len(blocks_of(g.transformer)), rest
 
 # %% ../nbs/71_speed.ipynb #b3361334
-def ceilings(name: str) -> dict:  # FLOP/s
-    "Rates of this card: matrix products, and attention forward and backward at a model's shape, by both kernels."
+@contextmanager
+def attention_kernel(name: str):   # "flash" (FlashAttention-2, PyTorch's own), "cudnn" or "flash4"
+    "PyTorch's attention by this kernel."
+    if name == "flash4": activate_flash4()
+    elif current_flash_attention_impl(): restore_flash_attention_impl()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION): yield
+
+def ceilings(
+    name: str,
+    hold: float = 1.5,   # seconds of the same work before
+) -> dict:               # FLOP/s; "burst": of a card that was idle before
+    "Rates of this card: matrix products, and attention forward and backward at a model's shape, by every kernel there is."
     g = real_generator(name)
     T, H, W = patches(g)
     c, tokens = g.transformer.config, T * H * W + (0 if isinstance(g, Wan) else g.max_sequence_length)
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    found = dict(gemm=2 * 8192**3 / seconds(lambda: a @ b, 10, 3))
-    q, k, v = (torch.randn(1, c.num_attention_heads, tokens, c.attention_head_dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    work = 4 * tokens**2 * c.num_attention_heads * c.attention_head_dim
-    for kernel, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-        with sdpa_kernel(backend):
-            forward = seconds(lambda: F.scaled_dot_product_attention(q, k, v), 5, 2)
-            both = seconds(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward(), 5, 2)
-        found |= {f"{kernel}_forward": work / forward, f"{kernel}_backward": 2.5 * work / (both - forward)}
-    return found
+    def rates(hold):
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        found = dict(gemm=2 * 8192**3 / seconds(lambda: a @ b, 10, 3, hold))
+        q, k, v = (torch.randn(1, c.num_attention_heads, tokens, c.attention_head_dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        work, back = 4 * tokens**2 * c.num_attention_heads * c.attention_head_dim, torch.randn_like(q)
+        for kernel in ("flash", "cudnn", *(["flash4"] if has_flash4() else [])):
+            with attention_kernel(kernel):
+                forward = seconds(lambda: F.scaled_dot_product_attention(q, k, v), 5, 2, hold)
+                both = seconds(lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), back), 5, 2, hold)
+            found |= {f"{kernel}_forward": work / forward, f"{kernel}_backward": 2.5 * work / (both - forward)}
+        return found
+    return rates(hold) | dict(burst=rates(0.))
 
 def limit(
     attention: float, rest: float,  # FLOP of a forward pass, of `attention_flops`
     rates: dict,                    # of `ceilings`
     share: float = 0.,              # of the blocks whose linear part is computed twice
     full: bool = False,             # all weights are trained
+    kernel: str = "cudnn",          # of attention
 ) -> float:                         # seconds of a step on one pair, reference included
     "The composite limit: products and attention at their own rates, everything else for nothing."
-    forward = attention / rates["cudnn_forward"] + rest / rates["gemm"]
-    backward = 2.5 * attention / rates["cudnn_backward"] + (2 if full else 1.06) * rest / rates["gemm"]
+    forward = attention / rates[f"{kernel}_forward"] + rest / rates["gemm"]
+    backward = 2.5 * attention / rates[f"{kernel}_backward"] + (2 if full else 1.06) * rest / rates["gemm"]
     return 2 * (2 * forward + backward + share * rest / rates["gemm"])
 
 # %% ../nbs/71_speed.ipynb #c62d8a7a
@@ -177,7 +194,7 @@ def a_step(
 
 def training(
     name: str,
-    recipe: str,                     # "ours", "peers", or "peers flash" with the kernel that PyTorch took before 2.10
+    recipe: str,                     # "ours", "peers", or "peers flash" with the kernel that PyTorch took before cuDNN's
     objective: str = "dpo",
     lora_rank: int | None = 64,
     checkpointing: str = "auto",
@@ -186,9 +203,8 @@ def training(
 ) -> dict:
     "Time and memory of a step on one pair."
     g = real_generator(name, DEVICE, lora_rank, **dict(attention="native", compile=False) if recipe != "ours" else settings)
-    if recipe == "peers flash": g.transformer.set_attention_backend("_native_flash")
     g.freeze_reference()
-    with g.alone():
+    with g.alone(), attention_kernel("flash") if "flash" in recipe else nullcontext():
         if recipe != "ours":
             keep(g.transformer, ["none"] * len(blocks_of(g.transformer)))
             chosen, loss = f"{'flash' if 'flash' in recipe else 'default'} attention, every block checkpointed, four passes", lambda batch: peers_loss(g, batch)
@@ -209,11 +225,11 @@ def sampling(
     name: str,
     recipe: str,     # "ours", "diffusers": the plain pipeline, or "diffusers flash" as above
     steps: tuple = (1, 4), n: int = 1,
+    **settings,      # of `Generator`
 ) -> dict:
     "Time of a denoising step and of decoding one clip; of a clip of 50 steps."
-    g = real_generator(name, DEVICE, **dict(attention="native", compile=False) if recipe != "ours" else {})
+    g = real_generator(name, DEVICE, **dict(attention="native", compile=False) if recipe != "ours" else settings)
     if recipe != "ours": g.transformer.unload_lora()
-    if recipe == "diffusers flash": g.transformer.set_attention_backend("_native_flash")
     g.negative = [noise((g.max_sequence_length, 4096), "negative").bfloat16()]
     text = [noise((g.max_sequence_length, 4096), "text").bfloat16()]
     decode = g.pipe.vae.decode
@@ -222,12 +238,12 @@ def sampling(
         blank = torch.zeros(1, 3, 1, 8, 8, device=DEVICE)
         if not decoded: g.pipe.vae.decode = lambda z, return_dict=True: SimpleNamespace(sample=blank) if return_dict else (blank,)
         try:
-            with g.reference() if recipe == "ours" else torch.no_grad(): return g.sample_batch(text, [("clip", k)])
+            with g.reference() if recipe == "ours" else torch.no_grad(), attention_kernel("flash") if "flash" in recipe else nullcontext(): return g.sample_batch(text, [("clip", k)])
         finally: g.pipe.vae.decode = decode
     few, many = (seconds(lambda: clip(k, False), n) for k in steps)
     whole = seconds(lambda: clip(steps[0], True), n)
     step, decoding = (many - few) / (steps[1] - steps[0]), whole - few
-    return dict(model=name, recipe=recipe, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    return dict(model=name, recipe=recipe, attention=g.attention, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
 # %% ../nbs/71_speed.ipynb #f13809b3
 def real_judge(device: str, layers: int = 32) -> Judge:
@@ -340,16 +356,19 @@ PARTS = {"ceilings Wan2.1-1.3B": lambda: ceilings("Wan2.1-1.3B"), "ceilings CogV
 for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
     PARTS |= {f"train {_name} peers": lambda name=_name: training(name, "peers", n=2), f"train {_name} peers flash": lambda name=_name: training(name, "peers flash", n=2), f"train {_name} ours": lambda name=_name: training(name, "ours"),
               f"train {_name} kto": lambda name=_name: training(name, "ours", "kto"), f"train {_name} full": lambda name=_name: training(name, "ours", lora_rank=None, n=2),
-              f"train {_name} eager": lambda name=_name: training(name, "ours", compile=False, n=2),
+              f"train {_name} cudnn": lambda name=_name: training(name, "ours", attention="cudnn", n=2), f"train {_name} eager": lambda name=_name: training(name, "ours", compile=False, n=2),
+              f"sample {_name} cudnn": lambda name=_name: sampling(name, "ours", attention="cudnn"),
               f"sample {_name} diffusers": lambda name=_name: sampling(name, "diffusers"), f"sample {_name} diffusers flash": lambda name=_name: sampling(name, "diffusers flash"), f"sample {_name} ours": lambda name=_name: sampling(name, "ours")}
-PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2), "judge": judging, "round CogVideoX-2B": lambda: whole_round("CogVideoX-2B")}
+PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B peers flash": lambda: training("CogVideoX-5B", "peers flash", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2),
+          "sample CogVideoX-5B diffusers": lambda: sampling("CogVideoX-5B", "diffusers", (1, 3)), "sample CogVideoX-5B diffusers flash": lambda: sampling("CogVideoX-5B", "diffusers flash", (1, 3)), "sample CogVideoX-5B ours": lambda: sampling("CogVideoX-5B", "ours", (1, 3)),
+          "judge": judging, "round CogVideoX-2B": lambda: whole_round("CogVideoX-2B")}
 
 def measure(
     parts: list,   # of PARTS
     out,           # JSON file
 ):
     "Measure, and write every part as it comes."
-    found = dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none", versions=dict(torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__), parts={})
+    found = dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none", versions={name: version(name) for name in ("torch", "diffusers", "transformers", *(["flash-attn-4"] if has_flash4() else []))}, parts={})
     for part in parts:
         began = time.time()
         try: found["parts"][part] = PARTS[part]()
