@@ -87,7 +87,7 @@ def step_loss(
     lambda_d: float = 1., lambda_u: float = 1.,
 ) -> tuple[Tensor, dict]:                      # (loss, metrics), all on the device: nothing waits for them
     "L_pref + λ₁ E(y_w) + λ₂ E(y_real), DESIGN §3."
-    latents, t, eps, text = batch
+    latents, t, eps, text = [[x.to(model.device) for x in part] if isinstance(part, list) else part.to(model.device) for part in batch]   # once for both passes
     with model.reference() as reference: E_ref = model.error(latents[:2*B], t[:2*B], eps[:2*B], text[:2*B], reference)
     E = model.error(latents, t, eps, text, wrapped)
     (E_w, E_l), real = E[:2*B].chunk(2), E[2*B:]

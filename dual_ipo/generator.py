@@ -285,7 +285,7 @@ class Generator(Weights):
         text: list[Tensor],   # each [N, C]
     ) -> Tensor:              # [B, max_sequence_length, C] on the device
         "Texts as the transformer takes them."
-        return torch.stack([torch.cat([x, x.new_zeros(self.max_sequence_length - len(x), x.shape[1])]) for x in text]).to(self.device)
+        return torch.stack([F.pad(x.to(self.device), (0, 0, 0, self.max_sequence_length - len(x))) for x in text])
 
     @torch.no_grad()
     def encode_videos(self,

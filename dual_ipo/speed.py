@@ -128,10 +128,10 @@ def attention_flops(g: Generator) -> tuple:  # (FLOP of attention, of the rest) 
 # %% ../nbs/71_speed.ipynb #b3361334
 @contextmanager
 def attention_kernel(name: str):   # "flash" (FlashAttention-2, PyTorch's own), "cudnn" or "flash4"
-    "PyTorch's attention by this kernel."
+    "PyTorch's attention by this kernel, where it takes the numbers; elsewhere, as in a VAE of fp32, by one that does."
     if name == "flash4": activate_flash4()
     elif current_flash_attention_impl(): restore_flash_attention_impl()
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION): yield
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]): yield
 
 def ceilings(
     name: str,
