@@ -368,7 +368,7 @@ def measure(
     out,           # JSON file
 ):
     "Measure, and write every part as it comes."
-    found = dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none", versions={name: version(name) for name in ("torch", "diffusers", "transformers", *(["flash-attn-4"] if has_flash4() else []))}, parts={})
+    found = dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none", versions=dict(torch=torch.__version__) | {name: version(name) for name in ("diffusers", "transformers", *(["flash-attn-4"] if has_flash4() else []))}, parts={})
     for part in parts:
         began = time.time()
         try: found["parts"][part] = PARTS[part]()
