@@ -1,5 +1,5 @@
 "Cheaper candidates: what is asked of them, and that a run makes them."
-import pytest, yaml
+import pytest, torch, yaml
 from dual_ipo.cli import demo_config, main, write_toy_input
 from dual_ipo.core import UserError
 from dual_ipo.config import parse_config
@@ -22,6 +22,37 @@ def test_a_cache_changes_little_and_is_gone_afterwards():
     assert 0 < (cached - plain).abs().mean() < .5*plain.abs().mean()
     g.cache = None
     assert (g.sample(PROMPTS, keys)[0] == plain).all()
+
+
+@pytest.mark.parametrize("arch", ["wan", "cogvideox"])
+def test_without_guidance_a_step_is_one_pass_and_the_rest_is_the_same(arch):
+    "Guided to the end it is the pipeline's own clip; guided once it is what a guidance of 1 makes of the first step's latents."
+    config = demo_config(arch, "dpo", 1, 0)
+    g = Generator.load(config.generator.path, **config.generator.model_dump(exclude={"path", "batch_size", "dtype"}))
+    keys, passes = [("guided", i) for i in range(len(PROMPTS))], []
+    plain = g.sample(PROMPTS, keys)[0]
+    watch = g.transformer.proj_out.register_forward_hook(lambda m, args, out: passes.append(len(out)//len(PROMPTS)))
+    for stop, wanted in ((1., 20), (.5, 15), (.01, 11), (None, 20)):
+        passes.clear()
+        g.guidance_stop = stop
+        clip = g.sample(PROMPTS, keys)[0]
+        assert sum(passes) == wanted and (stop in (1., None)) == bool((clip == plain).all())
+    watch.remove()
+    g.num_inference_steps, scale = 2, g.guidance_scale
+    seen, original = [], type(g.pipe.scheduler).step
+    def spy(scheduler, out, t, latents, *args, **kwargs):
+        seen.append((out.clone(), latents.clone()))
+        return original(scheduler, out, t, latents, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(type(g.pipe.scheduler), "step", spy)
+        g.guidance_stop = .5
+        g.sample(PROMPTS, keys)
+    (_, _), (out, latents) = seen
+    g.guidance_stop = None
+    t = g.pipe.scheduler.timesteps[1].expand(len(PROMPTS))
+    with torch.no_grad(): theirs = g.predict(g.transformer, latents.to(g.transformer.dtype), t, g.pad(g.encode_prompts(PROMPTS)))
+    torch.testing.assert_close(out, theirs.to(out.dtype), rtol=1e-4, atol=1e-4)
+    assert g.guidance_scale == scale > 1
 
 
 def test_previews_choose_what_is_sampled_in_full(tmp_path):
@@ -66,7 +97,7 @@ def test_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
     path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))))
-    assert main(ask) == 2 and "set candidates.num_inference_steps, num_frames, cache or preview_steps" in capsys.readouterr().err
+    assert main(ask) == 2 and "set candidates.num_inference_steps, num_frames, guidance_stop, cache or preview_steps" in capsys.readouterr().err
     with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
 
 

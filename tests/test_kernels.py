@@ -1,12 +1,16 @@
 "What makes it faster must not change what is computed."
-import math, shutil
+import math, shutil, sys
+from types import ModuleType
 
 import pytest, tiny, torch
+import dual_ipo.kernels as kernels
 from dual_ipo.core import UserError, noise
 from dual_ipo.generator import Generator
-from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, fit, keep
+from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, fit, keep, with_kernel
 from dual_ipo.losses import dpo_loss
 from test_generator import batch, learn, paths   # noqa: F401, a fixture
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def gradients(g, x, kept):
@@ -34,7 +38,6 @@ def test_whatever_is_kept_the_gradients_are_the_same(paths, kind, lora_rank, dty
 def test_attention_is_computed_once_when_it_is_kept(paths, monkeypatch):
     g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS)
     x, n, calls = batch(g), len(blocks_of(g.transformer)), []
-    from torch.utils._python_dispatch import TorchDispatchMode
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "scaled_dot_product" in str(func) and "backward" not in str(func): calls.append(str(func))
@@ -91,6 +94,66 @@ def test_a_blocks_memory_is_what_the_plan_says(paths):
 def test_what_this_machine_cannot_do_is_one_line(paths):
     with pytest.raises(UserError, match="takes an NVIDIA GPU and bfloat16; set it to auto"): Generator.load(paths["wan unipc"], attention="cudnn", **tiny.SETTINGS)
     assert choose_attention("native", torch.device("cuda"), torch.bfloat16) == "native" == choose_attention("auto", torch.device("cuda"), torch.float32)
+
+
+class Kernels(TorchDispatchMode):
+    "Counts attention by the flash kernel, and the softmax of attention without one, forward and backward."
+    def __init__(self): super().__init__(); self.flash, self.math = 0, 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.flash += "scaled_dot_product_flash" in str(func)
+        self.math += "softmax" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["wan unipc", "cogvideox 5b"])
+def test_the_kernel_reaches_every_pass_of_both_architectures(paths, kind):
+    "Also the one that is computed again for the backward pass, and also after a deepcopy."
+    g = Generator.load(paths[kind], lora_rank=None, **tiny.SETTINGS)
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        for m in g.transformer.modules():
+            if hasattr(m, "processor"): m.processor.__class__ = with_kernel(next(c for c in type(m.processor).__mro__ if c.__module__.startswith("diffusers")), kernel)
+        g.freeze_reference()
+        x = batch(g)
+        with Kernels() as seen:
+            gradients(g, x, ["none"]*len(blocks_of(g.transformer)))
+            with g.reference() as reference: g.error(*x, reference)
+        assert (seen.math == 0 < seen.flash) if kernel == SDPBackend.FLASH_ATTENTION else (seen.flash == 0 < seen.math)
+    assert len({type(m.processor) for m in g.transformer.modules() if hasattr(m, "processor")}) == 1   # or each block would be compiled by itself
+
+
+def test_flash4_is_taken_where_it_is_installed(paths, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kernels, "has_flash4", lambda: False)
+    assert choose_attention("auto", gpu, torch.bfloat16) == "cudnn" and choose_attention("auto", gpu, torch.float32) == "native"
+    with pytest.raises(UserError, match=r"takes the package flash-attn-4; install dual-ipo\[flash\]"): choose_attention("flash4", gpu, torch.bfloat16)
+    monkeypatch.setattr(kernels, "has_flash4", lambda: True)
+    assert choose_attention("auto", gpu, torch.bfloat16) == "flash4" == choose_attention("flash4", gpu, torch.bfloat16) and choose_attention("cudnn", gpu, torch.bfloat16) == "cudnn"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert choose_attention("auto", gpu, torch.bfloat16) == "native"
+    with pytest.raises(UserError, match="flash4 takes an NVIDIA GPU and bfloat16"): Generator.load(paths["wan unipc"], attention="flash4", **tiny.SETTINGS)
+
+
+def test_pytorch_gets_of_flash4_what_it_expects(monkeypatch):
+    "Newer releases of the package return more."
+    from torch.nn.attention._fa4 import _fa4_import_module
+    names, module = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"), None
+    for name in names:
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    module._flash_attn_fwd, module._flash_attn_bwd = lambda q, **settings: (q, settings, "p", "row_max"), lambda *args: args
+    assert kernels._flash_attn_fwd(1, causal=False) == (1, dict(causal=False)) and kernels._flash_attn_bwd(1, 2, 3) == (1, 2, 3)
+    assert _fa4_import_module("dual_ipo.kernels") is kernels
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and kernels.has_flash4()), reason="takes an H100 or H200 and flash-attn-4")
+def test_flash4_computes_what_the_others_do():
+    kernels.activate_flash4()
+    q, k, v = (noise((2, 300, 4, 64), name).cuda().bfloat16().transpose(1, 2).requires_grad_() for name in "qkv")
+    def both(kernel):
+        with torch.nn.attention.sdpa_kernel(kernel): out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return out, *torch.autograd.grad(out.float().pow(2).sum(), (q, k, v))
+    for ours, theirs in zip(both(SDPBackend.FLASH_ATTENTION), both(SDPBackend.CUDNN_ATTENTION)): torch.testing.assert_close(ours, theirs, rtol=.05, atol=.05)
 
 
 def test_an_adapter_that_adds_nothing_is_left_out(paths):

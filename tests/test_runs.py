@@ -17,7 +17,8 @@ import yaml
 
 import tiny
 from dual_ipo.cli import demo_config, main, start_run, write_toy_input
-from dual_ipo.core import Video
+from dual_ipo.config import parse_config
+from dual_ipo.core import UserError, Video
 from dual_ipo.rounds import run_round
 from dual_ipo.store import Run, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
@@ -131,6 +132,31 @@ def test_learning_from_shorter_clips(given, tmp_path):
     assert lengths == dict(previews={5}, candidates={5}, fresh={5}, evaluate={9})
     history = read_table(tmp_path/"run/round_01/align/history.parquet")
     assert len(history) == 6 and all(row["E_real"] > 0 for row in history) and history[0]["abs_logit"] == 0
+
+
+def test_the_judge_learns_from_the_next_rounds_candidates(given, tmp_path):
+    "They are made once, before the judge votes; the last round makes its own clips."
+    data = small_config("cogvideox", rounds=2, lora_rank=4)
+    data["candidates"]["per_prompt"], data["votes"]["clips"], data["cold_start"]["steps"] = 3, "candidates", 2
+    run = start_run(Namespace(config=write(given, "served.yaml", data), out=tmp_path/"run"))
+    for k in (0, 1): run_round(run, k)
+    ahead = {path: path.stat().st_mtime_ns for path in (tmp_path/"run/round_02/candidates").rglob("*.mp4")}
+    assert len(ahead) == 18
+    run_round(run, 2)
+    assert {path: path.stat().st_mtime_ns for path in ahead} == ahead and not (tmp_path/"run/round_01/fresh/shard_0000").exists()
+    first, second = [read_table(tmp_path/f"run/round_0{k}/votes.parquet") for k in (1, 2)]
+    assert len(first) == len(second) == 4 and len({row["prompt"] for row in first}) == 4
+    for k, rows, where in ((1, first, "../round_02/candidates/"), (2, second, "fresh/")):
+        for row in rows: assert all(row[f"path_{side}"].startswith(where) and (tmp_path/f"run/round_0{k}"/row[f"path_{side}"]).is_file() for side in "ab") and row["path_a"] != row["path_b"]
+    assert {row["path_a"].split("/candidates/")[-1] for row in first} <= {row["clip"] for row in read_table(tmp_path/"run/round_02/candidates/shard_0000/table.parquet")}
+    seconds = [read_json(tmp_path/f"run/round_0{k}/seconds.json") for k in (1, 2)]
+    assert "candidates" in seconds[0] and "candidates" not in seconds[1] and all("fresh" in s for s in seconds)
+
+
+def test_what_cannot_serve_the_judge_is_told():
+    for change, said in ((dict(votes=dict(clips="candidates", pairs=1001), candidates=dict(prompts_per_round=250)), "votes.pairs|candidates of a round make 1000 pairs"), (dict(votes=dict(clips="candidates"), candidates=dict(preview_steps=5)), "with previews the judge chooses"),
+                         (dict(candidates=dict(cache=.1, guidance_stop=.5)), "guidance_stop: the cache")):
+        with pytest.raises(UserError, match=said): parse_config(change, "run.yaml")
 
 
 @pytest.mark.parametrize("part, change, said", [("candidates", dict(num_frames=6), "num_frames: 6 is not 4k.1; use 5"), ("candidates", dict(num_frames=13), "num_frames: 13 is more than a whole clip's 9"),

@@ -159,3 +159,18 @@ def test_trains_where_the_model_is(tmp_path):
 
 
 if __name__ == "__main__": serve()
+
+
+def test_the_next_batch_is_made_ahead_and_an_error_comes_where_it_is_used():
+    from threading import Event
+    from dual_ipo.training import Ahead
+    asked, second = [], Event()
+    def make(index):
+        asked.append(index)
+        if index == 1: second.set()
+        if index == 2: raise ValueError("no batch 2")
+        return index
+    ahead = Ahead(make, 4)
+    assert ahead(0) == 0 and second.wait(10) and ahead(1) == 1
+    with pytest.raises(ValueError, match="no batch 2"): ahead(2)
+    assert ahead(3) == 3 and sorted(asked) == [0, 1, 2, 3]
