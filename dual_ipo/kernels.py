@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'WORTH', 'aten', 'SAVED', 'KEPT', 'has_flash4', 'choose_attention', 'activate_flash4', 'with_kernel',
-           'use_attention', 'blocks_of', 'choose_compile', 'compile_blocks', 'is_saved', 'keep', 'keep_nothing',
-           'kept_bytes', 'block_bytes', 'choose_kept', 'free_bytes', 'fit']
+           'use_attention', 'others_attention', 'blocks_of', 'choose_compile', 'compile_blocks', 'is_saved', 'keep',
+           'keep_nothing', 'kept_bytes', 'block_bytes', 'choose_kept', 'free_bytes', 'fit']
 
 # %% ../nbs/24_kernels.ipynb #478ee4f6
 import shutil
+from contextlib import nullcontext
 from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -70,6 +71,10 @@ def use_attention(
     if attention == "flash4": activate_flash4()
     for m in transformer.modules():
         if hasattr(m, "processor") and ATTENTION[attention]: m.processor.__class__ = with_kernel(type(m.processor), ATTENTION[attention])
+
+def others_attention():
+    "A context for models that write word by word: PyTorch's choice without FlashAttention-4, whose many short calls Python would hold up."
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if current_flash_attention_impl() == "FA4" else nullcontext()
 
 # %% ../nbs/24_kernels.ipynb #e5191b1e
 WORTH = 10**8  # parameters from which compiling pays

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from .core import Judgement, Pair, UserError, frames_of, seed_of
 from .cot import DIMENSIONS, Item, clip_item, grade_stems, pair_item
+from .kernels import others_attention
 from .store import read_json, write_json
 from .voting import Vote, check_k, decided, tally
 
@@ -138,7 +139,7 @@ class VLM:
         x = self.inputs(items)
         at = self.positions(x)
         if cut: x, at = {k: v[:, :-cut] if k in PER_TOKEN else v for k, v in x.items()}, at[..., :-cut]
-        out = self.model(**x, position_ids=at, use_cache=True, logits_to_keep=1)
+        with others_attention(): out = self.model(**x, position_ids=at, use_cache=True, logits_to_keep=1)
         return Read(out.past_key_values, out.logits[:, -1].float(), x["attention_mask"], at[..., -1:])
 
     @torch.no_grad()
@@ -147,7 +148,7 @@ class VLM:
         n = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         read.mask = torch.cat([read.mask, mask], 1)
         x = dict(input_ids=ids, attention_mask=read.mask, position_ids=read.last + n)
-        out = self.model(**x, past_key_values=read.cache, use_cache=True)
+        with others_attention(): out = self.model(**x, past_key_values=read.cache, use_cache=True)
         read.last = read.last + mask.sum(1, keepdim=True)
         return out.logits.float()
 

@@ -146,6 +146,15 @@ def test_pytorch_gets_of_flash4_what_it_expects(monkeypatch):
     assert _fa4_import_module("dual_ipo.kernels") is kernels
 
 
+def test_a_judge_writes_without_flash4(monkeypatch):
+    flags = lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    before = flags()
+    with kernels.others_attention(): assert flags() == before
+    monkeypatch.setattr(kernels, "current_flash_attention_impl", lambda: "FA4")
+    with kernels.others_attention(): assert flags() == (False, True, True)
+    assert flags() == before
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() and kernels.has_flash4()), reason="takes an H100 or H200 and flash-attn-4")
 def test_flash4_computes_what_the_others_do():
     kernels.activate_flash4()
