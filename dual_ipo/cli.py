@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--count", type=int, default=1, help="cards")
     plan.add_argument("--share", type=float, default=.35, help="share of the card's rate that is reached (default 0.35)")
     plan.add_argument("--price", type=float, default=0., help="of a GPU-hour")
-    gate = commands.add_parser("gate", help="whether cheaper candidates (candidates.num_inference_steps, num_frames, cache, preview_steps) get the same labels")
+    gate = commands.add_parser("gate", help="whether cheaper candidates (candidates.num_inference_steps, num_frames, guidance_stop, cache, preview_steps) get the same labels")
     gate.add_argument("config", type=Path)
     gate.add_argument("--prompts", type=int, default=200, help="how many of data.prompts to ask about (default 200)")
     gate.add_argument("--generator", help="checkpoint (default: the config's)")
