@@ -100,7 +100,7 @@ class AlignPart(Part):
 class VotesPart(Part):
     k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round; on the toy three times as many, in batches twice as large, held the judge 5.8 instead of 4.6 points ahead of one that stays")
-    clips: Literal["fresh", "candidates"] = Field("fresh", description="what is voted on: clips sampled for it, or the next round's candidates, sampled ahead of it from the same new generator, so that a fifth fewer clips are made; the last round always makes fresh ones")
+    clips: Literal["fresh", "candidates"] = Field("fresh", description="what is voted on: clips sampled for it, or the next round's candidates, sampled ahead of it from the same new generator, so that a fifth fewer clips are made; the last round always makes fresh ones. In the toy the generator loses nothing by it, Wan's judge neither, CogVideoX's half of its lead")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
     scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
