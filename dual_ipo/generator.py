@@ -328,7 +328,7 @@ class Generator(Weights):
         text, last = self.pad(text), {}
         if self.cache: self.transformer.enable_cache(FirstBlockCacheConfig(threshold=self.cache))
         if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
-        guided = self.num_inference_steps if self.guidance_stop is None else max(1, round(self.guidance_stop*self.num_inference_steps))
+        guided = max(1, round(self.guidance_stop*self.num_inference_steps)) if self.guidance_stop and self.guidance_scale > 1 else None   # steps
         with ExitStack() as unguided:
             def catch(pipe, i, t, tensors):
                 if i + 1 == guided: unguided.enter_context(self.without_guidance())

@@ -53,6 +53,10 @@ def test_without_guidance_a_step_is_one_pass_and_the_rest_is_the_same(arch):
     with torch.no_grad(): theirs = g.predict(g.transformer, latents.to(g.transformer.dtype), t, g.pad(g.encode_prompts(PROMPTS)))
     torch.testing.assert_close(out, theirs.to(out.dtype), rtol=1e-4, atol=1e-4)
     assert g.guidance_scale == scale > 1
+    g.guidance_scale = 1.   # where nothing is guided nothing ends
+    unguided = g.sample(PROMPTS, keys)[0]
+    g.guidance_stop = .5
+    assert (g.sample(PROMPTS, keys)[0] == unguided).all()
 
 
 def test_previews_choose_what_is_sampled_in_full(tmp_path):
