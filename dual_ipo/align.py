@@ -103,7 +103,7 @@ def step_loss(
     if len(real):
         total = total + lambda_real*nll(real)
         metrics["E_real"] = nll(real)
-    metrics |= margins(E[:2*B] - E_ref, t[:2*B].to(E.device))
+    metrics |= margins(E[:2*B] - E_ref, t[:2*B])
     return total, {key: m.detach() for key, m in metrics.items()}
 
 # %% ../nbs/23_align.ipynb #e7891a09

@@ -32,7 +32,7 @@ def scored_candidates(
     folder: Path,
 ) -> list:             # rows of `sample_candidates` with a score, and the time it all took
     "Sample and grade, or read what was done before."
-    c, at, only, steps = config.candidates, folder / "scores.parquet", None, model.num_inference_steps
+    c, at, only = config.candidates, folder / "scores.parquet", None
     with stage(folder, resumes=True) as todo:
         if todo:
             clock = time.time if model.device.type == "cuda" else time.process_time   # on a CPU others may be at work
@@ -42,12 +42,10 @@ def scored_candidates(
             if c.preview_steps:
                 shorter(config, model).num_inference_steps = c.preview_steps
                 rows = sampled(folder / "previews")
-                only, model.num_inference_steps = both_ends(rows, score(rows, folder / "previews"), c.keep), steps
+                only = both_ends(rows, score(rows, folder / "previews"), c.keep)
             cheaper(config, model)
             rows = sampled(folder, only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])
-            model.num_inference_steps, model.cache, model.guidance_stop = steps, None, None
-            model.shorten(model.most_frames)
             write_json(folder / "seconds.json", dict(seconds=clock() - began))
     return read_table(at)
 

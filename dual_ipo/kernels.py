@@ -69,8 +69,9 @@ def use_attention(
 ):
     "Compute every attention of `transformer` with this kernel."
     if attention == "flash4": activate_flash4()
-    for m in transformer.modules():
-        if hasattr(m, "processor") and ATTENTION[attention]: m.processor.__class__ = with_kernel(type(m.processor), ATTENTION[attention])
+    if kernel := ATTENTION[attention]:
+        for m in transformer.modules():
+            if hasattr(m, "processor"): m.processor.__class__ = with_kernel(type(m.processor), kernel)
 
 def others_attention():
     "A context for models that write word by word: PyTorch's choice without FlashAttention-4, whose many short calls Python would hold up."

@@ -146,6 +146,7 @@ def stages(
     c, a, v, s, e, part = config.candidates, config.align, config.votes, config.srpo, config.evaluate, config.generator
     clip = lambda steps, x, guided=1.: steps * (1 + (guided if part.guidance_scale > 1 else 0)) * x["forward"] + x["decode"]
     whole, g, few = g, g["short"], c.num_inference_steps or part.num_inference_steps   # what is learned from may be shorter
+    cheap = clip(few, g, c.guidance_stop or 1.)                    # a candidate
     candidates, full = c.prompts_per_round * c.per_prompt, c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
     sampling, evaluating = (x["weights"] + x["others"] + part.batch_size * max(x["work"], x["decode_work"]) for x in (g, whole))
     back = 1.7 if g["lora"] else 2.                    # of a forward pass; frozen weights have no gradient
@@ -164,9 +165,9 @@ def stages(
     def grades(clips): return read(j["clip"] + 5 * len(config.reward.dimensions), clips)
     both = j["pair"] + response
     rows = [("previews", candidates * clip(c.preview_steps, g), grades(candidates), max(sampling, j["weights"] + cache))] if c.preview_steps else []
-    rows += [("candidates", full * clip(few, g, c.guidance_stop or 1.), 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),
+    rows += [("candidates", full * cheap, 0, sampling), ("ranking", 0, 0 if c.scorer else grades(full), j["weights"] + cache),
             ("align", a.steps * step + a.steps * a.batch_size * real * g["encode"], 0, fixed + held)]
-    if s.steps: rows += [("fresh clips", (2 * v.pairs if v.clips == "fresh" else 0) * clip(few, g, c.guidance_stop or 1.), 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
+    if s.steps: rows += [("fresh clips", (2 * v.pairs if v.clips == "fresh" else 0) * cheap, 0, sampling), ("votes", 0, votes(v.pairs) + 2 * read(both, v.k * v.pairs), j["weights"] + cache),
                          ("srpo", 0, 3 * read(both, s.steps * s.batch_size * (2 + (1 if s.lambda_human else 0))) + read(both, 4 * v.pairs), j["weights"] + s.batch_size * 2 * both * j["width"] * j["layers"] * 34)]
     rows += [("evaluation", e.prompts * e.videos_per_prompt * clip(part.num_inference_steps, whole), votes(e.prompts * e.videos_per_prompt), max(evaluating, j["weights"] + cache))]
     return [dict(stage=name, flops=work + seconds * gpu.flops * share, gpu_hours=(work / (gpu.flops * share) + seconds) / 3600, memory=int(memory)) for name, work, seconds, memory in rows]

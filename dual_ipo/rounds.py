@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of', 'Round', 'check_prompts',
            'shorter', 'check_model', 'read_input', 'check_input', 'prompts_of_round', 'start_judge', 'human_items',
-           'cheaper', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade', 'rank',
-           'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge', 'relative',
-           'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge', 'finish',
-           'run_round']
+           'cheaper', 'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of',
+           'grade', 'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge',
+           'relative', 'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge',
+           'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from .prompts import read_prompts
 from .reward import Judge
 from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
-from .training import TrainingAnomaly, ranks
+from .training import Ahead, TrainingAnomaly, ranks
 
 # %% ../nbs/30_rounds.ipynb #16eab83a
 def device() -> str:
@@ -130,7 +129,7 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
 # %% ../nbs/30_rounds.ipynb #1a21f792
 def shorter(config: Config, model: Generator) -> Generator:
     "The generator with clips as long as `candidates` wants them."
-    model.shorten(config.candidates.num_frames or model.num_frames)
+    model.shorten(config.candidates.num_frames or config.generator.num_frames)
     return model
 
 def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
@@ -214,8 +213,12 @@ def human_items(r: Round, pairs: PairTable) -> list:  # of Item
 def cheaper(config: Config, model: Generator) -> Generator:
     "The generator as `candidates` wants it sampled."
     c = config.candidates
-    model.num_inference_steps, model.cache, model.guidance_stop = c.num_inference_steps or model.num_inference_steps, c.cache, c.guidance_stop
+    model.num_inference_steps, model.cache, model.guidance_stop = c.num_inference_steps or config.generator.num_inference_steps, c.cache, c.guidance_stop
     return shorter(config, model)
+
+def sample_cheaply(r: Round, generator, *args, **settings) -> list:
+    "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
+    return sample_candidates(cheaper(r.config, r.generator(generator)), *args, batch_size=r.config.generator.batch_size, **settings)
 
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
     "Sample all candidates in few steps, and keep those that the judge puts first and last."
@@ -235,7 +238,7 @@ def sample(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
     prompts = prompts_of_round(prompts, r.k, c.prompts_per_round, r.config.seed)
     only = previews(r, prompts) if c.preview_steps else None
     with r.stage("candidates", resumes=True) as todo:
-        if todo: return sample_candidates(cheaper(r.config, r.generator(r.before("generator"))), prompts, c.per_prompt, r.folder / "candidates", r.config.seed, r.k, batch_size=r.config.generator.batch_size, only=only)
+        if todo: return sample_cheaply(r, r.before("generator"), prompts, c.per_prompt, r.folder / "candidates", r.config.seed, r.k, only=only)
     return read_candidates(r.folder / "candidates")
 
 # %% ../nbs/30_rounds.ipynb #4a82582a
@@ -265,17 +268,13 @@ def grades_of(
     dimensions: list,
 ) -> list:             # [D] floats for each
     "A judge's grades of clips on disk. While it reads some, the frames that it will see of the next are decoded, many clips at once: one takes a core longer than a judge of 8B a GPU."
-    grades = []
     def batch(i):
-        own = clips[i:i + 64]
+        own = clips[64 * i:64 * (i + 1)]
         frames = frames_of([VideoFile(path) for _, path in own], judge.frames_per_video)
         return [(prompt, Video(shown, 1.)) for (prompt, _), shown in zip(own, frames)]
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(batch, 0)
-        for i in progress(range(0, len(clips), 64), "grades"):
-            now, coming = coming.result(), pool.submit(batch, i + 64)
-            grades += judge.grades(now, dimensions).tolist()
-    return grades
+    n = -(-len(clips) // 64)
+    ready = Ahead(batch, n)
+    return [grades for i in progress(range(n), "grades") for grades in judge.grades(ready(i), dimensions).tolist()]
 
 # %% ../nbs/30_rounds.ipynb #f01fabd9
 def grade(r: Round, rows: list, what: str = "candidates") -> list:  # rows with a score, and the judge's grade in every dimension
@@ -328,8 +327,7 @@ def next_candidates(r: Round, prompts: list) -> list:  # of Pair
     with r.stage("fresh", resumes=True) as todo:
         if todo:
             with stage(folder, resumes=True) as missing:
-                if missing: sample_candidates(cheaper(r.config, r.generator(r.folder / "generator")), prompts_of_round(prompts, r.k + 1, c.prompts_per_round, r.config.seed), c.per_prompt, folder,
-                                              r.config.seed, r.k + 1, batch_size=r.config.generator.batch_size, what="next candidates")
+                if missing: sample_cheaply(r, r.folder / "generator", prompts_of_round(prompts, r.k + 1, c.prompts_per_round, r.config.seed), c.per_prompt, folder, r.config.seed, r.k + 1, what="next candidates")
     rows = sorted(read_candidates(folder), key=lambda row: (row["candidate"] // 2, row["prompt_index"]))
     return clip_pairs(rows[:2 * (c.per_prompt // 2) * len({row["prompt"] for row in rows})], folder)
 
@@ -341,8 +339,7 @@ def sample_fresh(r: Round, prompts: list) -> list:  # of Pair; none for a judge 
     n = min(v.pairs, len(prompts))
     per = 2 * -(-v.pairs // n)
     with r.stage("fresh", resumes=True) as todo:
-        if todo: sample_candidates(cheaper(r.config, r.generator(r.folder / "generator")), prompts_of_round(prompts, r.k, n, f"{r.config.seed} fresh"), per, r.folder / "fresh",
-                                   f"{r.config.seed} fresh", r.k, batch_size=r.config.generator.batch_size, what="fresh clips")
+        if todo: sample_cheaply(r, r.folder / "generator", prompts_of_round(prompts, r.k, n, f"{r.config.seed} fresh"), per, r.folder / "fresh", f"{r.config.seed} fresh", r.k, what="fresh clips")
     return clip_pairs(read_candidates(r.folder / "fresh"), r.folder / "fresh")[:v.pairs]
 
 # %% ../nbs/30_rounds.ipynb #f86959e0

@@ -148,8 +148,8 @@ def labels_of(r: Round) -> list:
     "The round's pseudo-labels with the true gap, and R of every path."
     if not (r.folder / "votes.parquet").exists(): return []
     votes = read_table(r.folder / "votes.parquet")
-    clips = dict.fromkeys((row[f"path_{side}"], row["prompt"]) for row in votes for side in "ab")
-    true = dict(zip([path for path, _ in clips], totals(r.config.evaluate.measure, [r.folder / path for path, _ in clips], [prompt for _, prompt in clips])))
+    clips = {row[f"path_{side}"]: dict(clip=row[f"path_{side}"], prompt=row["prompt"]) for row in votes for side in "ab"}
+    true = dict(zip(clips, truths(r, clips.values(), "")))
     return [{key: row[key] for key in ("prompt", "votes", "label", "p_a", "consistent", "pce", "kept")}
             | dict(gap=true[row["path_a"]] - true[row["path_b"]], orders=[p["order"] for p in row["paths"]], R=[p["log_prob"] - p["log_prob_ref"] for p in row["paths"]])
             for row in votes]

@@ -92,6 +92,9 @@ def test_cheaper_candidates_are_counted(tmp_path):
     assert seen["candidates"]["flops"] == pytest.approx(full["candidates"]["flops"] / 2) and seen["ranking"]["flops"] == pytest.approx(full["ranking"]["flops"] / 2)
     assert seen["previews"]["flops"] == pytest.approx(n * (5 * 2 * g["forward"] + g["decode"]) + full["ranking"]["flops"])
     assert full["fresh clips"] == seen["fresh clips"] and half["fresh clips"]["flops"] < .6*full["fresh clips"]["flops"]   # the judge learns from clips made alike
+    guided, config.votes.clips = planned(guidance_stop=.4), "candidates"
+    assert full["candidates"]["flops"] - guided["candidates"]["flops"] == pytest.approx(n * 50 * .6 * g["forward"]) and guided["fresh clips"]["flops"] < full["fresh clips"]["flops"] and not planned()["fresh clips"]["flops"]
+    config.votes.clips = "fresh"
     g = generator_facts(meta_generator(config), 25)
     short = planned()
     assert g["short"]["tokens"]*13 == g["tokens"]*7 and short["evaluation"] == full["evaluation"]

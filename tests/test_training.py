@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Event
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from dual_ipo.core import noise
 from dual_ipo.store import read_table
-from dual_ipo.training import train
+from dual_ipo.training import Ahead, train
 
 STEPS, SAVE_EVERY = 4, 2
 
@@ -158,12 +159,7 @@ def test_trains_where_the_model_is(tmp_path):
     assert all(a.is_cuda and torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
-if __name__ == "__main__": serve()
-
-
 def test_the_next_batch_is_made_ahead_and_an_error_comes_where_it_is_used():
-    from threading import Event
-    from dual_ipo.training import Ahead
     asked, second = [], Event()
     def make(index):
         asked.append(index)
@@ -174,3 +170,6 @@ def test_the_next_batch_is_made_ahead_and_an_error_comes_where_it_is_used():
     assert ahead(0) == 0 and second.wait(10) and ahead(1) == 1
     with pytest.raises(ValueError, match="no batch 2"): ahead(2)
     assert ahead(3) == 3 and sorted(asked) == [0, 1, 2, 3]
+
+
+if __name__ == "__main__": serve()
