@@ -155,7 +155,7 @@ def demo_config(
         seed=seed, rounds=rounds, deterministic=True,
         generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=2.,
                        max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
-        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
+        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, max_pixels=None, question="short", lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
         data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
         cold_start=dict(steps=700, batch_size=4, lr=1e-3), candidates=dict(prompts_per_round=64), votes=dict(pairs=80, by="grades"),
         align=dict(objective=objective, steps=30, batch_size=48, lr=5e-5, beta=300., lambda_win=1., lambda_real=5., checkpointing="none"),

@@ -22,13 +22,14 @@ class Part(BaseModel):
 
 # %% ../nbs/06_config.ipynb #206984f3
 class GeneratorPart(Part):
-    path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1 or CogVideoX pipeline")
+    path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1, Wan 2.2 or CogVideoX text-to-video pipeline")
     num_frames: int = Field(81, ge=1, description="frames of every video: 4k+1 for Wan, 8k+1 for CogVideoX")
     height: int = Field(480, ge=1, description="pixels")
     width: int = Field(832, ge=1, description="pixels")
     fps: float = Field(16., gt=0, description="frames per second, written into every mp4 (Wan 16, CogVideoX 8)")
     num_inference_steps: int = Field(50, ge=1, description="denoising steps")
-    guidance_scale: float = Field(5., ge=0, description="classifier-free guidance (Wan 5, CogVideoX 6)")
+    guidance_scale: float = Field(5., ge=0, description="classifier-free guidance (Wan 2.1 5, CogVideoX 6)")
+    guidance_scale_2: float | None = Field(None, ge=0, description="guidance of the low-noise expert, where there are two (Wan 2.2 A14B 3); null: guidance_scale")
     negative_prompt: str = Field("", description="what to avoid")
     max_sequence_length: int = Field(512, ge=1, description="text tokens (Wan 512, CogVideoX 226)")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
@@ -41,20 +42,25 @@ class GeneratorPart(Part):
 class RewardPart(Part):
     path: str = Field("Qwen/Qwen3-VL-8B-Instruct", description="folder or hub id of a vision-language model that takes several images")
     frames_per_video: int = Field(8, ge=2, description="frames of each video that the judge sees")
+    max_pixels: int | None = Field(200704, ge=1024, description="pixels of a frame at most; larger ones are scaled down before the judge sees them; null: as the processor has it")
+    question: Literal["explained", "short"] = Field("explained", description="explained: clips are named, frames have their times, the form is shown by an example; short: for judges that know the form, such as the toy's")
     dimensions: list[str] = Field(["alignment", "motion", "consistency", "quality"], min_length=1, description="what it reasons about")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
     temperature: float = Field(.7, ge=0, description="of the votes")
     top_p: float = Field(.95, gt=0, le=1, description="of the votes")
-    max_new_tokens: int = Field(512, ge=1, description="longest reasoning")
-    batch_size: int = Field(8, ge=1, description="responses written at once")
+    max_new_tokens: int = Field(512, ge=1, description="longest response, tokens")
+    max_thinking_tokens: int = Field(2048, ge=0, description="tokens of a thinking block before the response, for judges whose template cannot switch it off")
+    min_readable: float = Field(.5, ge=0, le=1, description="stop where a smaller share of its answers can be read")
+    batch_size: int = Field(8, ge=1, description="responses written and clips graded at once; halved by itself where memory ends")
+    checkpointing: bool | Literal["auto"] = Field("auto", description="in training, compute activations twice to save memory; auto: judges of 1B parameters and more on a GPU")
     backend: Literal["transformers", "vllm"] = Field("transformers", description="what writes the responses; vllm has to be installed, and needs room beside the judge")
 
 # %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):
     prompts: str = Field("prompts.txt", description="txt (a line each), csv (column prompt) or jsonl (key prompt)")
     eval_prompts: str = Field("eval_prompts.txt", description="prompts that are never trained on")
-    pairs: str = Field("pairs.csv", description="human pairs: columns prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's")
+    pairs: str | None = Field("pairs.csv", description="human pairs: columns prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's; null: none, the judge starts as it is")
     real_clips: str | None = Field(None, description="folder or csv (columns path, prompt) of real clips with captions; needed if align.lambda_real > 0")
     max_bad_share: float = Field(.05, ge=0, le=1, description="stop if more of the clips than this are unreadable")
 

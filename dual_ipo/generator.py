@@ -223,10 +223,12 @@ class Generator(Weights):
         num_frames: int, height: int, width: int, fps: float,                       # of every video
         num_inference_steps: int, guidance_scale: float, negative_prompt: str = "", # of sampling
         max_sequence_length: int,                                                   # tokens of a text, padding included
+        guidance_scale_2: float | None = None,                                      # of the low-noise expert, where there are two; None: guidance_scale
         **weights,                                                                  # see `Weights`
     ):
         self.num_frames, self.height, self.width, self.fps, self.most_frames = num_frames, height, width, fps, num_frames
         self.num_inference_steps, self.guidance_scale, self.negative_prompt = num_inference_steps, guidance_scale, negative_prompt
+        self.guidance_scale_2 = guidance_scale_2
         self.max_sequence_length, self.pipe, self.negative = max_sequence_length, pipe, None
         pipe.set_progress_bar_config(disable=True)
         self.check_model(); self.check_shapes(); self.check_prompts([negative_prompt], "negative_prompt")
