@@ -8,7 +8,7 @@ __all__ = ['AT_ONCE', 'vllm', 'running', 'Engine']
 # %% ../nbs/15_engine.ipynb #8221d334
 import gc
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -49,8 +49,36 @@ def running(
 AT_ONCE = 64   # questions whose frames are in memory together
 
 class Engine:
-    "Writes a judge's responses with vLLM."
-    def __init__(self, judge: Judge): self.judge = judge
+    "Writes a judge's responses with vLLM. Started by the first call; inside `open` it stays, outside it ends with the call."
+    def __init__(self, judge: Judge): self.judge, self.llm, self.length, self.opened = judge, None, 0, ExitStack()
+
+    @contextmanager
+    def open(self):
+        "Keep one engine from call to call."
+        self.kept = True
+        try: yield self
+        finally:
+            self.kept = False
+            self.close()
+
+    kept = False
+
+    def close(self):
+        "End the engine, if there is one."
+        self.opened.close()
+        self.llm, self.length = None, 0
+
+    def started(self,
+        length: int,   # tokens of the longest question and its response
+        images: int,   # in a question
+        seed: int,
+    ):
+        "The engine, started anew only where a question is longer than any before."
+        if length > self.length:
+            self.close()
+            self.length = max(length, min(length + length // 8, self.judge.context))   # some slack: starting takes minutes
+            self.llm = self.opened.enter_context(running(self.judge, self.length, images, seed))
+        return self.llm
 
     def sample(self,
         items: list,                # of Item
@@ -64,13 +92,17 @@ class Engine:
         ids = [judge.tokenizer(text, add_special_tokens=judge.special(text))["input_ids"] for text in texts]
         expanded = judge.inputs(items[:1])["input_ids"].shape[1] - len(ids[0])   # what images add
         ends, forbidden, cuda = sorted(judge.eos), {t: -100. for t in judge.control}, judge.device.type == "cuda"
+        asked = dict(n=k, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, stop_token_ids=ends, logit_bias=forbidden, logprobs=0)
         seeds = [seed_of(*keys) % 2**31 for keys in seed_keys]
-        asked = [SamplingParams(n=k, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed if cuda else None, stop_token_ids=ends, logit_bias=forbidden, logprobs=0) for seed in seeds]
-        question = lambda item, own: dict(prompt_token_ids=own, multi_modal_data=dict(image=[image for video in item.videos for image in video.pil(judge.frames_per_video)]))
-        read = lambda o: Response(judge.tokenizer.decode([t for t in o.token_ids if t not in judge.eos]), list(o.token_ids), o.cumulative_logprob)
-        length, images, rows = max(map(len, ids)) + expanded + max_new_tokens, max(len(item.videos) for item in items) * judge.frames_per_video, []
-        with running(judge, length, images, seeds[0]) as engine:
+        length, images = max(map(len, ids)) + expanded + max_new_tokens, max(len(item.videos) for item in items) * judge.frames_per_video
+        def question(item, own): return dict(prompt_token_ids=own, multi_modal_data=dict(image=[image for video in item.videos for image in video.pil(judge.frames_per_video)]))
+        def read(o): return Response(judge.tokenizer.decode([t for t in o.token_ids if t not in judge.eos]), list(o.token_ids), o.cumulative_logprob)
+        rows, engine = [], self.started(length, images, seeds[0])
+        try:
             for i in range(0, len(items), AT_ONCE):
-                answers = engine.generate([question(*pair) for pair in zip(items[i:i + AT_ONCE], ids[i:i + AT_ONCE])], asked[i:i + AT_ONCE], use_tqdm=False)
+                questions = [question(*pair) for pair in zip(items[i:i + AT_ONCE], ids[i:i + AT_ONCE])]
+                answers = engine.generate(questions, [SamplingParams(**asked, seed=seed if cuda else None) for seed in seeds[i:i + AT_ONCE]], use_tqdm=False)
                 rows += [[read(o) for o in answer.outputs] for answer in answers]
+        finally:
+            if not self.kept: self.close()
         return rows

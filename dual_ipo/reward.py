@@ -111,6 +111,11 @@ class VLM:
     @property
     def device(self) -> torch.device: return self.base.device
 
+    @property
+    def context(self) -> int:
+        "Tokens that the model was made for, question and response together."
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", 2**20)
+
     def room(self, what: str, n: int) -> Room:
         "How many of a kind go through at once: n, or what was found to fit."
         return self.rooms.setdefault((what, n), Room(n, what))
@@ -245,6 +250,10 @@ class Writer(VLM):
         logits = read.logits[:, None]
         if ids.shape[1] > 1: logits = torch.cat([logits, self.extend(read, ids[:, :-1], mask[:, :-1])], 1)
         return (chosen(logits, ids)*mask).sum(1).view(B, K)
+
+    def writing(self):
+        "A context in which an engine that writes in the judge's place stays open from call to call."
+        return self.engine.open() if self.engine else nullcontext()
 
     @torch.no_grad()
     def sample(self,

@@ -157,10 +157,11 @@ def pseudo_label(
     "Vote on pairs and weigh the outcome."
     if early and (by != "answers" or use != "none"): raise UserError("pseudo-labels: grades and certainty need every path; stop early only with by = answers and use = none")
     judgements = []
-    for i in progress(range(0, len(pairs), group), "votes"):
-        some = judge.vote(pairs[i:i + group], k, keys, dimensions, early=early, **sampling)
-        if not early: judge.refer(pairs[i:i + group], some, reference, dimensions, batch=sampling.get("batch", 128))
-        judgements += some
+    with judge.writing():
+        for i in progress(range(0, len(pairs), group), "votes"):
+            judgements += judge.vote(pairs[i:i + group], k, keys, dimensions, early=early, **sampling)
+    for i in progress(range(0, 0 if early else len(pairs), group), "log-probabilities"):
+        judge.refer(pairs[i:i + group], judgements[i:i + group], reference, dimensions, batch=sampling.get("batch", 128))
     if by == "grades":
         gaps = [grade_gap(j, dimensions) for j in judgements]
         judgements = [j if j.label == "invalid" else replace(j, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie") for j, gap in zip(judgements, gaps)]

@@ -9,6 +9,7 @@ from dual_ipo.cot import pair_item
 from dual_ipo.engine import Engine
 from dual_ipo.reward import Judge
 from dual_ipo.rounds import load_judge
+from dual_ipo.srpo import pseudo_label
 from dual_ipo.toyworld import CHECKPOINTS
 
 
@@ -60,3 +61,16 @@ def test_the_config_brings_it():
     assert load_judge(config, config.reward.path).engine is None
     config.reward.backend = "vllm"
     assert isinstance(load_judge(config, config.reward.path).engine, Engine)
+
+
+def test_a_stage_starts_one_engine(judge, monkeypatch):
+    seen, said, started = {}, judge.ids("<answer> 1 </answer>"), []
+    play(monkeypatch, said, seen)
+    import dual_ipo.engine as engine
+    real = engine.running
+    monkeypatch.setattr(engine, "running", lambda *args: started.append(args[1]) or real(*args))
+    rows = pseudo_label(judge, [pair(i % 2) for i in range(5)], 4, ("x",), use="none", group=1, max_new_tokens=20)
+    assert len(rows) == 5 and len(started) == 1 and seen["shut"] and judge.engine.llm is None
+    with judge.writing():
+        for tokens in (20, 24, 400): judge.vote([pair(0)], 2, ("x",), max_new_tokens=tokens)
+    assert len(started) == 3 and started == sorted(started[:1]) + sorted(started[1:])   # a longer response wants more room, a little longer one does not
