@@ -76,8 +76,8 @@ class Engine:
         "The engine, started anew only where a question is longer than any before."
         if length > self.length:
             self.close()
-            self.length = max(length, min(length + length // 8, self.judge.context))   # some slack: starting takes minutes
-            self.llm = self.opened.enter_context(running(self.judge, self.length, images, seed))
+            room = max(length, min(length + length // 8, self.judge.context))   # some slack: starting takes minutes
+            self.llm, self.length = self.opened.enter_context(running(self.judge, room, images, seed)), room
         return self.llm
 
     def sample(self,

@@ -65,6 +65,7 @@ def test_the_config_brings_it():
 
 def test_a_stage_starts_one_engine(judge, monkeypatch):
     seen, said, started = {}, judge.ids("<answer> 1 </answer>"), []
+    judge.freeze_reference()
     play(monkeypatch, said, seen)
     import dual_ipo.engine as engine
     real = engine.running
