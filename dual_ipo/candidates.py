@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .core import Pair, UserError, Video, generator, write_mp4
 from .store import progress, read_table, stage, write_table, write_tensors
-from .training import ranks
+from .training import Room, ranks
 
 # %% ../nbs/22_candidates.ipynb #a2725d22
 def sample_shard(
@@ -29,20 +29,19 @@ def sample_shard(
     folder: Path,         # of the shard
     seed, round,          # in the name of the noise
     text: dict,           # prompt → embedding
-    batch_size: int,      # videos per call of the pipeline
+    room: Room,           # videos per call of the pipeline
     only: dict | None = None,   # prompt → candidates to make; None: all
 ):
     "Write clips/, latents.safetensors and table.parquet."
     rows = [dict(prompt_index=first + i, candidate=j, prompt=prompt, seed=str(seed), round=round, name=f"{first + i:06d}_{j:02d}",
         clip=f"{folder.name}/clips/{first + i:06d}_{j:02d}.mp4", latents=f"{folder.name}/latents.safetensors") for i, prompt in enumerate(prompts) for j in (range(n) if only is None else only[prompt])]
-    latents, encoded = {}, []
+    latents = {}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:   # a clip of 480p takes a core five seconds, as long as few denoising steps take a GPU
-        for k in range(0, len(rows), batch_size):
-            part = rows[k:k+batch_size]
-            z, videos = model.sample([r["prompt"] for r in part], [(seed, round, r["prompt"], r["candidate"]) for r in part], text, batch_size)
-            latents |= {r["name"]: x for r, x in zip(part, z)}
-            encoded += [pool.submit(write_mp4, folder.parent/r["clip"], video, model.fps) for r, video in zip(part, videos)]
-        for job in encoded: job.result()
+        def make(part):
+            z, videos = model.sample([r["prompt"] for r in part], [(seed, round, r["prompt"], r["candidate"]) for r in part], text, len(part))
+            latents.update({r["name"]: x for r, x in zip(part, z)})
+            return [pool.submit(write_mp4, folder.parent/r["clip"], video, model.fps) for r, video in zip(part, videos)]
+        for job in room.map(make, rows): job.result()
     write_tensors(folder/"latents.safetensors", latents)
     write_table(folder/"table.parquet", rows)
 
@@ -54,19 +53,19 @@ def sample_candidates(
     folder,                      # of all shards
     seed, round,                 # in the name of the noise
     prompts_per_shard: int = 8,
-    batch_size: int = 16,        # videos per call of the pipeline
+    batch_size: int = 16,        # videos per call of the pipeline; fewer where memory ends
     what: str = "candidates",    # on the progress bar
     only: dict | None = None,    # prompt → candidates to make, of the n; None: all
 ) -> list[dict]:                 # the rows of all shards, in the order of the prompts
     "Sample `n` videos per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
-    folder, text, state = Path(folder), {}, ranks()
+    folder, room, state = Path(folder), Room(batch_size, what), ranks()
     shards = [(folder/f"shard_{k:04d}", first) for k, first in enumerate(range(0, len(prompts), prompts_per_shard))]
     for path, first in progress(shards[state.process_index::state.num_processes], what):
         with stage(path) as todo:
             if not todo: continue
             part = prompts[first:first+prompts_per_shard]
-            sample_shard(model, part, first, n, path, seed, round, dict(zip(part, model.encode_prompts(part))), batch_size, only)
+            sample_shard(model, part, first, n, path, seed, round, dict(zip(part, model.encode_prompts(part))), room, only)
     state.wait_for_everyone()
     return [row for path, _ in shards for row in read_table(path/"table.parquet")]
 

@@ -371,6 +371,7 @@ LARGE = 10**9   # parameters from which a judge's activations are worth computin
 
 class Judge(Chooser):
     "A VLM that judges videos."
+    batch_size = 64  # questions read together where nothing else is said
     source = None    # where the weights under the adapters can be read again; None: nowhere
     frozen = None    # the reference, when all weights are trained
 
@@ -448,20 +449,20 @@ class Judge(Chooser):
     def grades(self,
         items: list,             # of (prompt, Video)
         dimensions=DIMENSIONS,
-        batch: int = 64,         # clips read together; fewer where memory ends
+        batch: int | None = None,   # clips read together, fewer where memory ends; None: `batch_size`
     ) -> Tensor:
         r"Expected grades $\sum_s s\,p_s$ over the digits 1..5: float32 [B, D]."
         def choose(asked): return self.choose(asked, list("12345"), grade_stems(dimensions))
-        logp = torch.stack(self.room("clips to grade", batch).map(choose, [clip_item(prompt, video, dimensions) for prompt, video in items]))
+        logp = torch.stack(self.room("clips to grade", batch or self.batch_size).map(choose, [clip_item(prompt, video, dimensions) for prompt, video in items]))
         return logp.exp() @ torch.arange(1., 6., device=logp.device)
 
     def verdict_probs(self,
         pairs: list[Pair],
-        batch: int = 64,         # questions read together; fewer where memory ends
+        batch: int | None = None,   # questions read together, fewer where memory ends; None: `batch_size`
     ) -> Tensor:
         "P(A is better) without sampling, log-odds of 1 against 2 averaged over both orders: float32 [B]."
         asked = [pair_item(pair, order, []) for pair in pairs for order in ("ab", "ba")]
-        logp = torch.stack(self.room("questions to answer", batch).map(lambda some: self.choose(some, ["1", "2"]), asked))[:, 0]
+        logp = torch.stack(self.room("questions to answer", batch or self.batch_size).map(lambda some: self.choose(some, ["1", "2"]), asked))[:, 0]
         first = (logp[:, 0] - logp[:, 1]).view(-1, 2)
         return torch.sigmoid((first[:, 0] - first[:, 1])/2)
 

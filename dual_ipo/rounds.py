@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of', 'Round', 'check_prompts',
-           'shorter', 'check_model', 'read_input', 'check_input', 'prompts_of_round', 'start_judge', 'human_items',
-           'cheaper', 'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of',
-           'grade', 'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge',
-           'relative', 'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'evaluate_judge',
-           'finish', 'run_round']
+           'shorter', 'check_model', 'read_input', 'check_input', 'prompts_of_round', 'annotated', 'start_judge',
+           'human_items', 'cheaper', 'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth',
+           'grades_of', 'grade', 'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh',
+           'earlier_judge', 'relative', 'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of',
+           'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
 import json
@@ -53,10 +53,16 @@ def load_generator(config: Config, path) -> Generator:
     part = config.generator.model_dump(exclude={"path", "batch_size"})
     return Generator.load(path, device=device(), **part | dict(dtype=getattr(torch, part["dtype"])))
 
-def load_judge(config: Config, path) -> Judge:
+def load_judge(
+    config: Config,
+    path,
+    learns: bool = False,   # it is about to be trained
+) -> Judge:
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
-    judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, frames_per_video=part.frames_per_video, seed=config.seed)
+    judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, learns=learns,
+                       frames_per_video=part.frames_per_video, seed=config.seed)
+    judge.batch_size = part.batch_size
     if part.backend == "vllm":
         from dual_ipo.engine import Engine
         judge.engine = Engine(judge)
@@ -95,9 +101,14 @@ class Round:
         "See `load_generator`."
         return load_generator(self.config, path)
 
-    def judge(self, path) -> Judge:
+    def judge(self, path, learns: bool = False) -> Judge:
         "See `load_judge`."
-        return load_judge(self.config, path)
+        return load_judge(self.config, path, learns)
+
+    @property
+    def first_judge(self) -> Path:
+        "Where the judge of the cold start is; without human pairs there was none, and it is the config's."
+        return own if is_done(own := self.run.round(0) / "reward") else self.config.reward.path
 
     @property
     def sampling(self) -> dict:
@@ -145,7 +156,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     data, g = r.config.data, r.config.generator
     prompts, eval_prompts = read_prompts(r.path(data.prompts)), read_prompts(r.path(data.eval_prompts))
     check_prompts(r.config, prompts, eval_prompts)
-    pairs = read_pairs(r.path(data.pairs))
+    pairs = read_pairs(r.path(data.pairs)) if data.pairs else PairTable([])
     real = read_clips(r.path(data.real_clips)) if data.real_clips else []
     at = r.run.path / "input_check.json"
     if not at.exists():
@@ -166,7 +177,7 @@ def check_input(
     data = config.data
     prompts, eval_prompts = read_prompts(data.prompts), read_prompts(data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
-    read_pairs(data.pairs)
+    if data.pairs: read_pairs(data.pairs)
     real = read_clips(data.real_clips) if data.real_clips else []
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
@@ -189,16 +200,31 @@ def prompts_of_round(
 # %% ../nbs/30_rounds.ipynb #b11818fd
 HELD_OUT = .1  # share of the human prompts that the judge never sees
 
+def annotated(r: Round, judge: Judge, pairs: PairTable) -> list:  # of Pair
+    "The human pairs with reasons, which the judge writes where people gave none: CoT-guided annotation, in shards."
+    found, asked = [], {key: r.sampling[key] for key in ("temperature", "top_p", "max_new_tokens", "batch")}
+    with judge.writing():
+        for i in progress(range(0, len(pairs), 32), "annotation"):
+            own, folder = [pairs[j] for j in range(i, min(i + 32, len(pairs)))], r.folder / f"annotation/shard_{i // 32:04d}"
+            with stage(folder) as todo:
+                if todo:
+                    reasons = annotate(judge, own, r.config.reward.dimensions, seed=r.config.seed, **asked)
+                    write_table(folder / "table.parquet", [dict(pair_id=p.pair_id, rationale=json.dumps(p.rationale)) for p in reasons])
+            reasons = [json.loads(row["rationale"]) for row in read_table(folder / "table.parquet")]
+            found += [replace(pair, rationale=rationale) for pair, rationale in zip(own, reasons, strict=True)]
+    return found
+
 def start_judge(r: Round, pairs: PairTable):
-    "Fine-tune the judge on the human pairs: CoT-guided annotation and SFT."
+    "Fine-tune the judge on the human pairs: CoT-guided annotation and SFT. Without pairs it starts as it is."
     part, c = r.config.reward, r.config.cold_start
     with r.stage("cold_start", resumes=True) as todo:
-        if not todo: return
-        judge = r.judge(part.path)
+        if not todo or not len(pairs): return
+        judge = r.judge(part.path, learns=True)
         train, _ = pairs.split(HELD_OUT, r.config.seed)
-        annotated = annotate(judge, [train[i] for i in range(len(train))], part.dimensions, seed=r.config.seed)
-        write_table(r.folder / "annotated.parquet", [dict(rationale=json.dumps(p.rationale)) for p in annotated])
-        cold_start(judge, cold_start_items(annotated, part.dimensions), r.folder / "cold_start", steps=c.steps, batch_size=c.batch_size, lr=c.lr, seed=r.config.seed)
+        with_reasons = annotated(r, judge, train)
+        write_table(r.folder / "annotated.parquet", [dict(rationale=json.dumps(p.rationale)) for p in with_reasons])
+        cold_start(judge, cold_start_items(with_reasons, part.dimensions), r.folder / "cold_start", steps=c.steps, batch_size=c.batch_size, lr=c.lr,
+                   seed=r.config.seed, checkpointing=part.checkpointing)
         with stage(r.folder / "reward") as missing:
             if missing: judge.save(r.folder / "reward")
 
@@ -380,10 +406,11 @@ def update_judge(r: Round, pairs: list, rows: list, history: list, human: PairTa
     if not s.steps: return reasons
     with r.stage("srpo", resumes=True) as todo:
         if todo:
-            judge = r.judge(r.before("reward"))
+            judge, lambda_human = r.judge(r.before("reward"), learns=True), s.lambda_human if len(human) else 0.
             if judge.is_lora: judge.merge(r.config.seed)
-            srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta, seed=r.config.seed, lambda_win=s.lambda_win,
-                 human=human_items(r, human) if s.lambda_human else [], lambda_human=s.lambda_human, dimensions=r.sampling["dimensions"])
+            srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta,
+                 seed=r.config.seed, lambda_win=s.lambda_win, human=human_items(r, human) if lambda_human else [], lambda_human=lambda_human,
+                 dimensions=r.sampling["dimensions"], checkpointing=r.config.reward.checkpointing)
             with stage(r.folder / "reward") as missing:
                 if missing: judge.save(r.folder / "reward")
     return reasons
@@ -423,14 +450,13 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
             path, k = r.folder / "reward" if is_done(r.folder / "reward") else r.before("reward"), r.config.votes.k
             bare = [Pair(p.prompt, p.a, p.b, pair_id=p.pair_id) for p in pairs]
             cast = lambda judge: judge.vote(bare, k, (r.config.seed, "evaluate"), **r.sampling)
-            first = r.run.round(0) / "reward"
-            updated = cast(r.judge(path)) if path != first else None  # one judge in memory at a time
-            cold = r.judge(first)
+            updated = cast(r.judge(path)) if path != r.first_judge else None  # one judge in memory at a time
+            cold = r.judge(r.first_judge)
             static = cast(cold)
             votes = updated or static
             row = lambda i, p: dict(pair_id=p.pair_id, prompt=p.prompt, truth=p.label, gap=gaps[i] if gaps else None, label=votes[i].label, p_a=votes[i].p_a,
                                     p_a_static=static[i].p_a, n_valid=votes[i].n_valid, n_votes=votes[i].n_votes, consistent=votes[i].consistent, votes=[v.label or "invalid" for v in votes[i].votes])
-            write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])
+            if pairs: write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])
             p_a = lambda js: torch.tensor([j.p_a for j in js])
             newest = read_table(r.folder / "evaluate/scores.parquet")
             grades = torch.tensor(grades_of(cold, [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in newest], r.config.reward.dimensions))

@@ -7,7 +7,7 @@ import tiny
 from dual_ipo.cli import main
 from dual_ipo.config import Config
 from dual_ipo.core import UserError
-from dual_ipo.plan import GPUS, generator_facts, judge_facts, meta_generator, plan, remedy, stages
+from dual_ipo.plan import GPUS, advice, generator_facts, judge_facts, meta_generator, plan, remedy, stages
 from dual_ipo.toyworld import CHECKPOINTS
 from dual_ipo.speed import COG_VAE, REAL
 
@@ -42,12 +42,12 @@ def test_what_does_not_fit_names_its_remedy(tmp_path):
     config = config_of(tmp_path, "Wan2.1-1.3B", checkpointing="none")
     g, j, card = generator_facts(meta_generator(config)), judge_facts(config), GPUS["H100"]
     row = next(r for r in stages(config, g, j, card) if r["stage"] == "align")
-    assert row["memory"] > card.memory and remedy(config, g, j, row, card, 1) == "set align.checkpointing: auto"
+    assert row["memory"] > card.memory and advice(remedy(config, g, j, row, card, 1)) == "set align.checkpointing: auto"
     many = config.model_copy(update=dict(align=config.align.model_copy(update=dict(batch_size=64, checkpointing="auto"))))
     row = next(r for r in stages(many, g, j, card) if r["stage"] == "align")
-    advice = remedy(many, g, j, row, card, 1)
-    n = int(advice.split("batch_size: ")[1].split()[0])
-    assert f"align.accumulate: {64//n}" in advice and 1 <= n < 64
+    said = advice(remedy(many, g, j, row, card, 1))
+    n = int(said.split("batch_size: ")[1].split()[0])
+    assert f"align.accumulate: {64//n}" in said and 1 <= n < 64
     hours = lambda count: {r["stage"]: r["gpu_hours"] for r in stages(config, g, j, card, count)}
     assert hours(1) == hours(8) and max(hours(1), key=hours(1).get) == "candidates"
 
@@ -59,7 +59,7 @@ def test_command(tmp_path, capsys):
     path.write_text(yaml.safe_dump(demo_config("cogvideox", "kto", 3, 0).model_dump()))
     assert main(["plan", str(path), "--gpu", "RTX4090", "--count", "2", "--price", "1.5"]) == 0
     said = capsys.readouterr().out
-    assert "on 2 RTX4090" in said and "at 1.5 a GPU-hour" in said and said.count("yes") == 7
+    assert "on 2 RTX4090" in said and "at 1.5 a GPU-hour" in said and said.count("yes") == 9
     assert main(["plan", str(path), "--gpu", "TPU"]) == 2
     assert "choose one of B200" in capsys.readouterr().err
     with pytest.raises(UserError, match="choose one of"): plan(demo_config("wan", "dpo", 1, 0), "TPU")
@@ -73,7 +73,7 @@ def test_out_of_memory_is_one_line(tmp_path):
     config = demo_config("wan", "dpo", 1, 0)
     config.candidates.preview_steps = 2
     r = Round(Run.open(tmp_path/"run", config.model_dump()), 0)
-    for name, said in (("align", r"\(.* GB were estimated\); set generator.lora_rank: 64"), ("previews", r"\(.* GB were estimated\); (set generator.batch_size: 1|take a card)"), ("votes", r"\(.* GB were estimated\); take a card"), ("cold_start", "; lower cold_start.batch_size")):
+    for name, said in (("align", r"\(.* GB were estimated\); set generator.lora_rank: 64"), ("previews", r"\(.* GB were estimated\); set reward.frames_per_video: 4"), ("votes", r"\(.* GB were estimated\); set reward.frames_per_video: 4"), ("cold_start", r"\(.* GB were estimated\); set reward.lora_rank: 64")):
         with pytest.raises(UserError, match=f"{name}: the 0.0 GB of the GPU are not enough.*{said}.*`dual-ipo plan`") as error:
             with r.stage(name): raise torch.OutOfMemoryError("CUDA out of memory")
         assert "\n" not in str(error.value)
