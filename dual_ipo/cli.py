@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'check_parameters', 'bars', 'execute_round', 'stops', 'keep_freed_memory', 'run_all', 'table', 'status',
-           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'start_run', 'command', 'main']
+           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'main']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
-from .config import Config, commented_yaml, read_config
+from .config import GENERATORS, Config, commented_yaml, config_for, read_config
 from .core import UserError, Video
 from .monitor import should_stop
 from .store import Run, is_done, read_json, read_table, stage
@@ -195,8 +195,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--rounds", type=int, default=3)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, help="run folder (default runs/demo-ARCH-OBJECTIVE-SEED)")
-    init = commands.add_parser("init", help="write a commented run.yaml")
+    init = commands.add_parser("init", help="write a commented run.yaml, with the values that a model wants and batches that fit a card")
     init.add_argument("path", type=Path, nargs="?", default=Path("run.yaml"))
+    init.add_argument("--generator", default="wan2.1-1.3b", help=f"one of {', '.join(GENERATORS)} (default wan2.1-1.3b)")
+    init.add_argument("--judge", help="folder or hub id of a vision-language model (default the config's)")
+    init.add_argument("--gpu", help="kind of card; its plan is written above the config, for which the models' config files are fetched")
+    init.add_argument("--count", type=int, default=1, help="cards")
     run = commands.add_parser("run", help="run or resume a whole experiment, one executed notebook a round")
     run.add_argument("config", type=Path)
     run.add_argument("--out", type=Path, help="run folder (default runs/NAME of the config file)")
@@ -230,6 +234,18 @@ def start_demo(args) -> Run:
     return run
 
 # %% ../nbs/60_cli.ipynb #27db7476
+def write_config(args) -> str:   # what to do next
+    "A config for a model, and for a card."
+    if args.path.exists(): raise UserError(f"{args.path}: is there already; name another file or remove it")
+    config, head = config_for(args.generator, args.judge), ""
+    if args.gpu:
+        from dual_ipo.plan import fitted, plan
+        config = fitted(config, args.gpu, args.count)
+        head = "\n" + plan(config, args.gpu, args.count)
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    args.path.write_text(commented_yaml(config, head), encoding="utf-8")
+    return f"{args.path}: edit it, then `dual-ipo run {args.path}`"
+
 def start_run(args) -> Run:
     "A configured run, its input checked first."
     from dual_ipo.rounds import check_input
@@ -240,11 +256,7 @@ def start_run(args) -> Run:
 # %% ../nbs/60_cli.ipynb #f7d15dc9
 def command(args):
     "Do what the parsed command line says."
-    if args.command == "init":
-        if args.path.exists(): raise UserError(f"{args.path}: is there already; name another file or remove it")
-        args.path.parent.mkdir(parents=True, exist_ok=True)
-        args.path.write_text(commented_yaml())
-        return print(f"{args.path}: edit it, then `dual-ipo run {args.path}`")
+    if args.command == "init": return print(write_config(args))
     if args.command == "status": return print(status(args.run))
     if args.command == "plan":
         from dual_ipo.plan import plan

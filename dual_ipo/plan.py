@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GPU', 'GPUS', 'RESPONSE', 'SAMPLING', 'JUDGING', 'STAGES', 'meta_generator', 'flops', 'Fused', 'fused_attention',
            'saved_bytes', 'Largest', 'largest', 'generator_facts', 'judge_facts', 'text_facts', 'judge_memory',
-           'stages', 'remedies', 'changed', 'remedy', 'advice', 'facts_of', 'plan_rows', 'plan', 'out_of_memory']
+           'stages', 'remedies', 'changed', 'remedy', 'advice', 'facts_of', 'plan_rows', 'plan', 'fitted',
+           'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
 from collections import namedtuple
@@ -236,10 +237,10 @@ def remedies(
     a, r, found = config.align, config.reward, []
     if row["stage"] == "align":
         if a.checkpointing in ("none", "selective"): found.append(dict(align=dict(checkpointing="auto")))
-        n = a.batch_size
-        while n > count and n % 2 == 0:
-            n //= 2
-            found.append(dict(align=dict(batch_size=n, accumulate=a.accumulate * a.batch_size // n) | ({} if a.checkpointing == "auto" else dict(checkpointing="auto"))))
+        total, each, auto = a.accumulate * a.batch_size, -(-a.batch_size // count), {} if a.checkpointing == "auto" else dict(checkpointing="auto")
+        while each > 1:
+            each = -(-each // 2)   # pairs on a card
+            found.append(dict(align=dict(batch_size=each * count, accumulate=-(-total // (each * count))) | auto))
         if not g["lora"]: found.append(dict(generator=dict(lora_rank=64)))
     if row["stage"] in SAMPLING and config.generator.batch_size > 1: found.append(dict(generator=dict(batch_size=1)))
     if row["stage"] in JUDGING: found += [dict(reward=dict(batch_size=n)) for n in (64, 32, 16, 8, 4, 2, 1) if n < r.batch_size]
@@ -311,6 +312,24 @@ def plan(
     lines.append(f"{'a round':14}{work / 1e15:12.4g}{per_round:12.4g}{per_round / count:10.3g}" + (f"   {per_round * price:,.0f} at {price:g} a GPU-hour" if price else ""))
     lines.append(f"{config.rounds} rounds{' and the cold start' if first else ''}: {whole:.4g} GPU-hours, {whole / count:.3g} hours" + (f", {whole * price:,.0f}" if price else ""))
     return "\n".join(lines)
+
+# %% ../nbs/32_plan.ipynb #aec8516d
+def fitted(
+    config: Config,
+    gpu: str, count: int = 1,   # one of `GPUS`, and how many
+) -> Config:
+    "The config with batches that fit the card, and that `count` cards can share; a stage that nothing helps stays as it is."
+    if gpu not in GPUS: raise UserError(f"gpu {gpu!r}: choose one of {', '.join(GPUS)}")
+    batch = -(-config.align.batch_size // count) * count
+    config = changed(config, dict(align=dict(batch_size=batch)))
+    for name in [row["stage"] for row in plan_rows(config, gpu, count)]:
+        g, j = facts_of(config)
+        row = next(row for row in stages(config, g, j, GPUS[gpu], count) if row["stage"] == name)
+        while row["memory"] > GPUS[gpu].memory and (changes := remedy(config, g, j, row, GPUS[gpu], count)):
+            config = changed(config, changes)
+            g, j = facts_of(config)
+            row = next(row for row in stages(config, g, j, GPUS[gpu], count) if row["stage"] == name)
+    return config
 
 # %% ../nbs/32_plan.ipynb #d1264169
 STAGES = {  # of `rounds` → (row of the plan, setting that it hangs on)

@@ -6,7 +6,7 @@ import yaml
 
 from dual_ipo import cli
 from dual_ipo.cli import demo_config, main, run_all, write_toy_input
-from dual_ipo.config import Config
+from dual_ipo.config import Config, parse_config
 from dual_ipo.core import UserError
 from dual_ipo.store import Run, mark_done, write_json, write_table
 
@@ -111,3 +111,20 @@ def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, 
     run = Run.open(tmp_path/"run", Config(stop=stop, rounds=3).model_dump())
     run_all(run)
     assert [entry["round"] for entry in run.entries()] == list(range(last + 1))
+
+
+def test_init_writes_what_a_model_wants(capsys, tmp_path, monkeypatch):
+    from dual_ipo.config import GENERATORS, read_config
+    for name in GENERATORS:
+        assert main(["init", str(tmp_path/f"{name}.yaml"), "--generator", name, "--judge", "owner/judge"]) == 0
+        config = read_config(tmp_path/f"{name}.yaml")
+        assert config.generator.path == GENERATORS[name]["path"] and config.reward.path == "owner/judge"
+        assert (config.generator.max_sequence_length, config.align.beta) == ((226, 5000.) if "cog" in name else (512, 2000.))
+    assert main(["init", str(tmp_path/"x.yaml"), "--generator", "sora"]) == 2 and main(["init", str(tmp_path/"x.yaml"), "--gpu", "TPU"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "choose one of wan2.1-1.3b" in said[-2] and "choose one of B200" in said[-1] and not (tmp_path/"x.yaml").exists()
+    toy = demo_config("wan", "dpo", 1, 0).model_dump()
+    monkeypatch.setattr("dual_ipo.cli.config_for", lambda *_: parse_config(toy | dict(align=dict(batch_size=2**14)), "toy"))
+    assert main(["init", str(tmp_path/"fits.yaml"), "--gpu", "RTX4090", "--count", "2"]) == 0
+    config, text = read_config(tmp_path/"fits.yaml"), (tmp_path/"fits.yaml").read_text()
+    assert config.align.batch_size < 2**14 == config.align.batch_size*config.align.accumulate and "# one round on 2 RTX4090" in text and "  no: " not in text
