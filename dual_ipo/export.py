@@ -283,12 +283,11 @@ def push(
     "Upload an export, to a private repository if there is none; UserError without network, account or the right to."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
-    text = (folder/"README.md").read_text()
     there, here = f"load_lora_weights({name!r}, weight_name", r"load_lora_weights\(.*?, weight_name"
-    text = re.sub(here, lambda _: there, text)
-    with atomic_write(folder/"README.md") as file: file.write(text.encode())
     try:
         address = HfApi().create_repo(name, private=True, exist_ok=True)
+        text = re.sub(here, lambda _: there, (folder/"README.md").read_text())
+        with atomic_write(folder/"README.md") as file: file.write(text.encode())
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Adapter and card, by dual-ipo export")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         why, remedy = " ".join(str(error).split())[:200], "check name and network, or log in with `hf auth login`"
