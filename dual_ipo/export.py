@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAN', 'COGVIDEOX', 'FORMATS', 'SAMPLING', 'OTHER', 'WRAPPER', 'comfyui_name', 'comfyui_lora', 'diffusers_lora',
            'find_round', 'read_adapters', 'Adapter', 'portable', 'escape', 'fence', 'hub_id', 'score_table', 'shown',
-           'diffusers_code', 'comfyui_text', 'front_matter', 'example_prompts', 'introduction', 'card', 'whole_folder',
+           'example_prompts', 'diffusers_code', 'comfyui_text', 'front_matter', 'introduction', 'card', 'whole_folder',
            'is_export', 'export', 'push', 'run_export']
 
 # %% ../nbs/25_export.ipynb #d70b8638
@@ -149,6 +149,14 @@ def shown(base: str) -> str:
     "A hub id, or the last name of a path."
     return base if hub_id(base) else Path(base).name
 
+def example_prompts(
+    a: Adapter,
+) -> list:
+    "The first prompts of the round's evaluation clips; none if it made none."
+    table = a.run.round(a.k)/"evaluate/scores.parquet"
+    rows = read_table(table) if table.is_file() else []
+    return list(dict.fromkeys(" ".join(row["prompt"].split()) for row in rows))[:3]
+
 def diffusers_code(
     a: Adapter,
     folder: str,   # where the files are: a folder's name or a hub id
@@ -162,6 +170,7 @@ def diffusers_code(
     second = ["", ", load_into_transformer_2=True"]
     return "\n".join([
         "import torch", f"from diffusers import {pipeline}", "from diffusers.utils import export_to_video", "",
+        f"prompt = {next(iter(example_prompts(a)), 'a red ball rolls to the left')!r}",
         f"pipe = {pipeline}.from_pretrained({shown(a.base)!r}, torch_dtype={dtype}).to('cuda')",
         *(f"pipe.load_lora_weights({folder!r}, weight_name={name!r}{x})" for name, x in zip(a.files(), second)),
         f"video = pipe(prompt{''.join(settings)}).frames[0]",
@@ -196,14 +205,6 @@ def front_matter(
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 # %% ../nbs/25_export.ipynb #a0af39c1
-def example_prompts(
-    a: Adapter,
-) -> list:
-    "The first prompts of the round's evaluation clips; none if it made none."
-    table = a.run.round(a.k)/"evaluate/scores.parquet"
-    rows = read_table(table) if table.is_file() else []
-    return list(dict.fromkeys(" ".join(row["prompt"].split()) for row in rows))[:3]
-
 def introduction(
     a: Adapter,
 ) -> str:   # Markdown
@@ -211,8 +212,9 @@ def introduction(
     base = f"[{escape(a.base)}](https://huggingface.co/{a.base})" if hub_id(a.base) else escape(shown(a.base))
     method = "[Dual-IPO](https://arxiv.org/abs/2502.02088)"
     experts = ", a file for each of the two experts" if len(a.loras) == 2 else ""
+    before = "; what the rounds before learned is in it" if a.k > 1 else ""
     return (f"A LoRA for {base}, post-trained by round {a.k} of {method} without new human labels. "
-            f"What the rounds before learned is in it: rank {a.rank}, alpha {a.rank}, fp32{experts}.")
+            f"Rank {a.rank}, alpha {a.rank}, fp32{experts}{before}.")
 
 def card(
     a: Adapter,

@@ -160,7 +160,7 @@ def test_code_of_the_card_runs(trained, form, tmp_path, monkeypatch):
     (tmp_path/"base").symlink_to(run.path.parent/"base")
     monkeypatch.chdir(tmp_path)
     lines = [line.removesuffix(".to('cuda')") for line in code.splitlines() if "export_to_video" not in line]
-    names = dict(prompt="a red circle moves left")
+    names = {}
     exec("\n".join(lines), names)
     assert len(names["video"]) == tiny.SETTINGS["num_frames"] and ast.parse(code)
     assert all(m.peft_config for m in experts(names["pipe"]).values())
@@ -266,8 +266,8 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
     assert "`````text\na ```` fence\none # two\n<script>\n`````" in text
     facts = yaml.safe_load(text.split("---\n")[1])
     assert facts == dict(library_name="diffusers", pipeline_tag="text-to-video", tags=["lora", "text-to-video", "diffusers", "dual-ipo"])
-    code = text.split("## diffusers\n\n````python\n")[1].split("````")[0]
-    assert "from_pretrained('base'" in code and ast.parse(code)
+    code = text.split("## diffusers\n\n`````python\n")[1].split("`````")[0]
+    assert "from_pretrained('base'" in code and "prompt = 'a ```` fence'" in code and ast.parse(code)
     config = yaml.safe_load(text.split("````yaml\n")[1].split("````")[0])
     assert config["data"]["prompts"] == "prompts.txt" and config["generator"]["negative_prompt"] == "```\n# shout"
 
