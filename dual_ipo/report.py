@@ -182,9 +182,10 @@ def in_words(results: Results) -> str:
         interval = f" (95% interval of the paired gain {signed(paired['ci95'][0])} to {signed(paired['ci95'][1])})" if paired else ""
         text = f"{after} the true total is {last['total']:.1f}, {abs(change):.1f} points {'above' if change >= 0 else 'below'} the base{interval}"
         text += f", and the clips keep {last['dynamic_degree']/first['dynamic_degree']:.0%} of its motion." if first["dynamic_degree"] else "."
-    reward = rounds[-1].get("reward") or {}
+    reward, asked = rounds[-1].get("reward") or {}, results.config.get("data", {}).get("pairs", "pairs") is not None
     if reward.get("accuracy") is not None: text += f" The judge is right in {reward['accuracy']:.0%} of fresh pairs"
-    if reward.get("accuracy_static") is not None: text += f"; in its state after the cold start, in {reward['accuracy_static']:.0%}"
+    if reward.get("accuracy_static") is not None: text += f"; {'in its state after the cold start' if asked else 'as its checkpoint was'}, in {reward['accuracy_static']:.0%}"
+    if not asked: text = text.rstrip(".") + ". No human was asked: there are no human pairs, the judge started as its checkpoint was, and how often it agrees with people is unknown"
     return text.rstrip(".") + "."
 
 # %% ../nbs/50_report.ipynb #be548409

@@ -187,3 +187,19 @@ def test_a_gpu_ends_with_the_same_weights_twice(tmp_path):
     first, again = (weights_of(tmp_path/name, 200) for name in ("first", "again"))
     assert first.keys() == again.keys() and len(first) > 6
     assert not [str(path) for path, weights in first.items() if weights != again[path]]
+
+
+def test_a_run_without_human_pairs(given, tmp_path):
+    "The judge starts as it is and learns from its votes alone; nobody claims that it agrees with people."
+    from dual_ipo.report import in_words, read_results
+    for name, measure in (("measured", "dual_ipo.toyworld:measure"), ("blind", None)):
+        data = small_config("wan", lora_rank=4)
+        data["data"]["pairs"], data["evaluate"]["measure"] = None, measure
+        run = start_run(Namespace(config=write(given, f"{name}.yaml", data), out=tmp_path/name))
+        for k in (0, 1): run_round(run, k)
+        at = tmp_path/name
+        assert not (at/"round_00/reward").exists() and not (at/"round_00/annotated.parquet").exists() and (at/"round_01/reward/DONE").is_file()
+        accuracy = read_json(at/"round_01/round.json")["reward"]["accuracy"]
+        assert accuracy is None if measure is None else 0 <= accuracy <= 1
+        said = in_words(read_results(at))
+        assert "No human was asked" in said and ("right in" in said) == bool(measure)
