@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'WORTH', 'aten', 'SAVED', 'KEPT', 'has_flash4', 'choose_attention', 'activate_flash4', 'with_kernel',
            'use_attention', 'others_attention', 'blocks_of', 'choose_compile', 'compile_blocks', 'is_saved', 'keep',
-           'keep_nothing', 'kept_bytes', 'block_bytes', 'choose_kept', 'free_bytes', 'fit']
+           'keep_nothing', 'kept_bytes', 'block_bytes', 'choose_kept', 'together', 'free_bytes', 'fit']
 
 # %% ../nbs/24_kernels.ipynb #478ee4f6
 import shutil
@@ -174,6 +174,13 @@ def choose_kept(
     return ["all"]*k + ["attention"]*(n - k)
 
 # %% ../nbs/24_kernels.ipynb #92cb7860
+def together(
+    weights: float,   # bytes of all that sampling takes
+    memory: float,    # bytes of the device
+) -> bool:
+    "Whether two experts stay on the device together while sampling: with a fifth of it left for the work."
+    return weights <= .8*memory
+
 def free_bytes(device: torch.device) -> float:
     "Memory that is left on a GPU, what PyTorch holds in reserve included."
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
