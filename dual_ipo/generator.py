@@ -182,10 +182,14 @@ class Weights:
         "The generator at `path`, adapters found there folded in. UserError for pipelines of other classes."
         base, loras = read_checkpoint(path)
         kind = adapter_of(base)
-        dtypes = {"default": dtype, "vae": kind.vae_dtype or dtype} | {key: dtype if lora_rank else torch.float32 for key in kind.parts if key != "vae"}
-        pipe = kind.pipeline.from_pretrained(base, dtype=dtypes, use_safetensors=True)
+        pipe = kind.pipeline.from_pretrained(base, dtype=kind.dtypes(dtype, lora_rank), use_safetensors=True)
         base = str(Path(base).resolve()) if Path(base).is_dir() else base
         return kind(pipe, dtype=dtype, lora_rank=lora_rank, base=base, loras=loras, **settings)
+
+    @classmethod
+    def dtypes(cls, dtype, lora_rank) -> dict:
+        "Of the pipeline's parts: what learns is fp32."
+        return dict.fromkeys(cls.parts, dtype if lora_rank else torch.float32) | {"default": dtype, "vae": cls.vae_dtype or dtype}
 
     def save(self,
         folder,   # replaced if it is there
@@ -263,7 +267,7 @@ class Weights:
 
 # %% ../nbs/21_generator.ipynb #d264e7c1
 class Generator(Weights):
-    "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise` and `predict`."
+    "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict` and `vae_layout`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
     guidance_stop = None   # share of the denoising steps that are guided while sampling, from the first; lossy; None: all
@@ -404,6 +408,7 @@ class CogVideoX(Generator):
     pipeline, size_multiple, clean = CogVideoXPipeline, 8, staticmethod(str)
     parts = dict(transformer="CogVideoXTransformer3DModel", vae="AutoencoderKLCogVideoX")
     shares = [1.]   # see Wan's
+    vae_layout = staticmethod(lambda latents: latents.transpose(1, 2))   # from [B, T, C, H, W]
     latents_at_once = 2   # of an even number its VAE makes frames that nobody asked for
 
     @property
@@ -470,6 +475,7 @@ class Wan(Generator):
     pipeline, size_multiple, clean = WanPipeline, 16, staticmethod(prompt_clean)
     parts = dict(transformer="WanTransformer3DModel", transformer_2="WanTransformer3DModel", vae="AutoencoderKLWan")
     vae_dtype = latent_dtype = torch.float32
+    vae_layout = staticmethod(lambda latents: latents)   # as the VAE has them: [B, C, T, H, W]
 
     @property
     def patch_size(self): return self.pipe.transformer.config.patch_size[1]
