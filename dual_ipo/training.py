@@ -98,10 +98,11 @@ def mixed_precision(
     model: nn.Module,     # with fp32 weights; changed in place
     dtype: torch.dtype,   # of the arithmetic
 ) -> nn.Module:
-    "Run `model` under autocast, whoever calls it; its weights, their gradients and Adam's moments stay in fp32."
+    "Run `model` under autocast, whoever calls it; its weights, their gradients and Adam's moments stay in fp32. The meta device has none: there weights take `dtype`, for the sizes."
+    device = next(model.parameters()).device.type
+    if device == "meta": return nn.Module.to(model, dtype)
     forward = type(model).forward.__get__(model)   # of this very object, also after a deepcopy
-    kind = next(model.parameters()).device.type
-    model.forward = torch.autocast("cpu" if kind == "meta" else kind, dtype)(forward)
+    model.forward = torch.autocast(device, dtype)(forward)
     return model
 
 def low_adapters(

@@ -81,7 +81,7 @@ def test_error_cogvideox(paths, kind):
     with torch.no_grad(): v = plain.transformer(hidden_states=plain.scheduler.add_noise(y, eps, t), encoder_hidden_states=torch.stack(text), timestep=t, image_rotary_emb=seen[0]).sample
     with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - plain.scheduler.get_velocity(y, eps, t)).square().flatten(1).mean(1))
 
-@pytest.mark.parametrize("kind", ["wan unipc", "wan euler"])
+@pytest.mark.parametrize("kind", ["wan unipc", "wan euler", "wan 2.2 5b"])
 def test_error_wan(paths, kind):
     g, plain = Generator.load(paths[kind], **tiny.SETTINGS), WanPipeline.from_pretrained(paths[kind])
     y, _, eps, text = batch(g)
@@ -90,7 +90,9 @@ def test_error_wan(paths, kind):
     torch.testing.assert_close(t.int().float(), plain.scheduler.timesteps[[1, 3, 5]].int().float())
     if kind == "wan euler": torch.testing.assert_close(g.add_noise(y, eps, t)[0], plain.scheduler.scale_noise(y, plain.scheduler.timesteps[[1, 3, 5]], eps))
     sigma = sigma.view(3, 1, 1, 1, 1)
-    with torch.no_grad(): v = plain.transformer((1 - sigma)*y + sigma*eps, t, g.pad(text)).sample
+    if kind == "wan 2.2 5b": t_model = t[:, None].expand(3, y[0, 0, :, ::2, ::2].numel())
+    else: t_model = t
+    with torch.no_grad(): v = plain.transformer((1 - sigma)*y + sigma*eps, t_model, g.pad(text)).sample
     with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - (eps - y)).square().flatten(1).mean(1))
 
 def test_perfect_prediction_has_no_error(paths, kind):
@@ -166,6 +168,93 @@ def test_fresh_adapters_do_not_depend_on_global_randomness(paths):
     torch.manual_seed(2); before = torch.get_rng_state(); two = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
     assert all(torch.equal(one[k], two[k]) for k in one)
 
+# two experts
+
+def both_learn(g):
+    for k in (0, 1):
+        g.turn_to(k)
+        learn(g, f"expert {k}")
+    g.turn_to(0)
+
+def test_every_timestep_belongs_to_the_expert_that_the_pipeline_would_ask(paths):
+    "Also those right at the boundary; and as many as that expert has of the whole distribution."
+    g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS | dict(num_inference_steps=20))
+    asked = []
+    hooks = [m.register_forward_pre_hook(lambda m, args, kwargs, k=k: asked.append((k, kwargs["timestep"][0].item())), with_kwargs=True) for k, m in enumerate(g.experts)]
+    g.sample(PROMPTS[:1], KEYS[:1])
+    for hook in hooks: hook.remove()
+    assert {k for k, _ in asked} == {0, 1} and all((t >= 875) == (k == 0) for k, t in asked)
+    whole = Generator.load(paths["wan unipc"], **tiny.SETTINGS).timesteps(100_000, "t")
+    drawn = []
+    for k, share in enumerate(g.shares):
+        g.turn_to(k)
+        drawn.append(g.timesteps(100_000, "side", k))
+        theirs = whole[(whole >= 875) == (k == 0)]
+        assert abs(len(theirs)/len(whole) - share) < .005 and all((t >= 875) == (k == 0) for t in (drawn[-1].min(), drawn[-1].max()))
+        q = torch.linspace(.01, .99, 50)
+        torch.testing.assert_close(drawn[-1].quantile(q), theirs.quantile(q), rtol=.02, atol=5.)
+    assert drawn[0].max() > 990 and drawn[0].min() < 876 and drawn[1].max() > 874 and sum(g.shares) == 1
+    assert g.shares == pytest.approx([.3, .7])   # u = σ/(3 − 2σ) = 0.7 at σ = 0.875
+
+def test_both_experts_load_in_plain_diffusers(paths, tmp_path):
+    "Two files of two rounds, opened as diffusers opens them: the same clips, at two guidance scales."
+    settings = tiny.SETTINGS | dict(guidance_scale_2=2.)
+    g = Generator.load(paths["wan 2.2 a14b"], lora_rank=2, **settings)
+    first = g.sample(PROMPTS, KEYS)[0]
+    both_learn(g); g.merge()
+    assert g.untouched
+    both_learn(g); g.save(tmp_path/"round_2")
+    plain = WanPipeline.from_pretrained(paths["wan 2.2 a14b"])
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(tmp_path/"round_2")
+    plain.load_lora_weights(tmp_path/"round_2", weight_name="pytorch_lora_weights_2.safetensors", load_into_transformer_2=True)
+    latents = g.sample(PROMPTS, KEYS)[0]
+    for k, prompt in enumerate(PROMPTS):
+        theirs = plain(prompt, latents=noise(g.latent_shape, *KEYS[k])[None], num_frames=9, height=32, width=32, num_inference_steps=3, guidance_scale=3., guidance_scale_2=2.,
+            max_sequence_length=16, output_type="latent").frames[0]
+        torch.testing.assert_close(theirs, latents[k], atol=1e-3, rtol=1e-3)
+    again = Generator.load(tmp_path/"round_2", lora_rank=2, **settings)
+    g.merge()
+    for ours, theirs in zip(g.experts, again.experts): assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert not torch.equal(first, latents) and [len(x) for x in again.loras] == [2, 2]
+
+def test_the_device_holds_one_expert_at_a_time(paths):
+    "Where both do not fit; and while one learns. The clips are the same."
+    g = Generator.load(paths["wan 2.2 a14b"], lora_rank=2, **tiny.SETTINGS)
+    whole, moved = g.sample(PROMPTS, KEYS), []
+    for k, m in enumerate(g.experts): m.to = lambda device, k=k: moved.append((k, str(device)))
+    g.device = torch.device("cpu:0")   # to tell it from where idle parts wait
+    with g.alone(): assert moved == [(1, "cpu")]
+    assert moved[1:] == [(1, "cpu:0")]
+    g.roomy = False
+    moved.clear()
+    assert all(torch.equal(a, b) for a, b in zip(whole, g.sample(PROMPTS, KEYS)))
+    swaps = [x for x, before in zip(moved[::2], [None, *moved[::2]]) if x != before]
+    assert swaps == [(1, "cpu"), (0, "cpu"), (1, "cpu")] and moved[-1] == (0, "cpu:0")
+
+def test_guidance_and_cache_reach_both_experts(paths):
+    g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS | dict(num_inference_steps=10, guidance_scale_2=2.))
+    plain, passes = g.sample(PROMPTS, KEYS)[0], []
+    hooks = [m.register_forward_hook(lambda m, args, out, k=k: passes.append(k)) for k, m in enumerate(g.experts)]
+    g.guidance_stop = .8
+    early = g.sample(PROMPTS, KEYS)[0]
+    high = sum(t >= 875 for t in g.pipe.scheduler.timesteps)
+    assert passes.count(0) == 2*high and passes.count(1) == 2*(8 - high) + 2 and not torch.equal(plain, early)
+    for hook in hooks: hook.remove()
+    g.guidance_stop, g.cache = None, .5
+    assert not torch.equal(g.sample(PROMPTS, KEYS)[0], plain)
+    g.cache = None
+    assert torch.equal(g.sample(PROMPTS, KEYS)[0], plain)
+
+def test_a_timestep_for_every_token(paths):
+    "What the transformer is given is of the pipeline's shape and type."
+    g, seen = Generator.load(paths["wan 2.2 5b"], **tiny.SETTINGS), []
+    g.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    g.sample(PROMPTS, KEYS)
+    g.error(*batch(g))
+    theirs, ours = seen[0], seen[-1]
+    assert theirs.shape == ours.shape == (3, 12) and theirs.dtype == ours.dtype and (ours == batch(g)[1][:, None]).all() and torch.equal(theirs, theirs[:1, :1].expand(3, 12))
+
 # errors
 
 @pytest.mark.parametrize("change, words", [
@@ -209,8 +298,6 @@ def test_other_checkpoints(paths, tmp_path):
 def test_a_model_of_another_kind(paths):
     pipe = tiny.cogvideox(); pipe.scheduler.register_to_config(prediction_type="epsilon")
     with pytest.raises(UserError, match="v_prediction"): CogVideoX(pipe, **tiny.SETTINGS)
-    pipe = tiny.wan(); pipe.register_to_config(boundary_ratio=.9)
-    with pytest.raises(UserError, match="Wan 2.2"): Wan(pipe, **tiny.SETTINGS)
 
 def test_too_long_a_prompt_before_any_video(paths, tmp_path):
     g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
@@ -272,6 +359,37 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective):
     theirs = read_tensors(tmp_path/"two"/"generator"/"pytorch_lora_weights.safetensors")
     for name, w in g.lora().items(): torch.testing.assert_close(w, theirs["transformer." + name], atol=2e-3, rtol=0)
     if objective == "kto": assert len(read_json(tmp_path/"two"/"kto.json")) == 6
+
+@pytest.fixture(scope="module")
+def learned(paths, tmp_path_factory):
+    "Pairs of the A14B's clips."
+    folder = tmp_path_factory.mktemp("learned")
+    rows = sample_candidates(Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS), PROMPTS, 2, folder, seed=0, round=1)
+    return folder, make_pairs(rows, list(range(6)))
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path, objective, monkeypatch):
+    "Each on its own side of the noise, as many steps as it has of it; killed in the second and started again, the weights are the same to the last bit."
+    folder, pairs = learned
+    keywords = dict(objective=objective, steps=10, lr=1e-2, beta=2000, lambda_win=.1, lambda_real=0., batch_size=2, seed=0, round=1, save_every=2)
+    def trained(where, life=None):
+        g = Generator.load(paths["wan 2.2 a14b"], lora_rank=2, **tiny.SETTINGS)
+        asked, error = [], g.error
+        def watched(latents, t, *rest):
+            asked.append((g.turn, t.min().item(), t.max().item()))
+            if life and len(asked) > life: raise KeyboardInterrupt
+            return error(latents, t, *rest)
+        monkeypatch.setattr(g, "error", watched)
+        return g, asked, align(g, pairs, folder, where, **keywords)
+    whole, asked, history = trained(tmp_path/"whole")
+    assert [turn for turn, _, _ in asked] == [0]*2*3 + [1]*2*7 and all(low >= 875 if turn == 0 else high < 875 for turn, low, high in asked)
+    assert [row["step"] for row in history] == list(range(10)) and read_table(tmp_path/"whole"/"history.parquet") == history
+    assert all(row["margin_w"] == row["margin_l"] == 0 for row in (history[0], history[3])) and all(any(w.any() for name, w in whole.lora(k).items() if "lora_B" in name) for k in (0, 1))
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path/"killed", life=2*8)
+    assert not (tmp_path/"killed"/"history.parquet").exists()
+    again, asked, other = trained(tmp_path/"killed")
+    assert other == history and len(asked) == 2*3
+    for k in (0, 1): assert all(torch.equal(a, b) for a, b in zip(whole.lora(k).values(), again.lora(k).values(), strict=True))
 
 # real sizes, on the meta device
 

@@ -1,5 +1,6 @@
 "The plan of a round: real configs on the meta device against figures counted independently, and what it says when something does not fit."
 import json
+import shutil
 
 import pytest
 import tiny
@@ -36,6 +37,77 @@ def test_real_models_are_counted_right(tmp_path, name, forward, saved):
     sizes, wide = generator_facts(g)["sizes"], facts["sizes"]
     assert sizes["all"]*facts["blocks"] == pytest.approx(saved, rel=.1) and wide["all"] >= sizes["all"]
     assert wide["none"] < wide["attention"] < .15*wide["all"] and facts["decode"] > 1e12
+
+
+def config_files(folder, make):
+    "A tiny pipeline's config files and the toy's judge."
+    make().save_pretrained(folder)
+    for weights in folder.rglob("*.safetensors"): weights.unlink()
+    return Config(generator=dict(path=str(folder)) | tiny.SETTINGS, reward=dict(path=str(CHECKPOINTS/"judge")))
+
+
+def test_wan_22_is_planned_from_its_config_files(tmp_path):
+    "The A14B's second expert is counted where it stays; a card that can't hold both swaps them."
+    one, two, tokens = (generator_facts(meta_generator(config_files(tmp_path/name, tiny.PIPELINES[name]))) for name in ("wan unipc", "wan 2.2 a14b", "wan 2.2 5b"))
+    assert two["idle"] == two["weights"] == one["weights"] and not one["idle"] and two["forward"] == one["forward"] and tokens["forward"] != one["forward"] and tokens["tokens"] == 12
+    config = Config(generator=dict(path=str(tmp_path/"wan 2.2 a14b")) | tiny.SETTINGS, reward=dict(path=str(CHECKPOINTS/"judge")))
+    def memory(facts, card): return {row["stage"]: row["memory"] for row in stages(config, facts, judge_facts(config), card)}
+    large, small = GPUS["H100"], GPUS["H100"]._replace(memory=1.2*(two["weights"] + two["others"] + two["idle"]))
+    assert memory(two, large)["candidates"] - memory(one, large)["candidates"] == two["idle"]
+    assert memory(two, small)["candidates"] == memory(one, large)["candidates"] and memory(two, large)["align"] == memory(one, large)["align"]
+    assert "a round" in plan(config)
+    config.generator.guidance_scale_2 = 2.
+    assert meta_generator(config).guidance_scale_2 == 2.
+
+
+@pytest.mark.parametrize("kind", ["wan unipc", "wan 2.2 a14b", "cogvideox 5b"])
+def test_all_weights_in_bf16_are_planned(tmp_path, kind):
+    "The meta device has no autocast; weights are fp32 all the same, activations bf16."
+    config = config_files(tmp_path, tiny.PIPELINES[kind])
+    adapter = generator_facts(meta_generator(config))
+    config.generator.lora_rank = None
+    low = generator_facts(meta_generator(config))
+    config.generator.dtype = "float32"
+    full = generator_facts(meta_generator(config))
+    assert low["weights"] == full["weights"] == low["reference"] and low["optimizer"] == full["optimizer"] and low["forward"] == full["forward"]
+    assert low["sizes"]["none"] == full["sizes"]["none"]/2 == adapter["sizes"]["none"] and low["sizes"]["all"] < full["sizes"]["all"]
+    assert "align" in plan(config) and "yes" in plan(config)
+
+
+def test_pipelines_that_are_not_supported_are_refused_before_anything_is_computed(tmp_path):
+    "By their config files alone."
+    from dual_ipo.cli import demo_config, write_toy_input
+    from dual_ipo.rounds import check_input
+    config = demo_config("wan", "dpo", 1, 0)
+    write_toy_input(tmp_path/"data", config, pairs=4, real=2)
+    config.data = config.data.model_copy(update={key: str(tmp_path/value) for key, value in config.data.model_dump().items() if isinstance(value, str)})
+    def line(index=None, make=None, **changes):
+        folder = tmp_path/"generator"
+        if make: config_files(folder, make)
+        folder.mkdir(exist_ok=True)
+        at = folder/"model_index.json"
+        at.write_text(json.dumps(dict(json.loads(at.read_text()) if make else {}, **index or {})))
+        config.generator = config.generator.model_copy(update=dict(path=str(folder)) | tiny.SETTINGS | changes)
+        messages = []
+        for ask in (check_input, plan):
+            with pytest.raises(UserError) as error: ask(config)
+            messages.append(str(error.value))
+        assert all("\n" not in m for m in messages)
+        shutil.rmtree(folder)
+        return messages[1]
+    for name in ("WanImageToVideoPipeline", "WanVACEPipeline", "WanAnimatePipeline", "WanVideoToVideoPipeline", "LTXPipeline", "HunyuanVideoPipeline", "CogVideoXImageToVideoPipeline", "StableDiffusionPipeline"):
+        assert line(dict(_class_name=name)).endswith(f"is a {name}; give a text-to-video pipeline, CogVideoXPipeline or WanPipeline")
+    other = dict(_class_name="WanPipeline", transformer=["diffusers", "WanVACETransformer3DModel"], vae=["diffusers", "AutoencoderKLWan"])
+    assert "its transformer is WanVACETransformer3DModel instead of WanTransformer3DModel" in line(other)
+    assert "its transformer is missing" in line(other | dict(transformer=[None, None])) and "its vae is missing" in line(dict(_class_name="WanPipeline", transformer=["diffusers", "WanTransformer3DModel"]))
+    assert "its transformer_2 is WanAnimate" in line(other | dict(transformer=["diffusers", "WanTransformer3DModel"], transformer_2=["diffusers", "WanAnimate"]))
+    assert "no transformer to be had there" in line(other | dict(transformer=["diffusers", "WanTransformer3DModel"], scheduler=["diffusers", "UniPCMultistepScheduler"]))
+    assert "start from an image" in line(make=lambda: tiny.wan(image_dim=8, added_kv_proj_dim=48)) and "start from an image" in line(make=lambda: tiny.wan(in_channels=9))
+    assert "start from an image" in line(make=lambda: tiny.cogvideox(in_channels=8, max_text_seq_length=16))
+    assert "boundary_ratio: belongs to" in line(dict(boundary_ratio=.9), tiny.wan) and "boundary_ratio: belongs to" in line(dict(boundary_ratio=None), tiny.wan_a14b)
+    assert "expand_timesteps: no Wan of two" in line(dict(expand_timesteps=True), tiny.wan_a14b)
+    for make in (tiny.wan, tiny.wan_5b, tiny.cogvideox): assert line(make=make, guidance_scale_2=3.) == "guidance_scale_2: this model has no second expert; set it to null"
+    assert "isn't of diffusers or transformers" in line(dict(scheduler=["my_module", "Mine"]), tiny.wan)
 
 
 def test_what_does_not_fit_names_its_remedy(tmp_path):

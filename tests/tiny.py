@@ -25,6 +25,19 @@ def wan(scheduler="unipc", **transformer):
         WanTransformer3DModel(**dict(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64,
             num_layers=2) | transformer))
 
+def wan_5b():
+    "Wan 2.2 TI2V-5B: a residual VAE that patches its frames, and a timestep for every token."
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, decoder_base_dim=12, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True, in_channels=12, out_channels=12,
+        patch_size=2, scale_factor_spatial=8, latents_mean=[.1, -.2, .3, .4, 0., .2], latents_std=[1., 1.5, 2., 2.5, 1., .5])
+    return WanPipeline(**wan(in_channels=6, out_channels=6).components | dict(vae=vae), expand_timesteps=True)
+
+def wan_a14b():
+    "Wan 2.2 A14B: an expert for t ≥ 875 and one for the rest."
+    pipe = wan()
+    torch.manual_seed(1)
+    return WanPipeline(**pipe.components | dict(transformer_2=WanTransformer3DModel.from_config(pipe.transformer.config)), boundary_ratio=.875)
+
 def cogvideox(scheduler="ddim", **transformer):
     torch.manual_seed(0)
     kind = CogVideoXDPMScheduler if scheduler == "dpm" else CogVideoXDDIMScheduler
@@ -38,6 +51,8 @@ def cogvideox(scheduler="ddim", **transformer):
 PIPELINES = {   # every kind of checkpoint the two adapters meet
     "wan unipc": wan,
     "wan euler": lambda: wan("euler"),
+    "wan 2.2 5b": wan_5b,
+    "wan 2.2 a14b": wan_a14b,
     "cogvideox 2b": cogvideox,
     "cogvideox 5b": lambda: cogvideox("dpm", use_rotary_positional_embeddings=True),
     "cogvideox 1.5": lambda: cogvideox("dpm", use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
