@@ -26,7 +26,7 @@ from .core import Pair, UserError, Video
 from .cot import clip_item, pair_item
 from .generator import Generator, adapter_of, read_checkpoint
 from .kernels import KEPT, blocks_of, choose_kept, kept_bytes, together
-from .reward import LARGE, Judge, add_lora, open_judge
+from .reward import LARGE, Judge
 from .srpo import AT_ONCE
 
 # %% ../nbs/32_plan.ipynb #d3e24d93
@@ -142,15 +142,15 @@ def judge_facts(
 ) -> dict:   # parameters and bytes; tokens of a question about a pair and about one clip
     "The judge's size, what it keeps of a token, and how long its questions are; UserError when its config files can't be had."
     part, shape = config.reward, config.generator
-    model, processor = open_judge(part.path, dtype := getattr(torch, part.dtype), meta=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    if part.lora_rank: model = add_lora(model, part.lora_rank)
-    judge = Judge(model, processor, frames_per_video=part.frames_per_video)
+    dtype = getattr(torch, part.dtype)
+    judge = Judge.load(part.path, dtype=dtype, lora_rank=part.lora_rank, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, meta=True)
+    everything, adapters = (sum(p.numel() for name, p in judge.model.named_parameters() if not wanted or wanted in name) for wanted in ("", "lora_"))
+    parameters = everything - adapters
     clip = Video(torch.zeros(shape.num_frames, 3, shape.height, shape.width, dtype=torch.uint8), shape.fps)
     words = "a prompt of a dozen words or so, as users of such models write"
     asked = dict(pair=pair_item(Pair(words, clip, clip), "ab", part.dimensions if config.votes.reasons else []), clip=clip_item(words, clip, part.dimensions))
     tokens = {name: judge.inputs([item])["input_ids"].shape[1] for name, item in asked.items()}
-    size, adapters = dtype.itemsize, sum(p.numel() for p in model.parameters()) - parameters
+    size = dtype.itemsize
     weights = parameters * size + adapters * 4
     training = 16 * adapters + parameters * size if part.lora_rank else parameters * (16 + (size if size < 4 else 0))   # fp32 weights, gradients, two moments
     return tokens | text_facts(judge.base.config.get_text_config(), size) | dict(parameters=parameters, weights=weights, training=training)

@@ -61,7 +61,7 @@ def load_judge(
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
     judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, learns=learns,
-                       frames_per_video=part.frames_per_video, seed=config.seed)
+                       frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, seed=config.seed)
     judge.batch_size = part.batch_size
     if part.backend == "vllm":
         from dual_ipo.engine import Engine
