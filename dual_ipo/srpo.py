@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError, generator
-from .cot import DIMENSIONS, pair_item
+from .cot import DIMENSIONS, answer_at, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import progress
 from .training import ordered, take, train
@@ -152,8 +152,8 @@ def turned(
     text: str,  # a response that can be read
 ) -> str:       # ends in the opposite verdict
     "The same reasons with the other verdict."
-    head, answer, tail = re.split(r"(?s)^(.*<\s*answer\s*>)(.*?)(?=<\s*/\s*answer\s*>)", text)[1:]
-    return head + answer.replace("1", "x").replace("2", "1").replace("x", "2") + tail
+    start, end = answer_at(text)
+    return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
 # %% ../nbs/14_srpo.ipynb #f52639e0
 def preferences(

@@ -47,7 +47,7 @@ def scores(judge, pairs):
     ("Video 1 is better in style and motion. <answer>2</answer>", "2"), ("<answer>1</answer> hm <answer>tie</answer>", "tie"),
     ("<answer> TIE </answer>", "tie"), ("< answer > 2 < / answer >", "2"), ("<answer>\n1\n</answer>", "1"), ("<answer>1 <answer>2</answer>", "2"),
     ("<answer>1", None), ("1</answer>", None), ("<answer>1</answer> <answer>neither</answer>", None), ("<answer></answer>", None),
-    ("<answer>video 1</answer>", None), ("<answer>12</answer>", None), ("<answer>1.</answer>", None), ("Video 1 is better", None), ("", None)])
+    ("<answer>video 1</answer>", "1"), ("<answer>12</answer>", None), ("<answer>1.</answer>", "1"), ("<answer>video 1 or 2</answer>", None), ("Video 1 is better", None), ("", None)])
 def test_answers_are_read_strictly(text, answer): assert parse_answer(text) == answer
 
 def test_what_a_person_said_is_read_back(pairs):
