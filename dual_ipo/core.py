@@ -296,7 +296,7 @@ class Pair:
         "The same pair in the other order."
         label = {"A": "B", "B": "A"}.get(self.label, self.label)
         other = {"a": "b", "b": "a", "grade_a": "grade_b", "grade_b": "grade_a"}
-        rationale = self.rationale and {d: {other[k]: v for k, v in r.items()} for d, r in self.rationale.items()}
+        rationale = self.rationale and {d: {other.get(k, k): v for k, v in r.items()} for d, r in self.rationale.items()}
         return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale)
 
     def _repr_html_(self):

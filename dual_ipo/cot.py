@@ -8,12 +8,12 @@ __all__ = ['DIMENSIONS', 'SIDE', 'RANGE', 'TAGS', 'MEANINGS', 'EXAMPLE', 'CLIPS'
            'clip_response', 'list_of', 'pair_example', 'pair_form', 'pair_question', 'clip_question', 'frame_labels',
            'frame_list', 'reply_at', 'answer_at', 'read_verdict', 'parse_answer', 'one_row', 'read_row',
            'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'cold_start_items', 'annotation_prompt',
-           'annotation_question', 'annotate']
+           'annotation_question', 'check_readable', 'likeliest', 'force', 'annotate']
 
 # %% ../nbs/10_cot.ipynb #3f3615cb
 import re
 from dataclasses import dataclass, replace
-from .core import Pair, Video
+from .core import Pair, UserError, Video
 
 # %% ../nbs/10_cot.ipynb #23dfc673
 DIMENSIONS = ["alignment", "motion", "consistency", "quality"]
@@ -299,7 +299,7 @@ def cold_start_items(
     for pair in pairs:
         items += [pair_item(pair, order, []) for order in ("ab", "ba")]
         if not (pair.rationale and dimensions): continue
-        items += [pair_item(pair, order, dimensions) for order in ("ab", "ba")]
+        if not any(pair.rationale[d].get("forced") for d in dimensions): items += [pair_item(pair, order, dimensions) for order in ("ab", "ba")]
         items += [clip_item(pair.prompt, video, dimensions, {d: pair.rationale[d][f"grade_{side}"] for d in dimensions}) for side, video in (("a", pair.a), ("b", pair.b))]
     return items
 
@@ -327,22 +327,65 @@ def annotation_question(
     return (f"{CLIPS}{pair.prompt}\n\nA careful viewer has seen both and {verdict}. Explain why. {pair_form(dimensions)}\n\n"
             f"Now explain the viewer's verdict on the two videos that you see, in exactly this form. It ends with <answer>{answer}</answer>.")
 
+# %% ../nbs/10_cot.ipynb #7d9b05f5
+def check_readable(
+    texts: list[str],       # what a judge wrote
+    readable: list[bool],   # whether it could be read
+    share: float,           # that should be readable, 0..1
+    what: str,              # the answers were for
+):
+    "UserError with three of the answers that can't be read, where too few can."
+    n = sum(readable)
+    if n >= share*len(texts): return
+    shown = ", ".join([repr(text[:80]) for text, good in zip(texts, readable) if not good][:3])
+    raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, reward.min_readable is {share:.0%}), not such as {shown}; "
+                    "take another judge, raise reward.max_new_tokens if they are cut off, or lower reward.min_readable")
+
+# %% ../nbs/10_cot.ipynb #5d767c13
+def likeliest(
+    logp: list,    # [2][D][5] log-probabilities of the grades of A and of B
+    label: str,    # "A", "B", "same" or "tie"
+) -> tuple:        # of (grade of A, grade of B) in each dimension
+    "The likeliest grades whose sum agrees with a label."
+    best = {0: (0., ())}   # lead of A so far → (log-probability, grades)
+    for a, b in zip(*logp):
+        longer = [(lead + i - j, (score + a[i] + b[j], (*grades, (i + 1, j + 1)))) for lead, (score, grades) in best.items() for i in range(5) for j in range(5)]
+        best = {}
+        for lead, way in longer: best[lead] = max(way, best.get(lead, way))
+    agrees = lambda lead: (lead > 0) - (lead < 0) == {"A": 1, "B": -1}.get(label, 0)
+    return max(way for lead, way in best.items() if agrees(lead))[1]
+
+def force(
+    judge,              # anything with `choose`
+    pairs: list,        # with labels
+    dimensions=DIMENSIONS,
+    batch: int = 64,    # clips read together
+) -> list[dict]:        # a rationale for each, without words
+    "Grades of both clips of each pair that agree with its label."
+    asked = [clip_item(pair.prompt, clip, dimensions) for pair in pairs for clip in (pair.a, pair.b)]
+    logp = [row for i in range(0, len(asked), batch) for row in judge.choose(asked[i:i + batch], list("12345"), grade_stems(dimensions)).tolist()]
+    grades = [likeliest(both, pair.label) for pair, *both in zip(pairs, logp[::2], logp[1::2])]
+    return [{d: dict(a="", b="", grade_a=a, grade_b=b, forced=True) for d, (a, b) in zip(dimensions, row)} for row in grades]
+
 # %% ../nbs/10_cot.ipynb #7c1b9da9
 def annotate(
-    judge,                  # anything with `sample`, see `reward.Judge`
-    pairs: list,            # human pairs; those with a rationale are left alone
+    judge,                    # anything with `sample` and `choose`, see `reward.Judge`
+    pairs: list,              # human pairs; those with a rationale are left alone
     dimensions=DIMENSIONS,
-    k: int = 4,             # tries per pair
+    k: int = 4,               # tries per pair
     seed: int = 0,
-) -> list[Pair]:
-    "Let the judge write the reasons for human labels; only pairs where it succeeds are changed."
+    min_readable: float = 0., # share of the tries, see `check_readable`
+    **sampling,               # see `Judge.sample`
+) -> list[Pair]:              # any part of the pairs gives the same as all of them at once
+    "Let the judge write the reasons for human labels; where none of its tries fits the label, it chooses grades that do."
     todo = [p for p in pairs if p.label and not p.rationale]
-    items = [Item(annotation_prompt(p, dimensions), [p.a, p.b]) for p in todo]
-    tries = judge.sample(items, k, [("annotate", seed, p.pair_id or p.prompt) for p in todo])
-    written = {}
-    for pair, responses in zip(todo, tries):
-        for r in responses:
-            reasons = parse_rationale(r.text, dimensions)
-            if len(reasons) == len(dimensions) and parse_answer(r.text) == to_answer(pair.label, "ab"):
-                written.setdefault(id(pair), reasons)
+    items = [Item(annotation_prompt(p, dimensions), [p.a, p.b], explained=annotation_question(p, dimensions)) for p in todo]
+    tries = judge.sample(items, k, [("annotate", seed, p.pair_id or p.prompt) for p in todo], **sampling) if todo else []
+    read = [[(parse_answer(r.text), parse_rationale(r.text, dimensions)) for r in row] for row in tries]
+    whole = [answer is not None and len(reasons) == len(dimensions) for row in read for answer, reasons in row]
+    check_readable([r.text for row in tries for r in row], whole, min_readable, "annotation")
+    fits = lambda pair, answer, reasons: answer == to_answer(pair.label, "ab") and len(reasons) == len(dimensions)
+    written = [next((reasons for answer, reasons in row if fits(pair, answer, reasons)), None) for pair, row in zip(todo, read)]
+    chosen = iter(force(judge, [pair for pair, reasons in zip(todo, written) if not reasons], dimensions, sampling.get("batch", 64)))
+    written = {id(pair): reasons or next(chosen) for pair, reasons in zip(todo, written)}
     return [replace(p, rationale=written.get(id(p), p.rationale)) for p in pairs]

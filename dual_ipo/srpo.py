@@ -20,7 +20,7 @@ from .cot import DIMENSIONS, answer_at, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import progress
 from .training import ordered, take, train
-from .voting import grade_gap
+from .voting import check_votes, grade_gap
 
 # %% ../nbs/14_srpo.ipynb #a3417a8e
 def srpo_loss(
@@ -124,6 +124,7 @@ def pseudo_label(
     early: bool = False,   # see `Judge.vote`; only for labels by answers whose certainty is not asked for
     dimensions=DIMENSIONS,
     group: int = 16,   # pairs voted on between two looks at the progress bar
+    min_readable: float = 0.,  # share of the votes, see `check_readable`
     **sampling,        # see `Judge.sample`
 ) -> list:             # rows: pair_id, prompt, label, p_a, n_valid, n_votes, consistent, votes, pce, kept, weight, reward, paths
     "Vote on pairs and weigh the outcome."
@@ -133,6 +134,7 @@ def pseudo_label(
         some = judge.vote(pairs[i:i + group], k, keys, dimensions, early=early, **sampling)
         if not early: judge.refer(pairs[i:i + group], some, reference, dimensions, batch=sampling.get("batch", 128))
         judgements += some
+        check_votes(judgements, min_readable)
     if by == "grades":
         gaps = [grade_gap(j, dimensions) for j in judgements]
         judgements = [j if j.label == "invalid" else replace(j, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie") for j, gap in zip(judgements, gaps)]
