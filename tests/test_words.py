@@ -71,3 +71,142 @@ def test_turning_flips_what_is_read_and_nothing_else(text):
     other = turned(text)
     assert {parse_answer(text), parse_answer(other)} == {"1", "2"} and turned(other) == text
     assert len(other) == len(text) and sum(a != b for a, b in zip(text, other)) == 1
+
+# --- captions and chat templates
+
+PARTS = "{{% for c in m.content %}}{{% if c.type == 'image' %}}{image}{{% else %}}{text}{{% endif %}}{{% endfor %}}"
+def template(turn, image, answer, text="{{ c.text }}"):
+    "A chat template in the manner of a family."
+    head, tail = turn.split("TURN")
+    return "{% for m in messages %}" + head + PARTS.format(image=image, text=text) + tail + "{% endfor %}{% if add_generation_prompt %}" + answer + "{% endif %}"
+
+QWEN = dict(turn="<|im_start|>user\nTURN<|im_end|>\n", image="<|vision_start|><image><|vision_end|>")
+FAMILIES = {   # chat template, special tokens, other added tokens
+    "qwen": (template(**QWEN, answer="<|im_start|>assistant\n"), ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"], ["<think>", "</think>", "<tool_call>"]),
+    "qwen, opens its thinking": (template(**QWEN, answer="<|im_start|>assistant\n<think>\n"), ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]),
+    "qwen, with a switch": (template(**QWEN, answer="<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"),
+                            ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]),
+    "glm, thinks by itself": (template("[gMASK]<sop><|user|>\nTURN", "<|begin_of_image|><image><|end_of_image|>", "<|assistant|>\n"),
+                              ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|begin_of_image|>"], ["<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"]),
+    "gemma": (template("<start_of_turn>user\nTURN<end_of_turn>\n", "<image>", "<start_of_turn>model\n", "{{ c.text | trim }}"), ["<start_of_turn>", "<end_of_turn>", "<start_of_image>"], ["<unused7>"]),
+    "llama": (template("<|start_header_id|>user<|end_header_id|>\n\nTURN<|eot_id|>", "<image>", "<|start_header_id|>assistant<|end_header_id|>\n\n"), ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], []),
+    "mistral": (template("[INST]TURN[/INST]", "<image>", ""), ["[INST]", "[/INST]", "[IMG]"], ["[IMG_BREAK]"]),
+    "idefics": (template("User: TURN<end_of_utterance>\n", "<image>", "Assistant:"), [], ["<end_of_utterance>", "<row_1_col_1>", "<fake_token_around_image>"]),
+}
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from dual_ipo.toymodels import blank_judge
+    return blank_judge(tmp_path_factory.mktemp("judge"))
+
+@pytest.fixture(params=FAMILIES)
+def judge(request, checkpoint):
+    "The blank judge, as a member of a family."
+    from tokenizers import AddedToken
+    from dual_ipo.reward import Judge
+    judge = Judge.load(checkpoint, frames_per_video=2, question="explained")
+    chat, special, added = FAMILIES[request.param]
+    judge.tokenizer.add_tokens([AddedToken(x, special=True, normalized=False) for x in special] + [AddedToken(x, special=False, normalized=False) for x in added])
+    judge.model.resize_token_embeddings(len(judge.tokenizer), mean_resizing=False)
+    judge.processor.chat_template = chat
+    judge = Judge(judge.model, judge.processor, 2)
+    judge.family, judge.tokens = request.param, [*special, *added]
+    return judge
+
+@pytest.fixture(scope="module")
+def pair():
+    from dual_ipo.toyworld import human_pairs
+    return human_pairs(1)[0]
+
+def counts(judge, chat): return {token: chat.count(token) for token in [*judge.tokens, "<image>", "<eos>", "<pad>"] if "answer>" not in token}
+
+def test_a_caption_forges_nothing(judge, pair):
+    from dual_ipo.cot import pair_item
+    tokens = [*judge.tokens, "<image>", "<eos>"]
+    nested = [a[:2] + b + a[2:] for a in tokens for b in tokens]
+    doubly = [a[:1] + b[:3] + a + b[3:] + a[1:] for a in tokens for b in tokens]
+    evil = replace(pair, prompt="a circle " + "".join(tokens) + " ".join(nested) + "".join(doubly))
+    for dimensions in (DIMENSIONS, []):
+        plain, forged = (judge.chat(pair_item(p, "ab", dimensions)) for p in (pair, evil))
+        assert counts(judge, plain) == counts(judge, forged) and plain.count("<image>") == 4
+        ids = lambda chat: [i for i in judge.tokenizer(chat).input_ids if i in judge.control and i != judge.tokenizer.unk_token_id]
+        assert ids(plain) == ids(forged)
+    assert judge.verdict_probs([evil]).isfinite().all()
+
+def test_ordinary_captions_stay_as_they_are(judge, pair):
+    from dual_ipo.cot import pair_item
+    for words in ("a < b > c, [sic] 50% \"quoted\" (INST) image im_start", "ein Mädchen <3 läuft\n\nund lacht", "x<y and </b> [a]"):
+        assert words in judge.chat(pair_item(replace(pair, prompt=words)))
+
+def test_no_control_token_is_written(judge, pair):
+    from dual_ipo.cot import pair_item
+    for row in judge.sample([pair_item(pair)], 8, [("control",)], temperature=50., top_p=1., max_new_tokens=60)[0]:
+        written = judge.tokenizer.convert_ids_to_tokens([i for i in row.ids if i not in judge.eos])
+        assert not {*judge.tokens, "<image>", "<pad>"} & {*written} - {"<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"}
+
+def test_clips_are_told_apart_and_frames_have_their_times(judge, pair):
+    from dual_ipo.core import Video
+    from dual_ipo.cot import pair_item
+    chat = judge.chat(pair_item(pair))
+    order = ["Video 1", "0.0 s:", "<image>", "1.0 s:", "<image>", "Video 2", "0.0 s:", "<image>", "1.0 s:", "<image>", "made from this prompt", pair.prompt, "an example of the form", "<answer>2</answer>"]
+    at = 0
+    for words in order: at = chat.index(words, at) + len(words)
+    shown = replace(pair, **{side: Video(v.frames_at(2), 1., times=v.times_at(2)) for side, v in (("a", pair.a), ("b", pair.b))})   # as `rounds` hands frames on
+    assert judge.chat(pair_item(shown)) == chat
+
+def test_images_that_stand_first_are_listed(checkpoint, pair):
+    from dual_ipo.cot import clip_item, pair_item
+    from dual_ipo.reward import Judge
+    judge = Judge.load(checkpoint, frames_per_video=3, question="explained")
+    assert "<image>"*6 + " Images 1 to 3 are video 1, at 0.0, 0.5, 1.0 s.\nImages 4 to 6 are video 2, at 0.0, 0.5, 1.0 s.\n\nThese are" in judge.chat(pair_item(pair))
+    assert "Images 1 to 3 are the video, at 0.0, 0.5, 1.0 s." in judge.chat(clip_item(pair.prompt, pair.a))
+
+def test_the_short_question_is_what_it_was(checkpoint, pair):
+    from dual_ipo.cot import clip_item, clip_prompt, pair_item, pair_prompt
+    from dual_ipo.reward import Judge
+    from dual_ipo.toyworld import CHECKPOINTS
+    for judge in (Judge.load(checkpoint), Judge.load(CHECKPOINTS/"judge")):
+        assert judge.chat(pair_item(pair)) == "user : " + "<image>"*10 + f" {pair_prompt(pair.prompt)} judge : " and judge.thinking == ("", "")
+        assert judge.chat(clip_item(pair.prompt, pair.a)) == "user : " + "<image>"*5 + f" {clip_prompt(pair.prompt)} judge : "
+    assert pair_prompt("x") == "Frames of video 1, then video 2. Prompt: x\nCompare alignment, motion, consistency, quality, grade each 1 to 5, then <answer>1, 2 or tie</answer>."
+
+def test_a_judge_keeps_its_question(checkpoint, tmp_path):
+    from dual_ipo.reward import Judge
+    judge = Judge.load(checkpoint)
+    assert judge.question == "short" and Judge.load(checkpoint, question="explained").question == "explained"
+    judge.question = "explained"
+    judge.save(tmp_path)
+    assert Judge.load(tmp_path).question == "explained"
+    (tmp_path/"judge.json").unlink()
+    assert Judge.load(tmp_path).question == "explained"
+
+# --- thinking
+
+def test_thinking_is_switched_off_or_read_past(judge, pair):
+    from dual_ipo.cot import pair_item
+    item = pair_item(pair)
+    opened, closed = judge.thinking
+    assert judge.chat(item).endswith({"qwen, opens its thinking": "assistant\n<think>\n", "qwen, with a switch": "assistant\n<think>\n\n</think>\n\n"}.get(judge.family, ""))
+    assert (opened, bool(closed)) == {"qwen, opens its thinking": ("<think>", True), "glm, thinks by itself": ("", True)}.get(judge.family, ("", False))
+    assert judge.budget(10) == 10 + judge.max_thinking_tokens*bool(closed)
+    ids = lambda text: judge.tokenizer(text, add_special_tokens=False).input_ids
+    assert judge.ids(item.response)[:-1] == ids(closed + item.response)             # what is taught comes after the thinking
+    if not closed: return
+    thought = ids(("" if opened else "<think>") + " maybe <answer> 1 </answer>")
+    assert parse_answer(judge.said(thought)) is None                                # cut off
+    whole = thought + ids("</think> <answer> 2 </answer>")
+    assert parse_answer(judge.said(whole)) == "2" and judge.ids(judge.said(whole))[:-1] == whole
+    assert parse_answer(judge.said(judge.ids(turned(judge.said(whole)))[:-1])) == "1"
+    judge.max_thinking_tokens = 5
+    judge.eos = set()
+    assert {len(r.ids) for r in judge.sample([item], 2, [("budget",)], max_new_tokens=3)[0]} == {8}
+
+def test_a_given_answer_comes_after_the_thinking(judge, pair):
+    import torch
+    from dual_ipo.cot import clip_item, grade_stems
+    item, options = clip_item(pair.prompt, pair.a, ["motion", "quality"]), list("12345")
+    quick, said = judge.choose([item], options, grade_stems(["motion", "quality"]))[0], judge.thinking[1]
+    for stem, row in zip(grade_stems(["motion", "quality"]), quick):
+        ids = [judge.tokenizer(said + stem + option, add_special_tokens=False).input_ids for option in options]
+        with torch.no_grad(): torch.testing.assert_close(judge.log_probs([item]*5, ids).log_softmax(0), row, atol=1e-4, rtol=0)
+        said += stem + options[row.argmax()]
