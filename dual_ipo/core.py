@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MAX_FRAMES', 'MAX_PIXELS', 'MAX_TOTAL', 'FORMATS', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise',
-           'sync_folder', 'whole_file', 'write_mp4', 'check_caps', 'decode', 'read_mp4', 'video_html', 'Video',
-           'VideoFile', 'frames_of', 'side_by_side', 'Pair', 'Judgement']
+           'sync_folder', 'whole_file', 'write_mp4', 'check_caps', 'decode', 'read_mp4', 'video_html', 'spread',
+           'Video', 'VideoFile', 'frames_of', 'side_by_side', 'Pair', 'Judgement']
 
 # %% ../nbs/00_core.ipynb #95ad8e97
 import base64, hashlib, html, os, tempfile
@@ -165,12 +165,20 @@ def video_html(
     return f'<video src="{uri}" width="{width}" autoplay loop muted playsinline controls style="image-rendering: pixelated"></video>'
 
 # %% ../nbs/00_core.ipynb #e7a0bd6f
+def spread(
+    length: int,   # of a clip, frames
+    n: int,        # how many to take; they repeat when there are fewer
+) -> list[int]:    # n indices
+    "Frames spread evenly, first and last included."
+    return [round(i*(length - 1)/max(n - 1, 1)) for i in range(n)]
+
 @dataclass
 class Video:
     "A clip in memory."
     frames: Tensor            # uint8 [T, 3, H, W], RGB 0..255
     fps: float                # frames a second
     path: Path | None = None  # where it lies as mp4, if it does
+    times: list | None = field(default=None, repr=False)  # of each frame, seconds, where frames were left out; None: they follow `fps`
 
     @classmethod
     def load(cls, path) -> "Video":
@@ -187,8 +195,16 @@ class Video:
         n: int,       # how many; frames repeat when there are fewer
     ) -> Tensor:      # uint8 [n, 3, H, W]
         "`n` frames spread evenly, first and last included."
-        last = len(self.frames) - 1
-        return self.frames[[round(i*last/max(n - 1, 1)) for i in range(n)]]
+        return self.frames[spread(len(self.frames), n)]
+
+    def timing(self) -> tuple[int, float]:
+        "How many frames it has, and how many a second."
+        return len(self.frames), self.fps
+
+    def times_at(self, n: int) -> list[float]:
+        "When the frames of `frames_at` are shown, seconds."
+        length, fps = self.timing()
+        return [self.times[i] if self.times else i/fps for i in spread(length, n)]
 
     def pil(self,
         n: int | None = None,  # how many, spread evenly; all when None
@@ -234,6 +250,16 @@ class VideoFile(Video):
     frames = property(lambda self: self.decoded()[0])
     fps = property(lambda self: self.decoded()[1])
 
+    def timing(self) -> tuple[int, float]:
+        "How many frames it has, and how many a second, read without decoding them where the file says so."
+        try:
+            with av.open(f"file:{self.path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
+                stream = container.streams.video[0]
+                n = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+                if n and stream.average_rate: return n, float(stream.average_rate)
+        except (av.FFmpegError, IndexError, OSError): pass
+        return super().timing()
+
 def frames_of(
     videos: list,    # of Video
     n: int,          # frames of each
@@ -270,7 +296,7 @@ class Pair:
         "The same pair in the other order."
         label = {"A": "B", "B": "A"}.get(self.label, self.label)
         other = {"a": "b", "b": "a", "grade_a": "grade_b", "grade_b": "grade_a"}
-        rationale = self.rationale and {d: {other[k]: v for k, v in r.items()} for d, r in self.rationale.items()}
+        rationale = self.rationale and {d: {other.get(k, k): v for k, v in r.items()} for d, r in self.rationale.items()}
         return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale)
 
     def _repr_html_(self):

@@ -31,10 +31,11 @@ from .generator import Generator
 from .monitor import needs_srpo
 from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
-from .reward import Judge
+from .reward import Judge, check_judge
 from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
 from .training import Ahead, TrainingAnomaly, ranks
+from .voting import check_votes
 
 # %% ../nbs/30_rounds.ipynb #16eab83a
 def device() -> str:
@@ -61,8 +62,8 @@ def load_judge(
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
     judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, learns=learns,
-                       frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, seed=config.seed)
-    judge.batch_size = part.batch_size
+                       frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, seed=config.seed)
+    judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
     if part.backend == "vllm":
         from dual_ipo.engine import Engine
         judge.engine = Engine(judge)
@@ -173,7 +174,6 @@ def check_input(
     config: Config,
 ):
     "Read everything a config names, without computing: UserError for the first thing that is wrong."
-    from dual_ipo.generator import pipeline_class, read_checkpoint
     data = config.data
     prompts, eval_prompts = read_prompts(data.prompts), read_prompts(data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
@@ -181,9 +181,11 @@ def check_input(
     real = read_clips(data.real_clips) if data.real_clips else []
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
-    name = pipeline_class(read_checkpoint(config.generator.path)[0])
-    if name not in ("WanPipeline", "CogVideoXPipeline"): raise UserError(f"{config.generator.path}: is a {name}; give a WanPipeline or a CogVideoXPipeline")
     check_model(config, prompts, eval_prompts, real)
+    part, g = config.reward, config.generator
+    judge = Judge.load(part.path, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, meta=True)
+    judge.max_thinking_tokens = part.max_thinking_tokens
+    check_judge(judge, g.height, g.width, judge.budget(part.max_new_tokens), max(prompts, key=len), part.dimensions)
 
 # %% ../nbs/30_rounds.ipynb #7a765674
 def prompts_of_round(
@@ -208,7 +210,7 @@ def annotated(r: Round, judge: Judge, pairs: PairTable) -> list:  # of Pair
             own, folder = [pairs[j] for j in range(i, min(i + 32, len(pairs)))], r.folder / f"annotation/shard_{i // 32:04d}"
             with stage(folder) as todo:
                 if todo:
-                    reasons = annotate(judge, own, r.config.reward.dimensions, seed=r.config.seed, **asked)
+                    reasons = annotate(judge, own, r.config.reward.dimensions, seed=r.config.seed, min_readable=r.config.reward.min_readable, **asked)
                     write_table(folder / "table.parquet", [dict(pair_id=p.pair_id, rationale=json.dumps(p.rationale)) for p in reasons])
             reasons = [json.loads(row["rationale"]) for row in read_table(folder / "table.parquet")]
             found += [replace(pair, rationale=rationale) for pair, rationale in zip(own, reasons, strict=True)]
@@ -296,8 +298,9 @@ def grades_of(
     "A judge's grades of clips on disk. While it reads some, the frames that it will see of the next are decoded, many clips at once: one takes a core longer than a judge of 8B a GPU."
     def batch(i):
         own = clips[64 * i:64 * (i + 1)]
-        frames = frames_of([VideoFile(path) for _, path in own], judge.frames_per_video)
-        return [(prompt, Video(shown, 1.)) for (prompt, _), shown in zip(own, frames)]
+        files = [VideoFile(path) for _, path in own]
+        shown = frames_of(files, judge.frames_per_video)
+        return [(prompt, Video(frames, 1., times=file.times_at(judge.frames_per_video))) for (prompt, _), file, frames in zip(own, files, shown)]
     n = -(-len(clips) // 64)
     ready = Ahead(batch, n)
     return [grades for i in progress(range(n), "grades") for grades in judge.grades(ready(i), dimensions).tolist()]
@@ -393,7 +396,7 @@ def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
     with r.stage("votes") as todo:
         if todo:
             rows = pseudo_label(r.judge(r.before("reward")), pairs, v.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
-                                by=v.by, min_gap=v.min_gap, early=v.early, **p.model_dump(), **r.sampling)
+                                by=v.by, min_gap=v.min_gap, early=v.early, min_readable=r.config.reward.min_readable, **p.model_dump(), **r.sampling)
             if v.scorer: rows = relabelled(r, pairs, rows)
             write_table(r.folder / "votes.parquet", [dict(path_a=relative(r, pair.a), path_b=relative(r, pair.b)) | row for pair, row in zip(pairs, rows)])
     return read_table(r.folder / "votes.parquet")
@@ -454,6 +457,7 @@ def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
             cold = r.judge(r.first_judge)
             static = cast(cold)
             votes = updated or static
+            check_votes(votes, r.config.reward.min_readable)
             row = lambda i, p: dict(pair_id=p.pair_id, prompt=p.prompt, truth=p.label, gap=gaps[i] if gaps else None, label=votes[i].label, p_a=votes[i].p_a,
                                     p_a_static=static[i].p_a, n_valid=votes[i].n_valid, n_votes=votes[i].n_votes, consistent=votes[i].consistent, votes=[v.label or "invalid" for v in votes[i].votes])
             if pairs: write_table(r.folder / "evaluate/votes.parquet", [row(i, p) for i, p in enumerate(pairs)])

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError, generator
-from .cot import DIMENSIONS, pair_item
+from .cot import DIMENSIONS, answer_at, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import progress
 from .training import Room, ordered, take, train
-from .voting import grade_gap
+from .voting import check_votes, grade_gap
 
 # %% ../nbs/14_srpo.ipynb #a3417a8e
 def srpo_loss(
@@ -152,6 +152,7 @@ def pseudo_label(
     early: bool = False,   # see `Judge.vote`; only for labels by answers whose certainty is not asked for
     dimensions=DIMENSIONS,
     group: int = 16,   # pairs voted on between two looks at the progress bar
+    min_readable: float = 0.,  # share of the votes, see `check_readable`
     **sampling,        # see `Judge.sample`
 ) -> list:             # rows: pair_id, prompt, label, p_a, n_valid, n_votes, consistent, votes, pce, kept, weight, reward, paths
     "Vote on pairs and weigh the outcome."
@@ -160,6 +161,7 @@ def pseudo_label(
     with judge.writing():
         for i in progress(range(0, len(pairs), group), "votes"):
             judgements += judge.vote(pairs[i:i + group], k, keys, dimensions, early=early, **sampling)
+            check_votes(judgements, min_readable)
     for i in progress(range(0, 0 if early else len(pairs), group), "log-probabilities"):
         judge.refer(pairs[i:i + group], judgements[i:i + group], reference, dimensions, batch=sampling.get("batch", 128))
     if by == "grades":
@@ -181,8 +183,8 @@ def turned(
     text: str,  # a response that can be read
 ) -> str:       # ends in the opposite verdict
     "The same reasons with the other verdict."
-    head, answer, tail = re.split(r"(?s)^(.*<\s*answer\s*>)(.*?)(?=<\s*/\s*answer\s*>)", text)[1:]
-    return head + answer.replace("1", "x").replace("2", "1").replace("x", "2") + tail
+    start, end = answer_at(text)
+    return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
 # %% ../nbs/14_srpo.ipynb #f52639e0
 def preferences(

@@ -15,6 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from .core import Pair
 from .cot import DIMENSIONS, annotation_prompt, clip_prompt, pair_prompt
+from .store import write_json
 from .toyworld import COLORS, DIRECTIONS, LEVELS, SEMANTIC, SHAPES, SIZE, SPEEDS, TEMPLATES
 from .training import seeded
 
@@ -61,4 +62,5 @@ def blank_judge(
     config = LlavaConfig(vision_config=tower.to_dict(), text_config=text.to_dict(), image_token_id=3, tie_word_embeddings=True, vision_feature_select_strategy="full", vision_feature_layer=-1)
     with seeded(torch.device("cpu"), "blank judge", seed): LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(SiglipImageProcessorPil(size=dict(height=SIZE, width=SIZE)), tok, patch_size=patch, vision_feature_select_strategy="full", chat_template=CHAT).save_pretrained(folder)
+    write_json(Path(folder)/"judge.json", dict(question="short"))
     return Path(folder)

@@ -47,7 +47,7 @@ def scores(judge, pairs):
     ("Video 1 is better in style and motion. <answer>2</answer>", "2"), ("<answer>1</answer> hm <answer>tie</answer>", "tie"),
     ("<answer> TIE </answer>", "tie"), ("< answer > 2 < / answer >", "2"), ("<answer>\n1\n</answer>", "1"), ("<answer>1 <answer>2</answer>", "2"),
     ("<answer>1", None), ("1</answer>", None), ("<answer>1</answer> <answer>neither</answer>", None), ("<answer></answer>", None),
-    ("<answer>video 1</answer>", None), ("<answer>12</answer>", None), ("<answer>1.</answer>", None), ("Video 1 is better", None), ("", None)])
+    ("<answer>video 1</answer>", "1"), ("<answer>12</answer>", None), ("<answer>1.</answer>", "1"), ("<answer>video 1 or 2</answer>", None), ("Video 1 is better", None), ("", None)])
 def test_answers_are_read_strictly(text, answer): assert parse_answer(text) == answer
 
 def test_what_a_person_said_is_read_back(pairs):
@@ -180,14 +180,41 @@ def test_no_judge_is_told_in_one_line(tmp_path):
     (tmp_path/"config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="bert"): Judge.load(tmp_path)
 
-def test_annotation_keeps_what_fits_the_label(pairs):
+def test_annotation_keeps_what_fits_the_label(judge, pairs):
     class Scribe:
-        def sample(self, items, k, keys): return [[Vote(None, "ab", text) for text in self.texts]*k for _ in items]
+        choose = judge.choose
+        def sample(self, items, k, keys, **sampling):
+            self.asked = sampling
+            return [[Vote(None, "ab", text) for text in self.texts]*k for _ in items]
     bare, scribe = [replace(p, rationale=None, label="A") for p in pairs[:1]], Scribe()
-    scribe.texts = ["<answer>1</answer>", pair_response(pairs[0].rationale, "B")]
-    assert annotate(scribe, bare)[0].rationale is None
-    scribe.texts.append(pair_response(pairs[0].rationale, "A"))
-    assert annotate(scribe, bare)[0].rationale == pairs[0].rationale
+    scribe.texts = ["<answer>1</answer>", pair_response(pairs[0].rationale, "B"), pair_response(pairs[0].rationale, "A")]
+    assert annotate(scribe, bare, batch=3, max_new_tokens=7)[0].rationale == pairs[0].rationale and scribe.asked == dict(batch=3, max_new_tokens=7)
+    scribe.texts = scribe.texts[:2]
+    forced = annotate(scribe, bare)[0]
+    assert all(r["forced"] and not r["a"] + r["b"] for r in forced.rationale.values()) and sum(r["grade_a"] - r["grade_b"] for r in forced.rationale.values()) > 0
+    assert [item.kind for item in cold_start_items([forced])] == ["verdict"]*2 + ["grade"]*2 and forced.swap().swap().rationale == forced.rationale
+
+def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
+    from itertools import product
+    from dual_ipo.cot import force, likeliest
+    logp = torch.randn(2, 2, 5, generator=generator("forced")).log_softmax(-1).tolist()
+    ways = [((a, b), (c, d)) for a, b, c, d in product(range(1, 6), repeat=4)]
+    for label, agrees in dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0, same=lambda lead: lead == 0, tie=lambda lead: lead == 0).items():
+        fits = [way for way in ways if agrees(sum(a - b for a, b in way))]
+        assert likeliest(logp, label) == max(fits, key=lambda way: sum(logp[0][d][a - 1] + logp[1][d][b - 1] for d, (a, b) in enumerate(way)))
+    assert force(judge, pairs, batch=3) == force(judge, pairs) and force(judge, []) == []
+
+def test_too_few_readable_answers_end_the_run(judge, pairs):
+    bare = [replace(p, label=None, rationale=None) for p in pairs]
+    with pytest.raises(UserError, match=r"votes: 0 of 20 answers of the judge can be read \(0%, reward.min_readable is 50%\), not such as '") as error:
+        pseudo_label(judge, bare, 4, ("t",), min_readable=.5, **SHORT)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    with pytest.raises(UserError, match="annotation: 0 of 10 answers"):
+        annotate(judge, [replace(p, rationale=None) for p in pairs], k=2, min_readable=.1, **SHORT)
+    from dual_ipo.cot import check_readable
+    check_readable(["x"], [True], 1., "votes"), check_readable([], [], 1., "votes"), check_readable(["x"], [False], 0., "votes")
+    with pytest.raises(UserError) as error: check_readable(["a\nb\u2028c\x1b" + "x"*200]*9, [False]*9, .5, "votes")
+    assert str(error.value).isprintable() and str(error.value).count("x"*50) == 3 and "x"*80 not in str(error.value)
 
 # --- learning
 

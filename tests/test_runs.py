@@ -31,7 +31,7 @@ def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
     data = demo_config(arch, objective, rounds, seed=0).model_dump()
     data["generator"]["path"], data["reward"]["path"] = arch, "judge"
     for part, keys in dict(cold_start=dict(steps=30, batch_size=12, lr=1.5e-3), candidates=dict(prompts_per_round=6, per_prompt=3), align=dict(steps=6, batch_size=4, save_every=2),
-                           votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6), reward=dict(lora_rank=lora_rank),
+                           votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6), reward=dict(lora_rank=lora_rank, min_readable=0.),
                            generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
     return data
 
