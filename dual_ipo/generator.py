@@ -270,6 +270,7 @@ class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict` and `vae_layout`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
+    at_once = None     # videos that go through together in training, see `kernels.fit`; None: all of a batch
     guidance_stop = None   # share of the denoising steps that are guided while sampling, from the first; lossy; None: all
     latents_at_once = 1   # frames of latents that the VAE decodes together, after the first
 
