@@ -137,7 +137,9 @@ class Weights:
         parts = pipe.text_encoder, pipe.vae
         self.roomy = self.device.type != "cuda" or together(sum(p.nbytes for m in (*parts, *self.experts) for p in m.parameters()), torch.cuda.get_device_properties(self.device).total_memory)
         for part in parts: part.to(self.device).eval().requires_grad_(False)
-        self.attention, self.compiled = choose_attention(attention, self.device, dtype), choose_compile(compile, self.transformer, self.device)
+        planned = self.device.type == "meta"   # what isn't there isn't compiled, but will be on a GPU
+        self.will_compile = choose_compile(compile, self.transformer, torch.device("cuda") if planned else self.device)
+        self.attention, self.compiled = choose_attention("auto" if planned else attention, self.device, dtype), self.will_compile and not planned
         for k in reversed(range(len(self.experts))):
             self.turn_to(k)
             self.prepare(k)

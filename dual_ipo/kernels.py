@@ -146,13 +146,14 @@ def block_bytes(
     transformer,
     run,       # calls the transformer on a batch
     samples: int = 1,   # in it
+    compiled=lambda block: block,   # block → what is measured
 ) -> dict:     # {"all", "attention", "none"}
     "What a block keeps of one sample."
     sizes = {}
     def call(block, *args):
         if not sizes:
             hidden, attentions = args[0].detach().requires_grad_(), sum(hasattr(m, "to_q") for m in block.modules())
-            sizes.update(all=kept_bytes(lambda: block(hidden, *args[1:]), block.parameters())/samples, none=hidden.nbytes/samples, attention=hidden.nbytes*(1 + attentions)/samples)
+            sizes.update(all=kept_bytes(lambda: compiled(block)(hidden, *args[1:]), block.parameters())/samples, none=hidden.nbytes/samples, attention=hidden.nbytes*(1 + attentions)/samples)
         with torch.no_grad(): return block(*args)
     transformer.enable_gradient_checkpointing(call)
     try: run()
