@@ -120,7 +120,9 @@ class Weights:
         parts = pipe.text_encoder, pipe.vae
         self.roomy = self.device.type != "cuda" or together(sum(p.nbytes for m in (*parts, *self.experts) for p in m.parameters()), torch.cuda.get_device_properties(self.device).total_memory)
         for part in parts: part.to(self.device).eval().requires_grad_(False)
-        self.attention, self.compiled = choose_attention(attention, self.device, dtype), choose_compile(compile, self.transformer, self.device)
+        planned = self.device.type == "meta"   # what isn't there isn't compiled, but will be on a GPU
+        self.will_compile = choose_compile(compile, self.transformer, torch.device("cuda") if planned else self.device)
+        self.attention, self.compiled = choose_attention("auto" if planned else attention, self.device, dtype), self.will_compile and not planned
         for k in reversed(range(len(self.experts))):
             self.turn_to(k)
             self.prepare(k)
@@ -253,6 +255,7 @@ class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict` and `vae_layout`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
+    at_once = None     # videos that go through together in training, see `kernels.fit`; None: all of a batch
     guidance_stop = None   # share of the denoising steps that are guided while sampling, from the first; lossy; None: all
     latents_at_once = 1   # frames of latents that the VAE decodes together, after the first
 

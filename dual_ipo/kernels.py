@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'WORTH', 'BLOCKS', 'aten', 'SAVED', 'KEPT', 'has_flash4', 'choose_attention', 'activate_flash4',
            'with_kernel', 'use_attention', 'others_attention', 'blocks_of', 'choose_compile', 'compile_blocks',
-           'is_saved', 'keep', 'keep_nothing', 'kept_bytes', 'block_bytes', 'choose_kept', 'together', 'free_bytes',
-           'fit']
+           'is_saved', 'keep', 'keep_nothing', 'kept_bytes', 'block_bytes', 'held_bytes', 'choose_kept',
+           'choose_memory', 'together', 'free_bytes', 'measured', 'fit']
 
 # %% ../nbs/24_kernels.ipynb #478ee4f6
 import shutil
@@ -146,13 +146,14 @@ def block_bytes(
     transformer,
     run,       # calls the transformer on a batch
     samples: int = 1,   # in it
+    compiled=lambda block: block,   # block → what is measured
 ) -> dict:     # {"all", "attention", "none"}
     "What a block keeps of one sample."
     sizes = {}
     def call(block, *args):
         if not sizes:
             hidden, attentions = args[0].detach().requires_grad_(), sum(hasattr(m, "to_q") for m in block.modules())
-            sizes.update(all=kept_bytes(lambda: block(hidden, *args[1:]), block.parameters())/samples, none=hidden.nbytes/samples, attention=hidden.nbytes*(1 + attentions)/samples)
+            sizes.update(all=kept_bytes(lambda: compiled(block)(hidden, *args[1:]), block.parameters())/samples, none=hidden.nbytes/samples, attention=hidden.nbytes*(1 + attentions)/samples)
         with torch.no_grad(): return block(*args)
     transformer.enable_gradient_checkpointing(call)
     try: run()
@@ -161,6 +162,15 @@ def block_bytes(
 
 # %% ../nbs/24_kernels.ipynb #54491a10
 KEPT = dict(none="all", selective="attention", full="none")  # what is checkpointed → what a block keeps
+
+def held_bytes(
+    sizes: dict,       # of `block_bytes`
+    kept: list[str],   # of `choose_kept`
+    samples: int,      # that go through at once
+) -> float:
+    "What the blocks hold in a step: what they keep, and the block that is being computed again, with its gradients."
+    again = 0 if set(kept) == {"all"} else 2*sizes["all"]
+    return samples*(sum(sizes[how] for how in kept) + again)
 
 def choose_kept(
     n: int,            # blocks
@@ -175,6 +185,16 @@ def choose_kept(
     k = min(n, int((room - n*cost["attention"])//max(cost["all"] - cost["attention"], 1)))
     return ["all"]*k + ["attention"]*(n - k)
 
+def choose_memory(
+    n: int, sizes: dict, samples: int, free: float,   # as above
+    checkpointing: str = "auto",                      # see `fit`
+) -> tuple[list[str], int]:                           # (what each block keeps, samples that go through at once)
+    "As many samples at once as fit, and what each block keeps of them."
+    while True:
+        kept = choose_kept(n, sizes, samples, free) if checkpointing == "auto" else [KEPT[checkpointing]]*n
+        if samples == 1 or held_bytes(sizes, kept, samples) <= free: return kept, samples
+        samples = -(-samples//2)
+
 # %% ../nbs/24_kernels.ipynb #92cb7860
 def together(
     weights: float,   # bytes of all that sampling takes
@@ -187,20 +207,31 @@ def free_bytes(device: torch.device) -> float:
     "Memory that is left on a GPU, what PyTorch holds in reserve included."
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
+def measured(
+    model,         # a `Generator`
+    samples: int,  # to measure with; fewer where memory ends
+    text,          # embedding of a prompt
+) -> dict:
+    "`block_bytes` of the transformer that is about to be trained."
+    y = torch.zeros(samples, *model.latent_shape)
+    try: return block_bytes(model.transformer, lambda: model.error(y, model.timesteps(samples, "fit"), y, [text]*samples), samples)
+    except torch.OutOfMemoryError:
+        if samples == 1: raise
+    return measured(model, -(-samples//2), text)
+
 def fit(
     model,                   # a `Generator` that is about to be trained
     checkpointing: str,      # "auto", "none", "selective" or "full"
     samples: int,            # videos in a batch, on this device
     text,                    # embedding of a prompt
 ) -> str:                    # what was chosen, for the log
-    "Set up the transformer's checkpointing; `auto` measures one block, and keeps on a GPU what fits, elsewhere everything."
+    "Set up the transformer's checkpointing, and how many samples go through at once; on a GPU one block is measured, and `auto` keeps what fits, elsewhere everything."
     transformer, n = model.transformer, len(blocks_of(model.transformer))
-    kept = [KEPT.get(checkpointing, "all")]*n
-    if checkpointing == "auto" and model.device.type == "cuda":
-        y = torch.zeros(samples, *model.latent_shape)
-        sizes = block_bytes(transformer, lambda: model.error(y, model.timesteps(samples, "fit"), y, [text]*samples), samples)
+    kept, model.at_once = [KEPT.get(checkpointing, "all")]*n, samples
+    if model.device.type == "cuda":
         to_come = sum(p.numel() for p in transformer.parameters() if p.requires_grad)*12   # gradient and Adam's two moments, fp32
-        kept = choose_kept(n, sizes, samples, .88*free_bytes(model.device) - to_come)
+        kept, model.at_once = choose_memory(n, measured(model, samples, text), samples, .88*free_bytes(model.device) - to_come, checkpointing)
     if kept != ["all"]*n: keep(transformer, kept)
-    return f"{model.attention} attention, {'compiled' if model.compiled else 'uncompiled'} blocks; of {n} blocks " + ", ".join(f"{kept.count(what)} keep {said}" for what, said in
-        (("all", "all activations"), ("attention", "their attention"), ("none", "their input")) if what in kept)
+    said = ", ".join(f"{kept.count(what)} keep {said}" for what, said in (("all", "all activations"), ("attention", "their attention"), ("none", "their input")) if what in kept)
+    parts = "" if model.at_once == samples else f"; {model.at_once} of {samples} videos at once"
+    return f"{model.attention} attention, {'compiled' if model.compiled else 'uncompiled'} blocks; of {n} blocks {said}{parts}"

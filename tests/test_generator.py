@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest, torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 import tiny
-from dual_ipo.align import align
+from dual_ipo.align import align, errors, in_parts, step_loss
 from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
 from dual_ipo.core import UserError, generator, noise
 from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.kernels import keep, kept_bytes
+from dual_ipo.losses import KtoBaseline
 from dual_ipo.speed import REAL, real_generator
 from dual_ipo.store import read_json, read_table, read_tensors
 
@@ -331,17 +333,24 @@ def test_candidates_killed_between_shards_are_the_same_files(paths, tmp_path):
 ALIGN = """
 import sys, json, torch; torch.set_num_threads(1)
 from dual_ipo.training import ranks; ranks()
+import dual_ipo.align
 from dual_ipo.align import align
 from dual_ipo.generator import CogVideoX, Generator, Wan
 from dual_ipo.store import write_json
 path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
 g = Generator.load(path, lora_rank=2, **settings)
+if sys.argv[7:]:   # videos that go through at once
+    fit = dual_ipo.align.fit
+    def few(model, *args):
+        said, model.at_once = fit(model, *args), int(sys.argv[7])
+        return said
+    dual_ipo.align.fit = few
 align(g, pairs, folder + "/candidates", sys.argv[6], **keywords)
 if ranks().is_main_process: g.save(sys.argv[6] + "/generator")
 """
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_two_processes_learn_what_one_learns(paths, tmp_path, objective):
+@pytest.mark.parametrize("objective, at_once", [("dpo", []), ("kto", []), ("dpo", ["1"])])
+def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once):
     path = paths["wan unipc"]
     g = Generator.load(path, lora_rank=2, **tiny.SETTINGS)
     rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", seed=0, round=1)
@@ -350,7 +359,7 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective):
         real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])
     history = align(g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", ALIGN]
-    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords), tmp_path/"two"],
+    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords), tmp_path/"two", *at_once],
         capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
@@ -390,6 +399,43 @@ def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path
     again, asked, other = trained(tmp_path/"killed")
     assert other == history and len(asked) == 2*3
     for k in (0, 1): assert all(torch.equal(a, b) for a, b in zip(whole.lora(k).values(), again.lora(k).values(), strict=True))
+
+# one after the other
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("kind, lora_rank, kept", [("wan unipc", 2, None), ("cogvideox 5b", 2, "attention"), ("wan 2.2 a14b", None, "none"), ("wan 2.2 5b", 2, "all")])
+def test_one_video_at_a_time_has_the_same_gradient(paths, kind, lora_rank, kept, objective):
+    "As all at once, for pairs, real clips and every metric; whatever the blocks keep; and all margins are exactly 0 at the start."
+    g = Generator.load(paths[kind], lora_rank=lora_rank, **tiny.SETTINGS)
+    g.freeze_reference()
+    if kept: keep(g.transformer, [kept]*2)
+    y, eps = noise((5, *g.latent_shape), "y"), noise((5, *g.latent_shape), "eps")
+    x = y, g.timesteps(5, "t"), torch.cat([eps[:2], eps[:2], eps[4:]]), g.encode_prompts([*PROMPTS[:2]]*2 + PROMPTS[2:])
+    def step(size):
+        g.at_once = size
+        g.transformer.zero_grad()
+        loss, metrics = step_loss(g, g.transformer, x, 2, 20., .3, .7, KtoBaseline(8) if objective == "kto" else None)
+        loss.backward()
+        return loss.detach(), metrics, [p.grad.clone() for p in g.transformer.parameters() if p.requires_grad]
+    for size in (1, 2): assert step(size)[1]["margin_w"] == step(size)[1]["margin_l"] == 0
+    learn(g, by=.05)
+    loss, metrics, grads = step(None)
+    assert metrics["margin_w"] and any(grad.any() for grad in grads)
+    scale = max(grad.abs().max() for grad in grads).item()
+    for size in (1, 2, 3):
+        other, theirs, parts = step(size)
+        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+        for key in metrics: torch.testing.assert_close(theirs[key], metrics[key], rtol=1e-4, atol=1e-5)
+        for a, b in zip(grads, parts, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*scale)
+
+def test_one_video_at_a_time_holds_one(paths):
+    "Between forward and backward pass, in bytes that autograd keeps."
+    g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS)
+    y, t, eps, text = batch(g, 1)
+    def kept(n, size):
+        many = y.expand(n, *y.shape[1:]), t.expand(n), eps.expand(n, *eps.shape[1:]), text*n
+        return kept_bytes(lambda: errors(g, g.transformer, many, in_parts(n, n, size)), g.transformer.parameters())
+    assert kept(4, None) > 3*kept(1, None) and kept(4, 1) < 1.1*kept(1, None)
 
 # real sizes, on the meta device
 

@@ -6,7 +6,7 @@ import pytest, tiny, torch
 import dual_ipo.kernels as kernels
 from dual_ipo.core import UserError, noise
 from dual_ipo.generator import Generator
-from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, fit, keep, with_kernel
+from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, choose_memory, fit, held_bytes, keep, with_kernel
 from dual_ipo.losses import dpo_loss
 from test_generator import batch, learn, paths   # noqa: F401, a fixture
 from torch.nn.attention import SDPBackend
@@ -67,6 +67,16 @@ def test_compiled_and_checkpointed_in_bf16_every_logit_starts_at_zero(paths, kin
     torch.testing.assert_close(E, other, rtol=.01, atol=0)
     ours, theirs = (torch.cat([x.flatten() for x in grads]) for grads in (ours, theirs))
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > .99
+
+
+def test_as_many_go_through_at_once_as_fit():
+    sizes = dict(all=10., attention=3., none=1.)
+    assert choose_memory(4, sizes, 8, 1000.) == (["all"]*4, 8)
+    for free in range(24, 400):
+        kept, at_once = choose_memory(4, sizes, 8, float(free))
+        assert held_bytes(sizes, kept, at_once) <= free and at_once in (1, 2, 4, 8)
+        assert at_once == 8 or held_bytes(sizes, ["none"]*4, 2*at_once) > free
+    assert choose_memory(4, sizes, 8, 1.) == (["none"]*4, 1) and choose_memory(4, sizes, 3, 85., "none") == (["all"]*4, 2) and choose_memory(4, sizes, 2, 31., "selective") == (["attention"]*4, 1)
 
 
 def test_as_much_is_kept_as_fits():
