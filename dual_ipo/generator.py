@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from .core import UserError, generator, noise
-from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, together, use_attention
+from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, together, use_attention, whole_bytes
 from .store import is_done, mark_done, read_json, read_tensors, write_json
 from .training import low_adapters, mixed_precision
 
@@ -118,7 +118,7 @@ class Weights:
         self.device, self.dtype, self.lora_rank, self.base, self.frozen = torch.device(device), dtype, lora_rank, base, None
         self.loras = [list(x) for x in loras] or [[] for _ in self.experts]
         parts = pipe.text_encoder, pipe.vae
-        self.roomy = self.device.type != "cuda" or together(sum(p.nbytes for m in (*parts, *self.experts) for p in m.parameters()), torch.cuda.get_device_properties(self.device).total_memory)
+        self.roomy = self.device.type != "cuda" or together(sum(p.nbytes for m in (*parts, *self.experts) for p in m.parameters()), whole_bytes(self.device))
         for part in parts: part.to(self.device).eval().requires_grad_(False)
         planned = self.device.type == "meta"   # what isn't there isn't compiled, but will be on a GPU
         self.will_compile = choose_compile(compile, self.transformer, torch.device("cuda") if planned else self.device)

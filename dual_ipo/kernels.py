@@ -6,7 +6,7 @@
 __all__ = ['ATTENTION', 'WORTH', 'BLOCKS', 'aten', 'SAVED', 'KEPT', 'has_flash4', 'choose_attention', 'activate_flash4',
            'with_kernel', 'use_attention', 'others_attention', 'blocks_of', 'choose_compile', 'compile_blocks',
            'is_saved', 'keep', 'keep_nothing', 'kept_bytes', 'block_bytes', 'held_bytes', 'choose_kept',
-           'choose_memory', 'together', 'free_bytes', 'measured', 'fit']
+           'choose_memory', 'together', 'whole_bytes', 'free_bytes', 'measured', 'fit']
 
 # %% ../nbs/24_kernels.ipynb #478ee4f6
 import shutil
@@ -203,9 +203,14 @@ def together(
     "Whether two experts stay on the device together while sampling: with a fifth of it left for the work."
     return weights <= .8*memory
 
+def whole_bytes(device: torch.device) -> float:
+    "Memory of a GPU that this process may take."
+    return torch.cuda.get_per_process_memory_fraction(device)*torch.cuda.get_device_properties(device).total_memory
+
 def free_bytes(device: torch.device) -> float:
-    "Memory that is left on a GPU, what PyTorch holds in reserve included."
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    "Of this, what is left, what PyTorch holds in reserve included."
+    held = torch.cuda.memory_allocated(device)
+    return min(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), whole_bytes(device)) - held
 
 def measured(
     model,         # a `Generator`

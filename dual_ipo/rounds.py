@@ -28,6 +28,7 @@ from .cot import annotate, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator
+from .kernels import whole_bytes
 from .monitor import needs_srpo
 from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
@@ -123,7 +124,7 @@ class Round:
         try:
             with stage(self.folder / name, resumes) as todo: yield todo
         except torch.OutOfMemoryError as error:
-            memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+            memory = whole_bytes(torch.device("cuda")) if torch.cuda.is_available() else 0
             raise UserError(out_of_memory(self.config, name, memory, ranks().num_processes)) from error
         if todo:
             at = self.folder / "seconds.json"

@@ -307,14 +307,15 @@ def real_judge(
 # %% ../nbs/71_speed.ipynb #8825af92
 @contextmanager
 def dictated():
-    """Random weights write nothing that can be read. Inside, every response that a judge samples is one of the asked form instead, token by token, its grades and
-    verdict drawn by lot: prefill, every step and every log-probability are computed as ever, and only the choice of the token is not the judge's."""
+    """Random weights write nothing that can be read. Inside, every response that a judge samples is one of the asked form instead, token by token, its grades
+    drawn by lot and its verdict in four of five for A: prefill, every step and every log-probability are computed as ever, and only the choice of the token is
+    not the judge's."""
     write, pick = Writer.write, reward.pick
     def a_response(*key):
         rng = generator("dictated", *key)
         grade = lambda: torch.randint(1, 6, (), generator=rng).item()
         rationale = {d: dict(a=REASONS, b=REASONS, grade_a=grade(), grade_b=grade()) for d in DIMENSIONS}
-        return pair_response(rationale, "AB"[grade() % 2])
+        return pair_response(rationale, "B" if grade() == 1 else "A", next((x for x in key if x in ("ab", "ba")), "ab"))
     def written(self, items, k, seed_keys, *args, **kwargs):
         rows, _ = self.pad([self.ids(a_response(*keys, path)) for keys in seed_keys for path in range(k)])
         position = iter(range(10**6))
