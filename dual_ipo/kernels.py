@@ -205,7 +205,8 @@ def together(
 
 def whole_bytes(device: torch.device) -> float:
     "Memory of a GPU that this process may take."
-    return torch.cuda.get_per_process_memory_fraction(device)*torch.cuda.get_device_properties(device).total_memory
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.get_per_process_memory_fraction(index)*torch.cuda.get_device_properties(index).total_memory
 
 def free_bytes(device: torch.device) -> float:
     "Of this, what is left, what PyTorch holds in reserve included."
