@@ -51,7 +51,8 @@ COG = dict(attention_head_dim=64, time_embed_dim=512, text_embed_dim=4096)
 REAL = {  # name → (transformer, frames × height × width, latents, billions of parameters)
     "Wan2.1-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096), (81, 480, 832), (16, 21, 60, 104), 1.42),
     "Wan2.1-14B": (dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, text_dim=4096), (81, 720, 1280), (16, 21, 90, 160), 14.3),
-    "Wan2.2-TI2V-5B": (dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, text_dim=4096, in_channels=48, out_channels=48), (121, 704, 1280), (48, 31, 44, 80), 5.0),
+    "Wan2.2-5B": (dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, text_dim=4096, in_channels=48, out_channels=48), (121, 704, 1280), (48, 31, 44, 80), 5.0),
+    "Wan2.2-A14B": (dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, text_dim=4096), (81, 480, 832), (16, 21, 60, 104), 14.3),   # each of its experts
     "CogVideoX-2B": (COG | dict(num_attention_heads=30, num_layers=30), (49, 480, 720), (13, 16, 60, 90), 1.69),
     "CogVideoX-5B": (COG | dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True), (49, 480, 720), (13, 16, 60, 90), 5.57),
     "CogVideoX1.5-5B": (COG | dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False,
@@ -82,12 +83,15 @@ def real_generator(
         text = UMT5EncoderModel(UMT5Config(**t5)) if is_wan else T5EncoderModel(T5Config(**t5))
         transformer = (WanTransformer3DModel if is_wan else CogVideoXTransformer3DModel)(**config)
         vae = AutoencoderKLWan(**WAN_5B_VAE if is_5b else {}) if is_wan else AutoencoderKLCogVideoX(**COG_VAE)
+        second = WanTransformer3DModel(**config) if "A14B" in name else None
     low = dict(transformer=dtype if lora_rank else torch.float32, text=dtype, vae=torch.float32 if is_wan else dtype)
-    transformer, text, vae = (torch.nn.Module.to(m, low[key]) for key, m in (("transformer", transformer), ("text", text), ("vae", vae)))
+    drawn = (("transformer", transformer), ("text", text), ("vae", vae), ("transformer", second))
+    transformer, text, vae, second = (m and torch.nn.Module.to(m, low[key]) for key, m in drawn)
     fps, text_tokens = (24 if is_5b else 16, 512) if is_wan else (8, 226)
     shape = dict(num_frames=T, height=H, width=W, fps=fps, num_inference_steps=50, guidance_scale=5. if is_wan else 6., max_sequence_length=text_tokens)
     parts = dict(tokenizer=words, text_encoder=text, vae=vae, scheduler=schedule, transformer=transformer)
-    return kind(kind.pipeline(**parts, **dict(expand_timesteps=True) if is_5b else {}), device=device, dtype=dtype, lora_rank=lora_rank, **shape | settings)
+    if is_wan: parts |= dict(transformer_2=second, boundary_ratio=.875 if second else None, expand_timesteps=is_5b)
+    return kind(kind.pipeline(**parts), device=device, dtype=dtype, lora_rank=lora_rank, **shape | settings)
 
 # %% ../nbs/71_speed.ipynb #835eb6fd
 DEVICE = "cuda"
@@ -376,7 +380,7 @@ def timeline():
         began = time.time()
         with stage(self, name, *args, **kwargs) as todo: yield todo
         seen.append(dict(round=self.k, stage=name, start=began, end=time.time(), peak_gb=torch.cuda.max_memory_allocated() / 1e9))
-        print(f"round {self.k} {name}: {seen[-1]['end'] - began:.0f} s", flush=True)
+        print(f"round {self.k} {name}: {seen[-1]['end'] - began:.1f} s, {seen[-1]['peak_gb']:.1f} GB", flush=True)
     with patch.object(Round, "stage", timed): yield seen
 
 # %% ../nbs/71_speed.ipynb #54ce5bf4
@@ -387,7 +391,7 @@ def a_run(
     judge=None,           # checkpoint; None: `real_judge`
     **settings,           # sections of the config, over the defaults
 ) -> Run:
-    "A run of a real model at the config's defaults, counts aside, with all that it reads: 4 prompts, 16 human pairs without reasons."
+    "A run of a real model at the config's defaults, counts aside, with all that it reads: 4 prompts, 8 human pairs without reasons."
     folder = Path(folder)
     g = real_generator(name, DEVICE, None, whole=DEVICE == "cuda")
     g.transformer.to(torch.bfloat16)
@@ -397,18 +401,18 @@ def a_run(
     (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n")
     (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:few]) + "\n")
     clips = [a_video("clip", i, shape=shape, fps=g.fps) for i in range(4)]
-    write_pairs(folder, [Pair(prompts[i], clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i in range(16)])
+    write_pairs(folder, [Pair(prompts[i], clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i in range(8)])
     own = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "guidance_scale", "max_sequence_length")}
     files = {key: str(folder / file) for key, file in dict(prompts="prompts.txt", eval_prompts="eval_prompts.txt", pairs="pairs.csv").items()}
-    small = dict(generator=own | dict(path=str(folder / "generator"), num_inference_steps=steps), reward=dict(path=str(judge)), data=files, cold_start=dict(steps=2),
-                 candidates=dict(prompts_per_round=few, per_prompt=3), align=dict(steps=2, batch_size=2, warmup=1), votes=dict(pairs=2), srpo=dict(steps=1),
+    small = dict(generator=own | dict(path=str(folder / "generator"), num_inference_steps=steps), reward=dict(path=str(judge)), data=files, cold_start=dict(steps=1),
+                 candidates=dict(prompts_per_round=few, per_prompt=3), align=dict(steps=2, batch_size=2, warmup=1), votes=dict(pairs=2), srpo=dict(steps=1, batch_size=8),
                  evaluate=dict(prompts=few, videos_per_prompt=2))
     config = parse_config(dict(rounds=1) | {part: values | settings.get(part, {}) for part, values in small.items()}, "speed")
     return Run.open(folder / "run", config.model_dump())
 
 def whole_round(
     name: str,
-    steps: int = 4,                 # of denoising
+    steps: int = 2,                 # of denoising
     judge=None,                     # checkpoint; None: the default judge
     memory: float | None = None,    # bytes that PyTorch may take of the card; None: all
     **settings,                     # of `a_run`
@@ -441,7 +445,7 @@ for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
 PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B peers flash": lambda: training("CogVideoX-5B", "peers flash", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2),
           "sample CogVideoX-5B diffusers": lambda: sampling("CogVideoX-5B", "diffusers", (1, 3)), "sample CogVideoX-5B diffusers flash": lambda: sampling("CogVideoX-5B", "diffusers flash", (1, 3)), "sample CogVideoX-5B ours": lambda: sampling("CogVideoX-5B", "ours", (1, 3)),
           "judge": judging, "judge of whole frames": lambda: judging(max_pixels=None)}
-PARTS |= {f"round {_name}": lambda name=_name: whole_round(name, memory=80e9) for _name in ("Wan2.1-1.3B", "Wan2.2-TI2V-5B", "CogVideoX-2B")}   # on a card of 80 GB
+PARTS |= {f"round {_name}": lambda name=_name: whole_round(name, memory=80e9) for _name in ("Wan2.1-1.3B", "Wan2.2-5B", "CogVideoX-2B")}   # on a card of 80 GB
 
 def measure(
     parts: list,   # of PARTS
