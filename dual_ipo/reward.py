@@ -68,7 +68,8 @@ class Read:
     last: Tensor         # int64 [..., B, 1] position of the last token; three axes and more where the model has them
 
     @property
-    def recurrent(self) -> bool: return any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)
+    def forgets(self) -> bool:   # windows and states, which padding between tokens would push tokens out of
+        return any(type(layer) not in (DynamicLayer, RoomyLayer) for layer in self.cache.layers)
 
     def repeat(self,
         k: int,          # copies of each row
@@ -369,7 +370,7 @@ class Chooser(Writer):
                 read, done = self.read(items, cut), [len(head) - cut for head in heads]
             ends = [common(row) for row in rows]
             ids, mask = self.pad([row[0][a:b] for row, a, b in zip(rows, done, ends)])
-            if not mask.all() and read.recurrent: return torch.cat([self.choose([item], options, stems) for item in items])  # a state cannot skip padding
+            if read.forgets and not mask.all(): return torch.cat([self.choose([item], options, stems) for item in items])
             logits = self.extend(read, ids, mask)[torch.arange(len(rows)), mask.sum(1) - 1]
             tokens = torch.tensor([[option[end] for option in row] for row, end in zip(rows, ends)], device=self.device)
             found.append(logits.gather(1, tokens).log_softmax(-1))
@@ -614,12 +615,15 @@ def check_judge(
     "UserError unless the judge can be asked about two such clips and has room to answer."
     blank = Video(torch.zeros(2, 3, height, width, dtype=torch.uint8), 8.)
     item, refuse = pair_item(Pair(prompt, blank, blank), "ab", dimensions), lambda why: UserError(f"judge {judge.source}: {why}")
-    try: n = judge.inputs([item])["input_ids"].shape[1]
+    few = copy.copy(judge)
+    few.frames_per_video = 2
+    count = lambda judge: judge.inputs([item])["input_ids"].shape[1]
+    try: n = count(judge)
     except (ValueError, IndexError, TypeError) as error:
         raise refuse(f"cannot be asked about {2*judge.frames_per_video} images ({str(error).strip().splitlines()[0]}); {EXAMPLE}") from None
-    text = judge.tokenizer(judge.chat(item), add_special_tokens=False).input_ids
-    context, per = judge.base.config.get_text_config().max_position_embeddings or math.inf, (n - len(text))/judge.frames_per_video
-    if n + max_new_tokens <= context: return n
-    most = int((context - max_new_tokens - len(text))/max(per, 1))
-    remedy = f"lower reward.frames_per_video to {most}, or reward.max_pixels" if most >= 2 else "give one with a longer context"
+    room = (judge.base.config.get_text_config().max_position_embeddings or math.inf) - max_new_tokens
+    if n <= room: return n
+    most = 2 + (room - count(few))*(judge.frames_per_video - 2)//max(n - count(few), 1)   # frames that fit
+    remedies = [f"lower reward.frames_per_video to {most}"]*(most >= 2) + ["set reward.max_pixels to 200704"]*(not judge.max_pixels) or ["give one with a longer context"]
+    context, remedy = room + max_new_tokens, " or ".join(remedies)
     raise refuse(f"a question of {n:,} tokens and a response of {max_new_tokens:,} do not fit its context of {context:,}; {remedy}")

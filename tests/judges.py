@@ -29,6 +29,7 @@ def tokenizer(special="<|im_start|>", eos="<|im_end|>", pad="<|endoftext|>", bos
     bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token=eos, pad_token=pad, bos_token=bos, extra_special_tokens=named)
     made.add_tokens([t for t in special.split() if t not in made.get_vocab()], special_tokens=True)
+    made.add_tokens(["?<answer>"])   # so that one question can be a token shorter than another
     return made
 
 # Each checkpoint as a function of whether its images are small: the model type, `config` of the model given the tokenizer's ids, and the contents of the hub's files.
