@@ -18,8 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import torch.nn.functional as F
 from torch import Tensor, nn
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor   # from the top, 5.17's wants torchvision
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
@@ -424,7 +425,7 @@ def package_for(
     error: Exception,   # what transformers said
 ) -> str:
     "What to do about a package that a processor misses; empty when the error is about something else."
-    found = re.search(r"requires the (\w+) library|pip install ([\w-]+)|requires `?(torchvision)", str(error), re.I)
+    found = re.search(r"requires the (\w+) library|pip install ([\w-]+)|(?:requires `?|dependencies: )(torchvision)", str(error), re.I)
     if not found: return ""
     name = next(filter(None, found.groups())).lower()
     if name != "torchvision": return f"its processor needs {name}; pip install {name}"
@@ -615,12 +616,14 @@ def check_judge(
     "UserError unless the judge can be asked about two such clips and has room to answer."
     blank = Video(torch.zeros(2, 3, height, width, dtype=torch.uint8), 8.)
     item, refuse = pair_item(Pair(prompt, blank, blank), "ab", dimensions), lambda why: UserError(f"judge {judge.source}: {why}")
-    few = copy.copy(judge)
+    few, images, token = copy.copy(judge), 2*judge.frames_per_video, getattr(judge.processor, "image_token", None)
     few.frames_per_video = 2
     count = lambda judge: judge.inputs([item])["input_ids"].shape[1]
-    try: n = count(judge)
+    try:
+        if token and (said := judge.chat(item).count(token)) != images: raise ValueError(f"its chat template makes {said} image tokens")
+        n = count(judge)
     except (ValueError, IndexError, TypeError) as error:
-        raise refuse(f"cannot be asked about {2*judge.frames_per_video} images ({str(error).strip().splitlines()[0]}); {EXAMPLE}") from None
+        raise refuse(f"cannot be asked about {images} images ({[*str(error).strip().splitlines(), type(error).__name__][0]}); {EXAMPLE}") from None
     room = (judge.base.config.get_text_config().max_position_embeddings or math.inf) - max_new_tokens
     if n <= room: return n
     most = 2 + (room - count(few))*(judge.frames_per_video - 2)//max(n - count(few), 1)   # frames that fit
