@@ -1,6 +1,7 @@
 """pytest beside torchvision's Python: `python tests/with_torchvision.py FOLDER ARGUMENTS...`
 
-A CPU build of torch cannot load torchvision's C++ operators, and without them its import fails. Images need none of them, so those that the import asks for are declared."""
+A CPU build of torch cannot load torchvision's C++ operators, and without them its import fails.
+Images need none of them, so those that the import asks for are declared."""
 import sys
 
 import torch
