@@ -20,8 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import torch.nn.functional as F
 from torch import Tensor, nn
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor   # the top's wants torchvision in 5.17
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
@@ -93,7 +94,8 @@ class Read:
     last: Tensor         # int64 [..., B, 1] position of the last token; three axes and more where the model has them
 
     @property
-    def recurrent(self) -> bool: return any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)
+    def forgets(self) -> bool:   # windows and states, which padding between tokens would push tokens out of
+        return any(type(layer) not in (DynamicLayer, RoomyLayer) for layer in self.cache.layers)
 
     def repeat(self,
         k: int,          # copies of each row
@@ -125,13 +127,15 @@ def smaller(
     images,            # an image processor
     max_pixels: int,   # of a frame
 ) -> dict:
-    "The arguments that hold an image processor to it, as far as its encoder goes down; empty where frames have one size, or any."
+    "The arguments that hold an image processor to it, as far as its encoder goes down; empty where there is none."
     own = lambda name: getattr(images, name, None)
     tiles = lambda edge: max(max_pixels//edge**2, 1)
     if own("merge_size"):           # GLM counts an image's pixels twice, as of two frames
-        counted = round(images.size.longest_edge/(images.get_number_of_image_patches(10_000, 10_000)*images.patch_size**2))
-        return dict(size=dict(shortest_edge=min(images.size.shortest_edge, max_pixels*counted), longest_edge=max_pixels*counted))
-    if own("image_grid_pinpoints"): return dict(image_grid_pinpoints=[p for p in images.image_grid_pinpoints if p[0]*p[1] <= max_pixels] or [[min(map(min, images.image_grid_pinpoints))]*2])
+        shown = images.get_number_of_image_patches(10_000, 10_000)*images.patch_size**2
+        most = max_pixels*round(images.size.longest_edge/shown)
+        return dict(size=dict(shortest_edge=min(images.size.shortest_edge, most), longest_edge=most))
+    if grid := own("image_grid_pinpoints"):
+        return dict(image_grid_pinpoints=[p for p in grid if p[0]*p[1] <= max_pixels] or [[min(map(min, grid))]*2])
     if own("max_image_size"):       # of a tile
         edge = images.max_image_size["longest_edge"]
         return dict(size=dict(longest_edge=max(math.isqrt(max_pixels)//edge, 1)*edge))
@@ -147,7 +151,8 @@ def scaled_down(
     H, W = frames.shape[2:]
     share = math.sqrt(max_pixels/(H*W))
     if share >= 1: return frames
-    return F.interpolate(frames.float(), (max(int(H*share), 1), max(int(W*share), 1)), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    small = F.interpolate(frames.float(), (max(int(H*share), 1), max(int(W*share), 1)), mode="bicubic", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/13_reward.ipynb #55aad19f
 class VLM:
@@ -230,11 +235,12 @@ class VLM:
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def bound(self, max_pixels: int | None):
-        "Show frames of at most that many pixels, or of as many as the encoder takes at least; None: as the processor has them."
+        "Show frames of at most that many pixels, or of the least that the encoder takes; None: as the processor does."
         self.max_pixels, images = max_pixels, self.processor.image_processor
         if not max_pixels or not (change := smaller(images, max_pixels)): return
         self.processor.image_processor = type(images).from_dict(images.to_dict() | change)
-        if "image_grid_pinpoints" in change: self.base.config.image_grid_pinpoints = change["image_grid_pinpoints"]  # the model counts tiles too
+        grid = change.get("image_grid_pinpoints")
+        if grid: self.base.config.image_grid_pinpoints = grid   # the model counts tiles too
 
     def fit(self, frames: Tensor) -> Tensor:
         "Frames as the processor gets them: scaled down here if it keeps any size but is told only its longest edge."
@@ -346,8 +352,8 @@ class Writer(VLM):
         at = self.positions(x)
         at = torch.cat([at, at[..., -1:] + torch.arange(1, N + 1, device=self.device)], -1)
         x |= {k: torch.cat([x[k], dict(input_ids=ids, attention_mask=mask).get(k, torch.zeros_like(ids))], 1) for k in PER_TOKEN if k in x}
-        logits = (model or self.model)(**x, position_ids=at, use_cache=False, logits_to_keep=N + 1).logits[:, -N - 1:-1]  # of a model that keeps all, the last
-        return chosen(logits, ids), mask
+        logits = (model or self.model)(**x, position_ids=at, use_cache=False, logits_to_keep=N + 1).logits
+        return chosen(logits[:, -N - 1:-1], ids), mask   # MiniCPM keeps all
 
     def log_probs(self, items: list[Item], responses: list, model=None) -> Tensor:
         "log π(r|x), the sum over the response's tokens: float32 [B]."
@@ -445,7 +451,8 @@ class Chooser(Writer):
                 read, done = self.read(items, cut), [len(head) - cut for head in heads]
             ends = [common(row) for row in rows]
             ids, mask = self.pad([row[0][a:b] for row, a, b in zip(rows, done, ends)])
-            if not mask.all() and read.recurrent: return torch.cat([self.choose([item], options, stems) for item in items])  # a state cannot skip padding
+            if read.forgets and not mask.all():
+                return torch.cat([self.choose([item], options, stems) for item in items])
             logits = self.extend(read, ids, mask)[torch.arange(len(rows)), mask.sum(1) - 1]
             tokens = torch.tensor([[option[end] for option in row] for row, end in zip(rows, ends)], device=self.device)
             found.append(logits.gather(1, tokens).log_softmax(-1))
@@ -456,10 +463,10 @@ class Chooser(Writer):
 def experts(
     model: nn.Module,
 ) -> list[str] | None:   # names of parameters
-    "The fused experts of a mixture: parameters [experts, out, in] that are no convolution's, outside the vision tower."
-    found = [f"{name}.{own}" for name, module in model.named_modules() if not isinstance(module, nn.modules.conv._ConvNd) and not re.search("vision|visual", name)
-             for own, p in module.named_parameters(recurse=False) if p.ndim == 3]
-    return found or None
+    "A mixture's fused experts: parameters [experts, out, in], no convolution's, outside the vision tower."
+    language = [(name, m) for name, m in model.named_modules() if not re.search("vision|visual", name)]
+    return [f"{name}.{own}" for name, m in language if not isinstance(m, nn.modules.conv._ConvNd)
+            for own, p in m.named_parameters(recurse=False) if p.ndim == 3] or None
 
 # %% ../nbs/13_reward.ipynb #1e60f4d7
 def add_lora(
@@ -468,7 +475,8 @@ def add_lora(
     seed: int = 0,       # of the adapters' random half
 ) -> PeftModel:
     "Fresh adapters on every linear layer and every expert outside the vision tower; they change nothing yet."
-    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear", exclude_modules=r".*(vision|visual).*", target_parameters=experts(model), lora_dropout=0.)
+    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear", exclude_modules=r".*(vision|visual).*",
+                        target_parameters=experts(model), lora_dropout=0.)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("lora", seed))
         return get_peft_model(model, config)
@@ -490,7 +498,8 @@ def images_only(
     kind = getattr(transformers, facts.get("processor_class") or PROCESSOR_MAPPING[type(config)].__name__)
     file = cached_file(path, "video_preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     videos = Settings(facts.get("video_processor") or (read_json(file) if file else {}))
-    parts = dict(image_processor=AutoImageProcessor.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path), video_processor=videos)
+    parts = dict(image_processor=AutoImageProcessor.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path),
+                 video_processor=videos)
     own = type(kind.__name__, (kind,), dict(check_argument_for_proper_class=lambda self, name, part: type(part)))
     return own.from_args_and_dict([parts[name] for name in kind.get_attributes()], facts)
 
@@ -499,15 +508,18 @@ def package_for(
     error: Exception,   # what transformers said
 ) -> str:
     "What to do about a package that a processor misses; empty when the error is about something else."
-    found = re.search(r"requires the (\w+) library|pip install ([\w-]+)|requires `?(torchvision)", str(error), re.I)
-    if not found: return ""
+    forms = r"requires the (\w+) library|pip install ([\w-]+)|(?:requires `?|dependencies: )(torchvision)"
+    if not (found := re.search(forms, str(error), re.I)): return ""
     name = next(filter(None, found.groups())).lower()
     if name != "torchvision": return f"its processor needs {name}; pip install {name}"
-    minor = torch.__version__.split(".")[1]
-    there = ", and the one that is there cannot be imported" if "torchvision" in sys.modules and not sys.modules["torchvision"] else ""
-    return f"its processor needs torchvision{there}; pip install 'torchvision==0.{int(minor) + 15}.*', in the build of torch {torch.__version__}"
+    broken = sys.modules.get("torchvision", torch) is None   # see the package's __init__
+    there = ", and the one that is there cannot be imported" if broken else ""
+    release = f"torchvision==0.{int(torch.__version__.split('.')[1]) + 15}.*"
+    return f"its processor needs torchvision{there}; pip install '{release}', in the build of torch {torch.__version__}"
 
 # %% ../nbs/13_reward.ipynb #2461ad5a
+EXAMPLE = "give e.g. Qwen/Qwen3-VL-8B-Instruct"
+
 def open_processor(
     path,     # folder or hub id
     config,   # of its model
@@ -518,12 +530,10 @@ def open_processor(
         if "torchvision" in package_for(error):
             try: return images_only(path, config)
             except (ImportError, ValueError, OSError) as last: error = last
-        remedy = package_for(error) or f"its processor cannot be read ({str(error).strip().splitlines()[0]}); give a folder or hub id that has one"
-        raise UserError(f"judge {path}: {remedy}") from None
+        why = f"its processor cannot be read ({[*str(error).strip().splitlines(), type(error).__name__][0]}); {EXAMPLE}"
+        raise UserError(f"judge {path}: {package_for(error) or why}") from None
 
 # %% ../nbs/13_reward.ipynb #24c9254a
-EXAMPLE = "give e.g. Qwen/Qwen3-VL-8B-Instruct"
-
 def check_processor(
     path,        # folder or hub id, for the message
     config,      # of its model
@@ -532,8 +542,10 @@ def check_processor(
     "UserError unless the model reads questions about several images."
     refuse = lambda why: UserError(f"judge {path}: {why}; {EXAMPLE}")
     text = config.get_text_config()
-    if getattr(text, "cross_attention_layers", None): raise refuse(f"is an {config.model_type}, whose answer sees the last of several images only (cross-attention)")
-    if config.is_encoder_decoder: raise refuse(f"is a {config.model_type}, an encoder and a decoder, whose reading cannot be shared by several answers")
+    if getattr(text, "cross_attention_layers", None):
+        raise refuse(f"is an {config.model_type}, whose text attends to the images right before it alone")
+    if config.is_encoder_decoder:
+        raise refuse(f"is a {config.model_type}, whose decoder cannot share one reading among several answers")
     if not hasattr(processor, "image_processor"): raise refuse("has no image processor")
     words = processor.tokenizer
     processor.chat_template = processor.chat_template or words.chat_template
@@ -541,8 +553,9 @@ def check_processor(
     words.pad_token = words.pad_token or words.eos_token
     if not words.pad_token: raise refuse("its tokenizer has neither a padding nor an end token")
     turn = dict(role="user", content=[*[dict(type="image")]*3, dict(type="text", text="?")])
-    token, said = getattr(processor, "image_token", None), processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    if token and said.count(token) != 3: raise refuse(f"its chat template makes {said.count(token)} image tokens ({token}) of 3 images")
+    token = getattr(processor, "image_token", None)
+    n = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True).count(token) if token else 3
+    if n != 3: raise refuse(f"its chat template makes {n} image tokens ({token}) of 3 images")
 
 # %% ../nbs/13_reward.ipynb #da14565e
 def open_judge(
@@ -591,7 +604,8 @@ class Judge(Chooser):
         masters = learns and not lora_rank and not facts.get("base") and dtype != torch.float32
         model, processor = open_judge(source, torch.float32 if masters else dtype, meta)
         model.requires_grad_(lora_rank is None)
-        if facts.get("base") and not meta: model = PeftModel.from_pretrained(model, Path(path)/"adapter", is_trainable=True)
+        adapter = Path(path)/"adapter" if facts.get("base") and not meta else None
+        if adapter: model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         elif lora_rank: model = add_lora(model, lora_rank, seed)
         judge = cls(low_adapters(model if meta else model.to(device)), processor, frames_per_video or facts.get("frames_per_video", 5))
         judge.bound(max_pixels or facts.get("max_pixels"))
@@ -713,13 +727,22 @@ def check_judge(
 ) -> int:                  # tokens of a question about two clips
     "UserError unless the judge can be asked about two such clips and has room to answer."
     blank = Video(torch.zeros(2, 3, height, width, dtype=torch.uint8), 8.)
-    item, refuse = pair_item(Pair(prompt, blank, blank), "ab", dimensions), lambda why: UserError(f"judge {judge.source}: {why}")
-    try: n = judge.inputs([item])["input_ids"].shape[1]
+    item = pair_item(Pair(prompt, blank, blank), "ab", dimensions)
+    refuse = lambda why: UserError(f"judge {judge.source}: {why}")
+    few, images, token = copy.copy(judge), 2*judge.frames_per_video, getattr(judge.processor, "image_token", None)
+    few.frames_per_video = 2
+    count = lambda judge: judge.inputs([item])["input_ids"].shape[1]
+    try:
+        said = judge.chat(item).count(token) if token else images
+        if said != images: raise ValueError(f"its chat template makes {said} image tokens")
+        n = count(judge)
     except (ValueError, IndexError, TypeError) as error:
-        raise refuse(f"cannot be asked about {2*judge.frames_per_video} images ({str(error).strip().splitlines()[0]}); {EXAMPLE}") from None
-    text = judge.tokenizer(judge.chat(item), add_special_tokens=False).input_ids
-    context, per = judge.base.config.get_text_config().max_position_embeddings or math.inf, (n - len(text))/judge.frames_per_video
-    if n + max_new_tokens <= context: return n
-    most = int((context - max_new_tokens - len(text))/max(per, 1))
-    remedy = f"lower reward.frames_per_video to {most}, or reward.max_pixels" if most >= 2 else "give one with a longer context"
-    raise refuse(f"a question of {n:,} tokens and a response of {max_new_tokens:,} do not fit its context of {context:,}; {remedy}")
+        why = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise refuse(f"cannot be asked about {images} images ({why}); {EXAMPLE}") from None
+    room = (judge.base.config.get_text_config().max_position_embeddings or math.inf) - max_new_tokens
+    if n <= room: return n
+    most = 2 + (room - count(few))*(judge.frames_per_video - 2)//max(n - count(few), 1)   # frames that fit
+    remedies = [f"lower reward.frames_per_video to {most}"] if most >= 2 else []
+    if not judge.max_pixels: remedies.append("set reward.max_pixels to 200704")
+    raise refuse(f"a question of {n:,} tokens and a response of {max_new_tokens:,} do not fit its context of "
+                 f"{room + max_new_tokens:,}; {' or '.join(remedies) or 'give one with a longer context'}")
