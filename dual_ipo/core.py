@@ -178,7 +178,7 @@ class Video:
     frames: Tensor            # uint8 [T, 3, H, W], RGB 0..255
     fps: float                # frames a second
     path: Path | None = None  # where it lies as mp4, if it does
-    times: list | None = field(default=None, repr=False)  # of each frame, seconds, where frames were left out; None: they follow `fps`
+    times: list | None = field(default=None, repr=False)  # of each frame, seconds; None: they follow `fps`
 
     @classmethod
     def load(cls, path) -> "Video":
@@ -253,7 +253,8 @@ class VideoFile(Video):
     def timing(self) -> tuple[int, float]:
         "How many frames it has, and how many a second, read without decoding them where the file says so."
         try:
-            with av.open(f"file:{self.path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
+            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+            with av.open(f"file:{self.path}", options=options) as container:
                 stream = container.streams.video[0]
                 n = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
                 if n and stream.average_rate: return n, float(stream.average_rate)

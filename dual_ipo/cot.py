@@ -13,6 +13,7 @@ __all__ = ['DIMENSIONS', 'SIDE', 'RANGE', 'TAGS', 'MEANINGS', 'EXAMPLE', 'CLIPS'
 # %% ../nbs/10_cot.ipynb #3f3615cb
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 from .core import Pair, UserError, Video
 
 # %% ../nbs/10_cot.ipynb #23dfc673
@@ -52,8 +53,10 @@ def to_label(
     return {"1": order[0].upper(), "2": order[1].upper()}.get(answer, answer)
 
 # %% ../nbs/10_cot.ipynb #ff451449
-SIDE = re.compile(r"(.*?)\s*(?:^|(?<=\s))[*_`(\[]*([1-5])[*_`]*(?:\s*/\s*5|\s+(?:out\s+)?of\s+5)?[*_`)\]]*\s*\.?\s*")  # words and their grade: 4, **4**, (4), 4/5, 4 out of 5
-RANGE = re.compile(r"(\d)[\s*_`)\]]*(?:[-–—−~.,/&+→]\s*|(?:to|or|and|through|versus|vs|out|of)\b\s*)+$", re.IGNORECASE)  # words that make the grade after them a part of something else: 3.5, 3 to 4, 2/4
+SIDE = re.compile(   # words and their grade: 4, **4**, (4), 4/5, 4 out of 5
+    r"(.*?)\s*(?:^|(?<=\s))[*_`(\[]*([1-5])[*_`]*(?:\s*/\s*5|\s+(?:out\s+)?of\s+5)?[*_`)\]]*\s*\.?\s*")
+RANGE = re.compile(  # an end of words that makes the grade after it a part of something else: 3.5, 3 to 4, 2/4
+    r"(\d)[\s*_`)\]]*(?:[-–—−~.,/&+→]\s*|(?:to|or|and|through|versus|vs|out|of)\b\s*)+$", re.IGNORECASE)
 TAGS = re.compile(r"<\s*/?\s*answer\s*>|<\|(?:begin|end)_of_box\|>", re.IGNORECASE)
 
 def head_of(
@@ -61,12 +64,13 @@ def head_of(
 ) -> re.Pattern:   # its group is the name
     "How a dimension's line begins: its name and a colon, maybe in a list or bold."
     names = "|".join(map(re.escape, sorted(dimensions, key=len, reverse=True)))
-    return re.compile(rf"(?:^|(?<=\s))(?:[-*_`•#>]\s*|\d+\s*[.)]\s*)*({names})[*_`]*\s*:[*_`]*", re.IGNORECASE | re.ASCII)
+    bullets = r"(?:^|(?<=\s))(?:[-*_`•#>]\s*|\d+\s*[.)]\s*)*"
+    return re.compile(rf"{bullets}({names})[*_`]*\s*:[*_`]*", re.IGNORECASE | re.ASCII)
 
 def tidy(
     words: str,      # what a person or a judge wrote about a video
     dimensions,
-) -> str:            # in one line; `|`, `;`, `<`, `>`, colons after a dimension's name and what would join a number to the grade are gone
+) -> str:            # one line without `|;<>`, colons after a dimension's name, and what would join a number to the grade
     "Words that the form can hold, so that they are read back as they were written."
     words = words.translate(str.maketrans("|;<>", ",,  "))
     words = re.sub(rf"({'|'.join(map(re.escape, dimensions))})[\s*_`:]*:", r"\1 ", words, flags=re.IGNORECASE)
@@ -78,7 +82,7 @@ def pair_response(
     verdict: str,            # "A", "B", "same" or "tie"
     order: str = "ab",       # "ab" or "ba"
 ) -> str:
-    "The reasons and the verdict as the judge should write them; `parse_rationale` reads the same words (see `tidy`) and grades back."
+    "The reasons and the verdict as the judge should write them; `parse_rationale` reads them back as `tidy` left them."
     first, second = order
     better = lambda r: to_answer("A" if r["grade_a"] > r["grade_b"] else "B" if r["grade_b"] > r["grade_a"] else "tie", order)
     side = lambda r, which: f"{tidy(r[which], rationale)} {int(r[f'grade_{which}'])}"
@@ -136,17 +140,21 @@ def pair_form(
 ) -> str:
     "How to write about a pair."
     return (f"Write one line for each of these, in this order:\n{list_of(dimensions)}\n"
-            "A line says in a few words what video 1 shows, then its grade, then in a few words what video 2 shows, then its grade, and then which of the two is better: 1, 2 or tie. "
+            "A line says in a few words what video 1 shows, then its grade, then in a few words what video 2 shows, "
+            "then its grade, and then which of the two is better: 1, 2 or tie. "
             f"A grade is a whole number from 1 (bad) to 5 (good). End with your verdict: {VERDICTS}.\n\n"
-            f"Here is an example of the form. It is about two other videos, made from \"a brown dog runs on a beach\":\n{pair_example(dimensions)}")
+            "Here is an example of the form. It is about two other videos, made from \"a brown dog runs on a beach\":\n"
+            f"{pair_example(dimensions)}")
 
 def pair_question(
     prompt: str,            # what both videos were made from
     dimensions=DIMENSIONS,  # reasons wanted; none: only the verdict
 ) -> str:
     "`pair_prompt`, explained."
-    if not dimensions: return f"{CLIPS}{prompt}\n\nWhich video is better, all in all? Answer {VERDICTS}, and write nothing else."
-    return f"{CLIPS}{prompt}\n\nWhich video is better? {pair_form(dimensions)}\n\nNow write about the two videos that you see, in exactly this form."
+    if not dimensions:
+        return f"{CLIPS}{prompt}\n\nWhich video is better, all in all? Answer {VERDICTS}, and write nothing else."
+    return (f"{CLIPS}{prompt}\n\nWhich video is better? {pair_form(dimensions)}\n\n"
+            "Now write about the two videos that you see, in exactly this form.")
 
 # %% ../nbs/10_cot.ipynb #8ad31e5d
 def clip_question(
@@ -156,8 +164,10 @@ def clip_question(
     "`clip_prompt`, explained."
     example = clip_response({d: "4253"[i % 4] for i, d in enumerate(dimensions)})
     return (f"These are frames of a video, each with its time in seconds. It was made from this prompt:\n{prompt}\n\n"
-            f"Grade the video in each of these, in this order:\n{list_of(dimensions)}\nA grade is a whole number from 1 (bad) to 5 (good).\n\n"
-            f"Here is an example of the form. It is about another video:\n{example}\n\nNow grade the video that you see, in exactly this form, and write nothing else.")
+            f"Grade the video in each of these, in this order:\n{list_of(dimensions)}\n"
+            "A grade is a whole number from 1 (bad) to 5 (good).\n\n"
+            f"Here is an example of the form. It is about another video:\n{example}\n\n"
+            "Now grade the video that you see, in exactly this form, and write nothing else.")
 
 # %% ../nbs/10_cot.ipynb #a618b24f
 def frame_labels(
@@ -178,7 +188,11 @@ def frame_list(
 ) -> str:
     "The same in words, for images that stand in a row."
     names = [f"video {i + 1}" for i in range(len(videos))] if len(videos) > 1 else ["the video"]
-    return "\n".join(f"Images {i*n + 1} to {(i + 1)*n} are {name}, at {', '.join(f'{t:.1f}' for t in video.times_at(n))} s." for i, (name, video) in enumerate(zip(names, videos)))
+    lines = []
+    for i, (name, video) in enumerate(zip(names, videos)):
+        times = ", ".join(f"{t:.1f}" for t in video.times_at(n))
+        lines.append(f"Images {i*n + 1} to {(i + 1)*n} are {name}, at {times} s.")
+    return "\n".join(lines)
 
 # %% ../nbs/10_cot.ipynb #53ad31f2
 THINK = re.compile(r"<\s*(/?)\s*think(?:ing)?\s*>", re.IGNORECASE)
@@ -245,9 +259,9 @@ def parse_rationale(
     span = answer_at(text)
     said = text[reply_at(text):span[0]] if span else re.split(r"<\s*answer", text[reply_at(text):])[0]
     parts = head_of(dimensions).split(TAGS.sub(" ", said))
-    named = [(next(d for d in dimensions if d.lower() == name.lower()), read_row(body)) for name, body in zip(parts[1::2], parts[2::2])]
-    found = {name: row for name, row in named if row}
-    return {name: row for name, row in found.items() if all(other in (None, row) for own, other in named if own == name)}
+    names = {d.lower(): d for d in dimensions}   # ASCII letters alone may differ in case
+    rows = [(names[name.lower()], row) for name, body in zip(parts[1::2], parts[2::2]) if (row := read_row(body))]
+    return {name: row for name, row in rows if all(row == other for own, other in rows if own == name)}
 
 # %% ../nbs/10_cot.ipynb #09e522df
 def parse_grades(
@@ -277,7 +291,8 @@ def pair_item(
     videos = [pair.a, pair.b] if order == "ab" else [pair.b, pair.a]
     reasons = {d: pair.rationale[d] for d in dimensions} if dimensions and pair.rationale else None
     response = pair_response(reasons, pair.label, order) if pair.label else ""
-    return Item(pair_prompt(pair.prompt, dimensions), videos, response, "cot" if dimensions else "verdict", pair_question(pair.prompt, dimensions))
+    kind, asked = "cot" if dimensions else "verdict", (pair.prompt, dimensions)
+    return Item(pair_prompt(*asked), videos, response, kind, pair_question(*asked))
 
 # %% ../nbs/10_cot.ipynb #2daa2589
 def clip_item(
@@ -287,7 +302,8 @@ def clip_item(
     grades: dict | None = None,   # {dimension: 1..5} where they are known
 ) -> Item:
     "The question about one clip."
-    return Item(clip_prompt(prompt, dimensions), [video], clip_response(grades) if grades else "", "grade", clip_question(prompt, dimensions))
+    response = clip_response(grades) if grades else ""
+    return Item(clip_prompt(prompt, dimensions), [video], response, "grade", clip_question(prompt, dimensions))
 
 # %% ../nbs/10_cot.ipynb #bb6aeccc
 def cold_start_items(
@@ -299,7 +315,8 @@ def cold_start_items(
     for pair in pairs:
         items += [pair_item(pair, order, []) for order in ("ab", "ba")]
         if not (pair.rationale and dimensions): continue
-        if not any(pair.rationale[d].get("forced") for d in dimensions): items += [pair_item(pair, order, dimensions) for order in ("ab", "ba")]
+        forced = any(pair.rationale[d].get("forced") for d in dimensions)
+        items += [pair_item(pair, order, dimensions) for order in ("ab", "ba") if not forced]
         items += [clip_item(pair.prompt, video, dimensions, {d: pair.rationale[d][f"grade_{side}"] for d in dimensions}) for side, video in (("a", pair.a), ("b", pair.b))]
     return items
 
@@ -324,8 +341,9 @@ def annotation_question(
     "`annotation_prompt`, explained."
     answer = to_answer(pair.label, "ab")
     verdict = "found both videos equally good" if answer == "tie" else f"preferred video {answer}"
-    return (f"{CLIPS}{pair.prompt}\n\nA careful viewer has seen both and {verdict}. Explain why. {pair_form(dimensions)}\n\n"
-            f"Now explain the viewer's verdict on the two videos that you see, in exactly this form. It ends with <answer>{answer}</answer>.")
+    return (f"{CLIPS}{pair.prompt}\n\nA careful viewer has seen both and {verdict}. Explain why. "
+            f"{pair_form(dimensions)}\n\nNow explain the viewer's verdict on the two videos that you see, in exactly this form. "
+            f"It ends with <answer>{answer}</answer>.")
 
 # %% ../nbs/10_cot.ipynb #7d9b05f5
 def check_readable(
@@ -338,7 +356,8 @@ def check_readable(
     n = sum(readable)
     if n >= share*len(texts): return
     shown = ", ".join([repr(text[:80]) for text, good in zip(texts, readable) if not good][:3])
-    raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, reward.min_readable is {share:.0%}), not such as {shown}; "
+    raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, "
+                    f"reward.min_readable is {share:.0%}), not such as {shown}; "
                     "take another judge, raise reward.max_new_tokens if they are cut off, or lower reward.min_readable")
 
 # %% ../nbs/10_cot.ipynb #5d767c13
@@ -349,9 +368,11 @@ def likeliest(
     "The likeliest grades whose sum agrees with a label."
     best = {0: (0., ())}   # lead of A so far → (log-probability, grades)
     for a, b in zip(*logp):
-        longer = [(lead + i - j, (score + a[i] + b[j], (*grades, (i + 1, j + 1)))) for lead, (score, grades) in best.items() for i in range(5) for j in range(5)]
-        best = {}
-        for lead, way in longer: best[lead] = max(way, best.get(lead, way))
+        longer = {}
+        for (lead, (score, grades)), i, j in product(best.items(), range(5), range(5)):
+            way = score + a[i] + b[j], (*grades, (i + 1, j + 1))
+            longer[lead + i - j] = max(way, longer.get(lead + i - j, way))
+        best = longer
     agrees = lambda lead: (lead > 0) - (lead < 0) == {"A": 1, "B": -1}.get(label, 0)
     return max(way for lead, way in best.items() if agrees(lead))[1]
 
@@ -363,9 +384,12 @@ def force(
 ) -> list[dict]:        # a rationale for each, without words
     "Grades of both clips of each pair that agree with its label."
     asked = [clip_item(pair.prompt, clip, dimensions) for pair in pairs for clip in (pair.a, pair.b)]
-    logp = [row for i in range(0, len(asked), batch) for row in judge.choose(asked[i:i + batch], list("12345"), grade_stems(dimensions)).tolist()]
+    logp = []
+    for i in range(0, len(asked), batch):
+        logp += judge.choose(asked[i:i + batch], list("12345"), grade_stems(dimensions)).tolist()
+    row = lambda a, b: dict(a="", b="", grade_a=a, grade_b=b, forced=True)
     grades = [likeliest(both, pair.label) for pair, *both in zip(pairs, logp[::2], logp[1::2])]
-    return [{d: dict(a="", b="", grade_a=a, grade_b=b, forced=True) for d, (a, b) in zip(dimensions, row)} for row in grades]
+    return [{d: row(*both) for d, both in zip(dimensions, own)} for own in grades]
 
 # %% ../nbs/10_cot.ipynb #7c1b9da9
 def annotate(
@@ -377,15 +401,18 @@ def annotate(
     min_readable: float = 0., # share of the tries, see `check_readable`
     **sampling,               # see `Judge.sample`
 ) -> list[Pair]:              # any part of the pairs gives the same as all of them at once
-    "Let the judge write the reasons for human labels; where none of its tries fits the label, it chooses grades that do."
+    "Let the judge write the reasons for human labels; where no try fits the label, it chooses grades that do."
     todo = [p for p in pairs if p.label and not p.rationale]
-    items = [Item(annotation_prompt(p, dimensions), [p.a, p.b], explained=annotation_question(p, dimensions)) for p in todo]
-    tries = judge.sample(items, k, [("annotate", seed, p.pair_id or p.prompt) for p in todo], **sampling) if todo else []
-    read = [[(parse_answer(r.text), parse_rationale(r.text, dimensions)) for r in row] for row in tries]
-    whole = [answer is not None and len(reasons) == len(dimensions) for row in read for answer, reasons in row]
-    check_readable([r.text for row in tries for r in row], whole, min_readable, "annotation")
-    fits = lambda pair, answer, reasons: answer == to_answer(pair.label, "ab") and len(reasons) == len(dimensions)
-    written = [next((reasons for answer, reasons in row if fits(pair, answer, reasons)), None) for pair, row in zip(todo, read)]
-    chosen = iter(force(judge, [pair for pair, reasons in zip(todo, written) if not reasons], dimensions, sampling.get("batch", 64)))
-    written = {id(pair): reasons or next(chosen) for pair, reasons in zip(todo, written)}
+    ask = lambda p: Item(annotation_prompt(p, dimensions), [p.a, p.b], explained=annotation_question(p, dimensions))
+    names = [("annotate", seed, p.pair_id or p.prompt) for p in todo]
+    tries = judge.sample([ask(p) for p in todo], k, names, **sampling) if todo else []
+    read = lambda text: reasons if len(reasons := parse_rationale(text, dimensions)) == len(dimensions) else None
+    texts, rows = [r.text for row in tries for r in row], [read(r.text) for row in tries for r in row]
+    answers = [parse_answer(text) for text in texts]
+    check_readable(texts, [bool(row and answer) for row, answer in zip(rows, answers)], min_readable, "annotation")
+    written = {}
+    for pair, row, answer in zip((pair for pair, row in zip(todo, tries) for _ in row), rows, answers):
+        if row and answer == to_answer(pair.label, "ab"): written.setdefault(id(pair), row)
+    left = [p for p in todo if id(p) not in written]
+    written |= {id(p): row for p, row in zip(left, force(judge, left, dimensions, sampling.get("batch", 64)))}
     return [replace(p, rationale=written.get(id(p), p.rationale)) for p in pairs]

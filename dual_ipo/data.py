@@ -54,7 +54,7 @@ def parse_rationale(
     try:
         given = json.loads(text)
         for reasons in given.values():
-            if set(reasons) - {"forced"} != {"a", "b", "grade_a", "grade_b"}: raise ValueError   # forced: see `cot.force`
+            if set(reasons) - {"forced"} != {"a", "b", "grade_a", "grade_b"}: raise ValueError  # see `cot.force`
             if not all(isinstance(reasons[k], str) for k in "ab"): raise ValueError
             if not {reasons["grade_a"], reasons["grade_b"]} <= {1, 2, 3, 4, 5}: raise ValueError
     except (ValueError, AttributeError, TypeError):

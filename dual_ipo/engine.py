@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from .core import UserError, seed_of
+from .core import UserError, Video, seed_of
 from .reward import Judge, Response
 
 # %% ../nbs/15_engine.ipynb #44ef7901
@@ -95,8 +95,9 @@ class Engine:
         asked = dict(n=k, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, stop_token_ids=ends, logit_bias=forbidden, logprobs=0)
         seeds = [seed_of(*keys) % 2**31 for keys in seed_keys]
         length, images = max(map(len, ids)) + expanded + max_new_tokens, max(len(item.videos) for item in items) * judge.frames_per_video
-        def question(item, own): return dict(prompt_token_ids=own, multi_modal_data=dict(image=[image for video in item.videos for image in video.pil(judge.frames_per_video)]))
-        def read(o): return Response(judge.tokenizer.decode([t for t in o.token_ids if t not in judge.eos]), list(o.token_ids), o.cumulative_logprob)
+        def shown(item): return [image for video in item.videos for image in Video(judge.fit(video.frames_at(judge.frames_per_video)), 1.).pil()]
+        def question(item, own): return dict(prompt_token_ids=own, multi_modal_data=dict(image=shown(item)))
+        def read(o): return Response(judge.said(o.token_ids), list(o.token_ids), o.cumulative_logprob)
         rows, engine = [], self.started(length, images, seeds[0])
         try:
             for i in range(0, len(items), AT_ONCE):

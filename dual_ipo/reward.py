@@ -43,13 +43,15 @@ def control_tokens(
     config,             # of the model
 ) -> dict[str, int]:    # id of each
     "Every token that means something to a chat, or to the processor, other than the answer's own."
-    tokenizer = processor.tokenizer
-    parts = [x.to_dict() for x in (config, config.get_text_config())]
-    known = [i for part in parts for key, i in part.items() if re.search(r"(image|video|vision|boi|eoi).*_(id|index)$", key) and isinstance(i, int)]
-    words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special or MARKUP.fullmatch(token.content)}
-    words |= {word for word in tokenizer.convert_ids_to_tokens([i for i in known if 0 <= i < len(tokenizer)]) if MARKUP.fullmatch(word)}
-    words |= {*tokenizer.all_special_tokens, *(x for name, x in vars(processor).items() if name.endswith("token") and isinstance(x, str))}
-    return {word: tokenizer.convert_tokens_to_ids(word) for word in sorted(words) if word.strip() and not re.fullmatch(r"</?answer>", word)}
+    tokenizer, key = processor.tokenizer, re.compile(r"(image|video|vision|boi|eoi).*_(id|index)")
+    facts = [fact for x in (config, config.get_text_config()) for fact in x.to_dict().items()]
+    known = [i for name, i in facts if key.fullmatch(name) and isinstance(i, int) and 0 <= i < len(tokenizer)]
+    looks = lambda word: MARKUP.fullmatch(word)
+    words = {x.content for x in tokenizer.added_tokens_decoder.values() if x.special or looks(x.content)}
+    words |= {*filter(looks, tokenizer.convert_ids_to_tokens(known)), *tokenizer.all_special_tokens}
+    words |= {x for name, x in vars(processor).items() if name.endswith("token") and isinstance(x, str)}
+    words = sorted(word for word in words if word.strip() and not re.fullmatch(r"</?answer>", word))
+    return {word: tokenizer.convert_tokens_to_ids(word) for word in words}
 
 def pattern_of(
     tokens,
@@ -171,9 +173,11 @@ class VLM:
         self.tokenizer.padding_side = "left"
         eos = self.base.generation_config.eos_token_id
         self.eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        tokens, n = control_tokens(processor, self.base.config), self.base.get_output_embeddings().weight.shape[0]
-        self.markup, self.forbidden = pattern_of(tokens), pattern_of(x for x in tokens if not FORM.fullmatch(x))
-        self.control = sorted({i for x, i in tokens.items() if i is not None and i < n and not FORM.fullmatch(x)} - self.eos)
+        tokens = control_tokens(processor, self.base.config)
+        never = {word: i for word, i in tokens.items() if not FORM.fullmatch(word)}
+        self.markup, self.forbidden = pattern_of(tokens), pattern_of(never)   # not in a question, not in a response
+        n = self.base.get_output_embeddings().weight.shape[0]
+        self.control = sorted({i for i in never.values() if i is not None and i < n} - self.eos)
 
     @property
     def base(self) -> nn.Module: return self.model.get_base_model() if self.is_lora else self.model
@@ -194,10 +198,11 @@ class VLM:
         return self.rooms.setdefault((what, n), Room(n, what))
 
     def template(self, *parts) -> str:
-        "A turn of texts, and of None for each image, as the chat template writes it, with the thinking mode switched off where it has one."
-        content = [dict(type="image") if part is None else dict(type="text", text=defuse(part, self.markup)) for part in parts]
+        "A turn of texts, and of None for each image, as the chat template writes it, thinking off where that can be."
+        text = lambda part: dict(type="text", text=defuse(part, self.markup))
+        turn = dict(role="user", content=[dict(type="image") if part is None else text(part) for part in parts])
         switch = dict(enable_thinking=False) if "enable_thinking" in str(self.processor.chat_template) else {}
-        return self.processor.apply_chat_template([dict(role="user", content=content)], tokenize=False, add_generation_prompt=True, **switch)
+        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, **switch)
 
     @cached_property
     def in_order(self) -> bool:
@@ -207,11 +212,12 @@ class VLM:
 
     @cached_property
     def thinking(self) -> tuple[str, str]:
-        "(what the template has opened, what closes the block before a given answer); empty for a judge that doesn't think, or where that is switched off."
+        "(what the template has opened, what closes the block before a given answer); empty where nothing is thought."
         begun = re.search(r"<(/?)think>\s*$", self.template(""))
         if begun: return ("", "") if begun[1] else ("<think>", "\n</think>\n\n")
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        return "", "<think></think>\n" if {"<think>", "<|begin_of_box|>"} <= added else ""   # GLM's, which begin by themselves
+        glm = {"<think>", "<|begin_of_box|>"} <= added   # begins by itself
+        return "", "<think></think>\n" if glm else ""
 
     def budget(self, max_new_tokens: int) -> int:
         "Tokens for a reply and the thinking before it."
@@ -332,7 +338,8 @@ class Writer(VLM):
         if not isinstance(response, str): return list(response)
         opened, closed = self.thinking
         text = response.removeprefix(opened) if reply_at(response) else closed + response
-        return self.tokenizer(defuse(text, self.forbidden), add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
+        ids = self.tokenizer(defuse(text, self.forbidden), add_special_tokens=False).input_ids
+        return [*ids, self.tokenizer.eos_token_id]
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         "Token lists as (ids, mask), both int64 [B, N], padded on the right."
