@@ -61,7 +61,9 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(params=WORKS)
 def judge(request, checkpoints):
     if not there(request.param): pytest.skip(f"needs {NEEDS[request.param]}")
-    return Judge.load(checkpoints(request.param), lora_rank=4, frames_per_video=2)
+    judge = Judge.load(checkpoints(request.param), lora_rank=4, frames_per_video=2, question="short")
+    judge.max_thinking_tokens = 0
+    return judge
 
 def log_probs(judge, items, said=SAID):
     with torch.no_grad(): return judge.log_probs(items, said)
@@ -105,7 +107,7 @@ def test_choices_are_teacher_forcing_renormalised(judge, pairs):
     item, digits, said = clip_item(pairs[0].prompt, pairs[0].a), list("12345"), ""
     for stem, own in list(zip(grade_stems(), judge.choose([item], digits, grade_stems())[0]))[:2]:
         forced = log_probs(judge, [item]*5,
-                           [judge.tokenizer(f"{said}{stem}{d}", add_special_tokens=False).input_ids for d in digits])
+                           [judge.tokenizer(f"{judge.thinking[1]}{said}{stem}{d}", add_special_tokens=False).input_ids for d in digits])
         torch.testing.assert_close(own, forced.log_softmax(0), **CLOSE)
         said += stem + digits[own.argmax()]
 
@@ -272,7 +274,7 @@ def test_frames_are_scaled_down_in_their_aspect():
                                                        ("Qwen3-VL", None, None)])
 def test_a_question_longer_than_the_context_is_refused(name, max_pixels, refusal, checkpoints):
     judge = Judge.load(checkpoints(name, small=False, weights=False), meta=True, frames_per_video=8,
-                       max_pixels=max_pixels)
+                       max_pixels=max_pixels, question="short")   # a byte is a token here
     if not refusal: return check_judge(judge, 480, 832, 512)
     with pytest.raises(UserError) as error: check_judge(judge, 480, 832, 512)
     assert refusal in str(error.value) and len(first_line(error)) == 1
