@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GPU', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', 'JUDGING', 'STAGES', 'meta_part', 'meta_generator',
            'flops', 'forward_shapes', 'backward_shapes', 'fused_attention', 'as_compiled', 'sizes_of', 'saved_bytes',
-           'Largest', 'largest', 'generator_facts', 'judge_facts', 'text_facts', 'judge_memory', 'stages', 'remedies',
+           'Live', 'live_bytes', 'generator_facts', 'judge_facts', 'text_facts', 'judge_memory', 'stages', 'remedies',
            'changed', 'remedy', 'quicker', 'advice', 'facts_of', 'plan_rows', 'plan', 'fitted', 'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
+import weakref
 from collections import namedtuple
 from contextlib import contextmanager
 from inspect import signature
@@ -111,19 +112,31 @@ def saved_bytes(
     "As `kept_bytes`, with fused attention."
     with fused_attention(): return kept_bytes(run, ignored)
 
-class Largest(TorchDispatchMode):
-    "The largest sum of inputs and outputs of one operation, in bytes."
-    bytes = 0
+class Live(TorchDispatchMode):
+    "Bytes of the tensors that a call makes, as they come and go; `most` at once."
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, set()
+
+    def freed(self, storage: int, size: int):
+        self.alive.discard(storage)
+        self.now -= size
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        own = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
-        self.bytes = max(self.bytes, sum(own.values()))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if not isinstance(x, torch.Tensor) or (key := (storage := x.untyped_storage())._cdata) in self.alive | given: continue
+            self.alive.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.freed, key, storage.nbytes())
+        self.most = max(self.most, self.now)
         return out
 
-def largest(run) -> int:
-    "Bytes that the largest operation of a call touches."
-    with torch.no_grad(), fused_attention(), Largest() as mode: run()
-    return mode.bytes
+def live_bytes(run) -> int:
+    "The most bytes that a call holds at once, besides its inputs and weights."
+    with torch.no_grad(), fused_attention(), Live() as mode: run()
+    return mode.most
 
 # %% ../nbs/32_plan.ipynb #6fe18525
 def generator_facts(
@@ -148,7 +161,7 @@ def generator_facts(
     tokens = latents[0, 0].numel() // g.patch_size**2
     found = dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=blocks,
                 sizes=sizes_of(g, call), attention=4 * tokens**2 * hidden * blocks,
-                work=largest(call), decode_work=largest(lambda: vae.decode(latents)), weights=weights, idle=weights * (len(g.experts) - 1), others=size(g.pipe.text_encoder) + size(vae),
+                work=live_bytes(call), decode_work=live_bytes(lambda: vae.decode(latents)), weights=weights, idle=weights * (len(g.experts) - 1), others=size(g.pipe.text_encoder) + size(vae),
                 optimizer=sum(p.numel() for p in trained) * (4 + 8 + (0 if g.lora_rank else 4)), reference=0 if g.lora_rank else weights, lora=bool(g.lora_rank), tokens=tokens)
     return found | dict(short=found)
 
@@ -207,7 +220,7 @@ def judge_memory(
     examples = at_once(2, config.srpo.batch_size)
     return {"grading": j["weights"] + reading(min(part.batch_size, 64), j["clip"]), "voting": j["weights"] + writing,
             "certainty": 2 * j["weights"] + scoring, "cold start": learning(at_once(1, config.cold_start.batch_size)),
-            "srpo": learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2))}
+            "srpo": max(learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2)), 2 * j["weights"])}   # saving folds a copy
 
 # %% ../nbs/32_plan.ipynb #a09b729a
 def stages(

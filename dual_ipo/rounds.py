@@ -11,6 +11,7 @@ __all__ = ['HELD_OUT', 'device', 'set_deterministic', 'load_generator', 'load_ju
            'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/30_rounds.ipynb #41c16068
+import gc
 import json
 import os
 import time
@@ -121,6 +122,7 @@ class Round:
     def stage(self, name: str, resumes: bool = False):
         "A stage with its own folder, its time added to the round's. UserError naming the setting to change where the GPU's memory is not enough."
         began = time.time()
+        gc.collect()   # the models of the stage before: their parts hold each other
         try:
             with stage(self.folder / name, resumes) as todo: yield todo
         except torch.OutOfMemoryError as error:
