@@ -6,7 +6,7 @@ from dual_ipo.store import is_done, read_json, read_table
 from dual_ipo.studies import Job, config_of, difference, gather, rows_of, run_jobs
 
 SMALL = {"cold_start.steps": 2, "candidates.prompts_per_round": 2, "candidates.per_prompt": 2, "align.steps": 2, "align.batch_size": 2, "votes.pairs": 2, "votes.k": 2, "evaluate.prompts": 2,
-         "srpo.steps": 1, "reward.max_new_tokens": 8}
+         "srpo.steps": 1, "reward.max_new_tokens": 8, "reward.min_readable": 0.}
 
 
 def test_unknown_key_is_named():
