@@ -374,16 +374,15 @@ def fitted(
 ) -> Config:
     "The config with batches that fit the card, and that `count` cards can share; a stage that nothing helps stays as it is."
     if gpu not in GPUS: raise UserError(f"gpu {gpu!r}: choose one of {', '.join(GPUS)}")
-    batch = -(-config.align.batch_size // count) * count
+    batch, card = -(-config.align.batch_size // count) * count, GPUS[gpu]
     config = changed(config, dict(align=dict(batch_size=batch)))
-    for name in [row["stage"] for row in plan_rows(config, gpu, count)]:
-        g, j = facts_of(config)
-        row = next(row for row in stages(config, g, j, GPUS[gpu], count) if row["stage"] == name)
-        while row["memory"] > GPUS[gpu].memory and (changes := remedy(config, g, j, row, GPUS[gpu], count)):
+    g, j = facts_of(config)
+    def row_of(name): return next(row for row in stages(config, g, j, card, count) if row["stage"] == name)
+    for name in [row["stage"] for row in stages(config, g, j, card, count)]:
+        while changes := remedy(config, g, j, row_of(name), card, count):
             config = changed(config, changes)
-            g, j = facts_of(config)
-            row = next(row for row in stages(config, g, j, GPUS[gpu], count) if row["stage"] == name)
-        config = changed(config, quicker(config, g, j, row, GPUS[gpu], count)[0])
+            g, j = facts_of(config)   # other models, other questions
+        config = changed(config, quicker(config, g, j, row_of(name), card, count)[0])
     return config
 
 # %% ../nbs/32_plan.ipynb #d1264169

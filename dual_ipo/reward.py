@@ -355,7 +355,7 @@ class Writer(VLM):
         "log π(token | question, tokens before it) as float32 [B, N], and the mask of real tokens."
         ids, mask = self.pad([self.ids(r) for r in responses])
         x = self.inputs(items)
-        N, P = ids.shape[1], x["input_ids"].shape[1]
+        N = ids.shape[1]
         at = self.positions(x)
         at = torch.cat([at, at[..., -1:] + torch.arange(1, N + 1, device=self.device)], -1)
         x |= {k: torch.cat([x[k], dict(input_ids=ids, attention_mask=mask).get(k, torch.zeros_like(ids))], 1) for k in PER_TOKEN if k in x}

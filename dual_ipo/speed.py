@@ -22,10 +22,8 @@ from threading import Thread
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel

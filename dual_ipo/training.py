@@ -133,10 +133,10 @@ class Room:
             try: return run()
             except torch.OutOfMemoryError:
                 if self.n <= 1: raise
-            self.n //= 2   # not in the `except`, which holds on to the tensors of the attempt
+            failed, self.n = self.n, self.n//2   # not in the `except`, which holds on to the tensors of the attempt
             undo()
             if torch.cuda.is_available(): torch.cuda.empty_cache()
-            print(f"{self.what}: not enough memory for {2*self.n} at once; {self.n} at once from here on", flush=True)
+            print(f"{self.what}: not enough memory for {failed} at once; {self.n} at once from here on", flush=True)
 
     def map(self,
         run: Callable,   # list of items -> as many results
