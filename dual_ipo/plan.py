@@ -180,9 +180,10 @@ def judge_facts(
     asked = dict(pair=pair_item(Pair(words, clip, clip), "ab", part.dimensions if config.votes.reasons else []), clip=clip_item(words, clip, part.dimensions))
     tokens = {name: judge.inputs([item])["input_ids"].shape[1] for name, item in asked.items()}
     size = dtype.itemsize
-    weights = parameters * size + adapters * 4
+    weights = parameters * size + adapters * 4 * (config.rounds if part.lora_rank else 1)   # in the last round, those of all before as one
+    past = adapters * size * config.rounds   # frozen beside those in training
     training = 16 * adapters + parameters * size if part.lora_rank else parameters * (16 + (size if size < 4 else 0))   # fp32 weights, gradients, two moments
-    return tokens | text_facts(judge.base.config.get_text_config(), size) | dict(parameters=parameters, weights=weights, training=training)
+    return tokens | text_facts(judge.base.config.get_text_config(), size) | dict(parameters=parameters, weights=weights, training=training, past=past)
 
 def text_facts(
     text,        # a VLM's text config
@@ -220,7 +221,7 @@ def judge_memory(
     examples = at_once(2, config.srpo.batch_size)
     return {"grading": j["weights"] + reading(min(part.batch_size, 64), j["clip"]), "voting": j["weights"] + writing,
             "certainty": 2 * j["weights"] + scoring, "cold start": learning(at_once(1, config.cold_start.batch_size)),
-            "srpo": max(learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2)), 2 * j["weights"])}   # saving folds a copy
+            "srpo": learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2)) + j["past"]}
 
 # %% ../nbs/32_plan.ipynb #a09b729a
 def stages(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MARKUP', 'FORM', 'PER_TOKEN', 'EXAMPLE', 'LARGE', 'control_tokens', 'pattern_of', 'defuse', 'RoomyLayer', 'Read',
            'no_dropout', 'smaller', 'scaled_down', 'VLM', 'uniform', 'pick', 'Response', 'chosen', 'Writer', 'common',
-           'Chooser', 'experts', 'add_lora', 'Settings', 'images_only', 'package_for', 'open_processor',
-           'check_processor', 'open_judge', 'Judge', 'check_judge']
+           'Chooser', 'experts', 'lora_config', 'ranked', 'add_lora', 'join_lora', 'learned_lora', 'freeze_lora',
+           'frozen_alone', 'save_lora', 'Settings', 'images_only', 'package_for', 'open_processor', 'check_processor',
+           'open_judge', 'Judge', 'check_judge']
 
 # %% ../nbs/13_reward.ipynb #be1ae931
 import copy, math, re, sys
@@ -16,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 import torch.nn.functional as F
 from torch import Tensor, nn
 import transformers
@@ -475,18 +478,96 @@ def experts(
     return [f"{name}.{own}" for name, m in language if not isinstance(m, nn.modules.conv._ConvNd)
             for own, p in m.named_parameters(recurse=False) if p.ndim == 3] or None
 
-# %% ../nbs/13_reward.ipynb #1e60f4d7
-def add_lora(
+# %% ../nbs/13_reward.ipynb #8837ab43
+def lora_config(
     model: nn.Module,
+    rank: int,
+) -> LoraConfig:
+    "Adapters on every linear layer and every expert outside the vision tower, their scale 2 at any rank."
+    return LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear", exclude_modules=r".*(vision|visual).*",
+                      target_parameters=experts(model), lora_dropout=0.)
+
+def ranked(config: LoraConfig, rank: int) -> LoraConfig:
+    "The same adapters of another rank; peft gives some of a mixture's a multiple of it."
+    more = {name: n*rank//config.r for name, n in config.rank_pattern.items()}
+    return replace(copy.deepcopy(config), r=rank, lora_alpha=2*rank, rank_pattern=more, alpha_pattern={name: 2*n for name, n in more.items()},
+                   inference_mode=False)
+
+# %% ../nbs/13_reward.ipynb #2438afaf
+def add_lora(
+    model: nn.Module,    # may have a frozen adapter "past"
     rank: int,
     seed: int = 0,       # of the adapters' random half
 ) -> PeftModel:
-    "Fresh adapters on every linear layer and every expert outside the vision tower; they change nothing yet."
-    config = LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear", exclude_modules=r".*(vision|visual).*",
-                        target_parameters=experts(model), lora_dropout=0.)
+    "Fresh adapters; they change nothing yet."
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("lora", seed))
-        return get_peft_model(model, config)
+        if not isinstance(model, PeftModel): return get_peft_model(model, lora_config(model, rank))
+        model.add_adapter("default", ranked(model.peft_config["past"], rank))
+    model.base_model.set_adapter(["past", "default"])
+    for name, p in model.named_parameters(): p.requires_grad_(".default." in name)
+    return model
+
+# %% ../nbs/13_reward.ipynb #57f19ca8
+def join_lora(
+    parts: list[Tensor],   # one layer's A [experts·rank, in] of every adapter, or B [out, rank·experts]; no mixture: one expert
+    ranks: list[int],
+    is_A: bool,
+) -> Tensor:
+    "The A, or the B, of one adapter that does what all do together."
+    if is_A: return torch.cat([w.view(-1, r, w.shape[1]) for w, r in zip(parts, ranks)], 1).flatten(0, 1)
+    return torch.cat([w.view(len(w), r, -1) for w, r in zip(parts, ranks)], 1).flatten(1)
+
+# %% ../nbs/13_reward.ipynb #7e29706c
+def learned_lora(
+    model: PeftModel,
+) -> tuple[dict, int]:   # (tensors as one adapter, its rank)
+    "All that a judge's adapters do, frozen or in training."
+    adapters = [name for name in ("past", "default") if name in model.peft_config]
+    parts = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters]
+    def joined(key):
+        layer, part = key.rsplit(".lora_", 1)
+        ranks = [model.get_submodule(layer).r[adapter] for adapter in adapters]
+        return join_lora([lora[key] for lora in parts], ranks, part[0] == "A")
+    return {key: joined(key) for key in parts[0]}, sum(model.peft_config[adapter].r for adapter in adapters)
+
+# %% ../nbs/13_reward.ipynb #518834c4
+def freeze_lora(
+    model: PeftModel,
+) -> PeftModel:          # with an adapter "past" and no other
+    "Freeze what the adapters have learned, as one in the weights' dtype."
+    lora, rank = learned_lora(model)
+    config = ranked(model.peft_config["default"], rank)
+    model = get_peft_model(model.unload(), config, adapter_name="past", autocast_adapter_dtype=False)
+    set_peft_model_state_dict(model, lora, adapter_name="past")
+    return model.requires_grad_(False)
+
+# %% ../nbs/13_reward.ipynb #48665d31
+@contextmanager
+def frozen_alone(
+    model: PeftModel,
+):
+    "Inside, only what is frozen is computed."
+    if "past" not in model.peft_config:
+        with model.disable_adapter(): yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for m in layers: m._active_adapter = ["past"]   # peft's own switch would let them learn again
+    try: yield
+    finally:
+        for m in layers: m._active_adapter = ["past", "default"]
+
+# %% ../nbs/13_reward.ipynb #f649d080
+def save_lora(
+    model: PeftModel,
+    folder,
+):
+    "Write all that the adapters do as one, in peft's layout."
+    lora, rank = learned_lora(model)
+    config = ranked(model.peft_config["default"], rank)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({name: w.detach().float().contiguous() for name, w in lora.items()}, Path(folder)/"adapter_model.safetensors", dict(format="pt"))
 
 # %% ../nbs/13_reward.ipynb #5e533860
 class Settings(dict):
@@ -621,18 +702,21 @@ class Judge(Chooser):
         judge.source = str(Path(source).resolve()) if Path(source).is_dir() else source
         return judge
 
-    def save(self, folder, whole: bool = False):
-        "Write it as the hub has it: adapter files and the base's name for LoRA on untouched weights, otherwise, or if asked, the whole model."
-        folder, base = Path(folder), self.source if self.is_lora and not whole else None
-        if base: self.model.save_pretrained(folder/"adapter")
+    def save(self, folder):
+        "Write it as the hub has it: for LoRA one adapter that is all so far, and the base's name, otherwise the whole model."
+        folder, base = Path(folder), self.source if self.is_lora else None
+        if base: save_lora(self.model, folder/"adapter")
         else: (copy.deepcopy(self.model).merge_and_unload() if self.is_lora else self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
         write_json(folder/"judge.json", dict(base=base, frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question))
 
-    def merge(self, seed: int = 0) -> "Judge":
-        "Fold the adapters into the weights and start with fresh ones: the reference is now what the judge has become."
-        rank = self.model.peft_config["default"].r
-        self.model, self.source = low_adapters(add_lora(self.model.merge_and_unload(), rank, seed)).eval(), None
+    def merge(self,
+        rank: int | None = None,   # of the fresh adapters; None: that of those in training
+        seed: int = 0,
+    ) -> "Judge":
+        "Freeze the adapters and start with fresh ones: the reference is now what the judge has become."
+        rank = rank or self.model.peft_config["default"].r
+        self.model = low_adapters(add_lora(freeze_lora(self.model), rank, seed)).eval()
         return self
 
     @contextmanager
@@ -657,9 +741,9 @@ class Judge(Chooser):
 
     @contextmanager
     def reference(self):
-        "Inside, the judge is its reference: adapters off, or the frozen copy."
+        "Inside, the judge is its reference: the adapters in training off, or the frozen copy."
         if self.is_lora:
-            with self.model.disable_adapter(): yield self
+            with frozen_alone(self.model): yield self
             return
         if self.frozen is None: raise RuntimeError("no reference: call freeze_reference() before training all weights")
         trained, self.model = self.model, self.frozen

@@ -413,7 +413,7 @@ def update_judge(r: Round, pairs: list, rows: list, history: list, human: PairTa
     with r.stage("srpo", resumes=True) as todo:
         if todo:
             judge, lambda_human = r.judge(r.before("reward"), learns=True), s.lambda_human if len(human) else 0.
-            if judge.is_lora: judge.merge(r.config.seed)
+            if judge.is_lora: judge.merge(r.config.reward.lora_rank, r.config.seed)
             srpo(judge, pairs, rows, r.folder / "srpo", steps=s.steps * (2 if reasons else 1), batch_size=s.batch_size, lr=s.lr, beta=s.beta,
                  seed=r.config.seed, lambda_win=s.lambda_win, human=human_items(r, human) if lambda_human else [], lambda_human=lambda_human,
                  dimensions=r.sampling["dimensions"], checkpointing=r.config.reward.checkpointing)

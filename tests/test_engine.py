@@ -1,5 +1,6 @@
 "vLLM behind the judge's call: what it is asked, what is made of its answers, and what a user sees where there is none."
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,12 +28,14 @@ def pair(i):
 
 def play(monkeypatch, said, seen):
     class LLM:
-        llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: seen.update(shut=True)))
+        llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: seen.update(shut=True)), add_lora=lambda request: seen.update(added=request))
         def __init__(self, **settings): seen.update(settings=settings)
-        def generate(self, questions, asked, use_tqdm):
-            seen.update(questions=questions, asked=asked)
+        def generate(self, questions, asked, use_tqdm, lora_request=None):
+            seen.update(questions=questions, asked=asked, lora=lora_request, files=lora_request and {p.name for p in Path(lora_request.path).iterdir()})
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=said, cumulative_logprob=-1.5) for _ in range(s.n)]) for s in asked]
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **asked: SimpleNamespace(**asked)))
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda name, number, path: SimpleNamespace(name=name, path=path)))
 
 
 def test_the_engine_is_asked_what_the_judge_would_read(judge, monkeypatch):
@@ -46,6 +49,18 @@ def test_the_engine_is_asked_what_the_judge_would_read(judge, monkeypatch):
     assert seen["settings"]["max_model_len"] >= read + 20
     assert [v.ids for v in found[0].votes] == [said] * 4 and all(v.log_prob == -1.5 for v in found[0].votes)
     assert found[0].label == "tie" and found[0].p_a == .5   # "1" in both orders: each clip was called better twice
+
+
+def test_an_adapter_runs_beside_its_base(monkeypatch):
+    judge, seen = Judge.load(CHECKPOINTS / "judge", lora_rank=6).merge(6), {}
+    judge.engine = Engine(judge)
+    play(monkeypatch, judge.ids("<answer> 1 </answer>"), seen)
+    judge.vote([pair(0)], 2, ("x",), max_new_tokens=20)
+    assert seen["settings"]["model"] == judge.source and seen["settings"]["max_lora_rank"] == 16 and seen["lora"] is seen["added"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= seen["files"]   # still there when it is read
+    judge.merge(600)
+    with pytest.raises(UserError, match="adapters up to rank 512, the judge has learned 612; set it to transformers, or lower reward.lora_rank"):
+        judge.vote([pair(0)], 2, ("x",), max_new_tokens=20)
 
 
 def test_where_it_is_missing_or_fails_the_user_reads_one_line(judge, monkeypatch):

@@ -7,7 +7,7 @@ import tiny
 from dual_ipo.align import align, errors, in_parts, step_loss
 from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
 from dual_ipo.core import UserError, generator, noise
-from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
 from dual_ipo.kernels import keep, kept_bytes
 from dual_ipo.losses import KtoBaseline
 from dual_ipo.speed import REAL, real_generator
@@ -198,6 +198,34 @@ def test_every_timestep_belongs_to_the_expert_that_the_pipeline_would_ask(paths)
     assert drawn[0].max() > 990 and drawn[0].min() < 876 and drawn[1].max() > 874 and sum(g.shares) == 1
     assert g.shares == pytest.approx([.3, .7])   # u = σ/(3 − 2σ) = 0.7 at σ = 0.875
 
+@pytest.mark.parametrize("kind", ["wan unipc", "cogvideox 2b"])
+def test_five_small_rounds_in_bf16_are_kept(paths, kind, tmp_path):
+    "As large as 200 steps at 1e-5 make them: in the next round, its reference, its samples and in diffusers alike."
+    settings = tiny.SETTINGS | dict(lora_rank=8, dtype=torch.bfloat16)
+    g, learned = Generator.load(paths[kind], **settings), {}
+    for k in range(5):
+        learn(g, k, 3e-4)
+        lora = g.lora()
+        for name in layers_of(lora):
+            learned[name] = learned.get(name, 0) + lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+        g.save(tmp_path/f"round_{k}")
+        trained = g.error(*batch(g)).detach()
+        g.merge()
+    again = Generator.load(tmp_path/"round_4", **settings)
+    for m in (g.transformer, again.transformer):
+        layers = {name: m.get_submodule(name).base_layer for name in learned}
+        used = torch.cat([(layer.B.float() @ layer.A.float()).flatten() for layer in layers.values()])
+        wanted = torch.cat([change.flatten() for change in learned.values()])
+        assert abs(used @ wanted/wanted.square().sum() - 1) < .01 and (used - wanted).norm() < .02*wanted.norm()
+    plain = DiffusionPipeline.from_pretrained(paths[kind], dtype=torch.bfloat16)
+    plain.load_lora_weights(tmp_path/"round_4")
+    x = batch(g)
+    with torch.no_grad(), g.reference() as reference:
+        found = [g.error(*x, model) for model in (reference, again.transformer, plain.transformer)]
+    assert all(torch.equal(e, found[0]) for e in found)
+    torch.testing.assert_close(found[0], trained, rtol=.01, atol=1e-3)
+    assert torch.equal(g.sample(PROMPTS[:1], KEYS[:1])[0], again.sample(PROMPTS[:1], KEYS[:1])[0])
+
 def test_both_experts_load_in_plain_diffusers(paths, tmp_path):
     "Two files of two rounds, opened as diffusers opens them: the same clips, at two guidance scales."
     settings = tiny.SETTINGS | dict(guidance_scale_2=2.)
@@ -335,7 +363,7 @@ import sys, json, torch; torch.set_num_threads(1)
 from dual_ipo.training import ranks; ranks()
 import dual_ipo.align
 from dual_ipo.align import align
-from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
 from dual_ipo.store import write_json
 path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
 g = Generator.load(path, lora_rank=2, **settings)

@@ -82,7 +82,7 @@ def test_a_batch_in_shares_and_blocks_computed_twice_learn_the_same(checkpoint, 
         monkeypatch.setattr(stage, "at_once", lambda judge, items, what, responses=1, n=n: Room(n, what))
         judge = load(checkpoint, lora_rank=lora_rank)
         first = cold_start(judge, items, tmp_path/f"{name} cold", steps=4, lr=1e-3, batch_size=6, checkpointing=twice)
-        if judge.is_lora: judge.merge()
+        if judge.is_lora: judge.merge(4)
         paths = [[path(judge, p, "A", "ab", -1.), path(judge, p, "B", "ab", -2.)] for p in pairs]
         rows = [dict(label="A", kept=True, pce=.8, weight=.8, votes=["A", "B"], paths=own) for own in paths]
         then = srpo(judge, bare, rows, tmp_path/f"{name} srpo", steps=3, lr=1e-4, beta=.5, batch_size=6, human=items, lambda_human=1., lambda_win=1., checkpointing=twice)

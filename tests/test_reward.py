@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from dual_ipo.core import Pair, UserError, Video, generator
+from dual_ipo.core import Pair, UserError, Video, generator, noise
 from dual_ipo.cot import DIMENSIONS, annotate, clip_item, cold_start_items, grade_stems, pair_item, pair_response, parse_answer, parse_grades, parse_rationale
 from dual_ipo.pce import FORMS, ece, log_ratios, mean_reward, pce
 from dual_ipo.reward import Judge, uniform
@@ -167,13 +168,35 @@ def test_saving_keeps_the_judge(checkpoint, judge, pairs, tmp_path):
     assert read_json(tmp_path/"lora/judge.json")["base"] == str(checkpoint.resolve()) and not (tmp_path/"lora/model.safetensors").exists()
     assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {n for n, p in judge.model.named_parameters() if p.requires_grad}
     learned = scores(judge, pairs)
-    judge.merge()
+    judge.merge(4)
     with judge.reference(): torch.testing.assert_close(scores(judge, pairs), learned, **CLOSE)
     assert not torch.equal(scores(learn(judge, pairs), pairs), learned)
     judge.save(tmp_path/"whole")
     torch.testing.assert_close(scores(Judge.load(tmp_path/"whole"), pairs), scores(judge, pairs), **CLOSE)
     fresh = Judge.load(tmp_path/"whole", lora_rank=4)
     assert fresh.is_lora and torch.equal(scores(fresh, pairs), scores(Judge.load(tmp_path/"whole"), pairs))
+
+def test_five_small_updates_in_bf16_are_kept(checkpoint, pairs, tmp_path):
+    "As large as 200 steps at 1e-5 make them: in the judge that goes on, in its reference and when it is loaded again."
+    judge, learned = Judge.load(checkpoint, lora_rank=8, frames_per_video=2, dtype=torch.bfloat16), {}
+    changes = lambda m: {name: sum(2*layer.lora_B[a].weight.float() @ layer.lora_A[a].weight.float() for a in layer.lora_A)
+                         for name, layer in m.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for k in range(5):
+        with torch.no_grad():
+            for name, p in judge.model.named_parameters():
+                if ".lora_B.default" in name: p.copy_(3e-4*noise(p.shape, k, name))
+        trained = scores(judge, pairs)
+        judge.save(tmp_path/f"round_{k}")
+        learned = {name: learned.get(name, 0) + 2*layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                   for name, layer in judge.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        judge.merge(8)
+        with judge.reference(): torch.testing.assert_close(scores(judge, pairs), trained, atol=.2, rtol=0)   # rounded once less
+    wanted = torch.cat([w.flatten() for w in learned.values()])
+    again = Judge.load(tmp_path/"round_4", dtype=torch.bfloat16)
+    for model in (judge.model, again.model):
+        used = torch.cat([w.flatten() for w in changes(model).values()])
+        assert abs(used @ wanted/wanted.square().sum() - 1) < .01 and (used - wanted).norm() < .02*wanted.norm()
+    assert read_json(tmp_path/"round_4"/"judge.json")["base"] == str(checkpoint.resolve()) and not list((tmp_path/"round_4").glob("model*"))
 
 def test_no_judge_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"): Judge.load(tmp_path/"nothing")
@@ -256,7 +279,7 @@ def test_learning_starts_at_a_margin_of_zero(judge, pairs, tmp_path):
     assert not any(row["kept"] for row in rows if row["label"] in ("tie", "invalid") or not row["consistent"])
     write = lambda text, order: vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
     rows = [row | dict(kept=True, pce=.8, weight=.8, label="A", votes=["A"], paths=[write("<answer>1</answer>", "ab")]) for row in rows]
-    judge.merge()
+    judge.merge(4)
     history = srpo(judge, bare, rows, tmp_path/"srpo", steps=4, lr=1e-2, beta=.5, batch_size=4, dimensions=[], warmup=0)
     assert history[0]["loss"] == pytest.approx(.8*math.log(2), abs=1e-3) and history[0]["reward_w"] == pytest.approx(0, abs=1e-3)
     assert history[-1]["loss"] < history[0]["loss"] and history[-1]["reward_w"] > history[-1]["reward_l"]
