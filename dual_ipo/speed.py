@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COG', 'REAL', 'COG_VAE', 'WAN_5B_VAE', 'XXL', 'DEVICE', 'JUDGE', 'IMAGE', 'QWEN_CHAT', 'CONTROL', 'REASONS', 'PARTS',
-           'real_generator', 'seconds', 'peak_gb', 'patches', 'attention_flops', 'attention_kernel', 'ceilings',
-           'limit', 'a_batch', 'peers_loss', 'a_step', 'training', 'sampling', 'judge_tokenizer', 'judge_files',
-           'real_judge', 'dictated', 'a_video', 'judging', 'utilisation', 'timeline', 'a_run', 'whole_round', 'measure']
+           'FEW', 'real_generator', 'seconds', 'peak_gb', 'patches', 'attention_flops', 'attention_kernel', 'ceilings',
+           'limit', 'a_batch', 'peers_loss', 'a_step', 'training', 'learn_a_little', 'sampling', 'judge_tokenizer',
+           'judge_files', 'real_judge', 'dictated', 'a_video', 'judging', 'utilisation', 'timeline', 'a_run',
+           'whole_round', 'measure']
 
 # %% ../nbs/71_speed.ipynb #738fa82e
 import gc
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 from .align import step_loss
 from .config import parse_config
 from . import reward
-from .core import Pair, Video, generator, noise
+from .core import Pair, Video, generator, noise, seed_of
 from .cot import DIMENSIONS, clip_prompt, pair_item, pair_prompt, pair_response
 from .data import write_pairs
 from .generator import CogVideoX, Generator, Wan
@@ -40,8 +41,8 @@ from .kernels import activate_flash4, blocks_of, fit, has_flash4, keep
 from .losses import KtoBaseline, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
-from .rounds import Round, run_round
-from .store import Run, write_json
+from .rounds import HELD_OUT, Round, run_round
+from .store import Run, read_table, write_json
 from .toyworld import toy_prompts
 
 # %% ../nbs/71_speed.ipynb #e963bc5a
@@ -230,15 +231,24 @@ def training(
         return dict(model=name, recipe=recipe, objective=objective, lora_rank=lora_rank, chosen=chosen, seconds=took, peak_gb=peak_gb(step), first_margin=logit)
 
 # %% ../nbs/71_speed.ipynb #ff2cc0a3
+def learn_a_little(g: Generator, k: int):
+    "A round's worth of change, as 200 steps at 1e-5 make it, and the next round begins."
+    with torch.no_grad():
+        for name, p in g.transformer.named_parameters():
+            if ".lora_B" in name: p.copy_(3e-4 * noise(p.shape, "learned", k, name))
+    g.merge()
+
 def sampling(
     name: str,
     recipe: str,     # "ours", "diffusers": the plain pipeline, or "diffusers flash" as above
     steps: tuple = (1, 4), n: int = 1,
+    learned: int = 0,   # rounds whose adapters stand beside the weights
     **settings,      # of `Generator`
 ) -> dict:
     "Time of a denoising step and of decoding one clip; of a clip of 50 steps."
     g = real_generator(name, DEVICE, **dict(attention="native", compile=False) if recipe != "ours" else settings)
     if recipe != "ours": g.transformer.unload_lora()
+    for k in range(learned): learn_a_little(g, k)
     g.negative = [noise((g.max_sequence_length, 4096), "negative").bfloat16()]
     text = [noise((g.max_sequence_length, 4096), "text").bfloat16()]
     decode = g.pipe.vae.decode
@@ -252,7 +262,7 @@ def sampling(
     few, many = (seconds(lambda: clip(k, False), n) for k in steps)
     whole = seconds(lambda: clip(steps[0], True), n)
     step, decoding = (many - few) / (steps[1] - steps[0]), whole - few
-    return dict(model=name, recipe=recipe, attention=g.attention, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    return dict(model=name, recipe=recipe, learned=learned, attention=g.attention, step=step, decoding=decoding, clip=50 * step + decoding, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
 
 # %% ../nbs/71_speed.ipynb #f13809b3
 JUDGE = dict(text_config=dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
@@ -333,12 +343,13 @@ def a_video(*key, shape: tuple = (81, 480, 832), fps: float = 16.) -> Video:
     return Video((noise((T, 3, 8, 13), *key) * 64 + 128).clamp(0, 255).byte().repeat_interleave(-(-H // 8), 2).repeat_interleave(-(-W // 13), 3)[..., :H, :W].contiguous(), fps)
 
 def judging(
+    folder=None,      # of the judge; None: `real_judge`
     k: int = 8, pairs: int = 4, max_pixels: int | None = 200704,
-    **changes,   # of `JUDGE`'s text_config
+    lora_rank: int | None = None,   # of an adapter: 64 a round
 ) -> dict:
     "Votes on a pair by the default judge: K calls of the model's own `generate` (two are timed, one in each order), and ours; on several pairs at once; grades of a clip."
-    with tempfile.TemporaryDirectory() as folder:
-        judge = Judge.load(real_judge(folder, DEVICE, **changes), device=DEVICE, dtype=torch.bfloat16, frames_per_video=8, max_pixels=max_pixels)
+    with tempfile.TemporaryDirectory() as made:
+        judge = Judge.load(folder or real_judge(made, DEVICE), device=DEVICE, dtype=torch.bfloat16, frames_per_video=8, max_pixels=max_pixels, lora_rank=lora_rank)
     many = [Pair(f"a red circle {i}", a_video("a", i), a_video("b", i), pair_id=str(i)) for i in range(pairs)]
     written = []
     def ours(some):
@@ -350,7 +361,7 @@ def judging(
         for x in inputs: judge.model.generate(**x, do_sample=True, temperature=.7, top_p=.95, max_new_tokens=tokens, min_new_tokens=tokens)
     clips = [(p.prompt, p.a) for p in many]
     with torch.no_grad():
-        return dict(parameters=sum(p.numel() for p in judge.model.parameters()), prompt_tokens=inputs[0]["input_ids"].shape[1], k=k, tokens=tokens, max_pixels=max_pixels,
+        return dict(parameters=sum(p.numel() for p in judge.model.parameters()), prompt_tokens=inputs[0]["input_ids"].shape[1], k=k, tokens=tokens, max_pixels=max_pixels, lora_rank=lora_rank,
                     naive=seconds(naive, 1, 1) * k / 2, ours=seconds(lambda: ours(many[:1]), 1, 1), ours_each=together, pairs=pairs,
                     grades_each=seconds(lambda: judge.grades(clips), 2) / pairs, peak_gb=peak_gb(lambda: ours(many)))
 
@@ -387,9 +398,10 @@ def a_run(
     name: str,            # of REAL
     steps: int,           # of denoising
     judge=None,           # checkpoint; None: `real_judge`
+    human: int = 8,       # pairs without reasons, every fourth of them on a prompt that is held out
     **settings,           # sections of the config, over the defaults
 ) -> Run:
-    "A run of a real model at the config's defaults, counts aside, with all that it reads: 4 prompts, 8 human pairs without reasons."
+    "A run of a real model at the config's defaults, counts aside, with all that it reads."
     folder = Path(folder)
     g = real_generator(name, DEVICE, None, whole=DEVICE == "cuda")
     g.transformer.to(torch.bfloat16)
@@ -399,7 +411,9 @@ def a_run(
     (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n")
     (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:few]) + "\n")
     clips = [a_video("clip", i, shape=shape, fps=g.fps) for i in range(4)]
-    write_pairs(folder, [Pair(prompts[i], clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i in range(8)])
+    held = [p for p in prompts if seed_of("held out", 0, p) < HELD_OUT * 2**63]
+    asked = [held[i // 4] if i % 4 == 3 else prompts[i] for i in range(human)]
+    write_pairs(folder, [Pair(p, clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i, p in enumerate(asked)])
     own = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "guidance_scale", "max_sequence_length")}
     files = {key: str(folder / file) for key, file in dict(prompts="prompts.txt", eval_prompts="eval_prompts.txt", pairs="pairs.csv").items()}
     small = dict(generator=own | dict(path=str(folder / "generator"), num_inference_steps=steps), reward=dict(path=str(judge)), data=files, cold_start=dict(steps=1),
@@ -427,9 +441,10 @@ def whole_round(
         began = time.time()
         with utilisation() as used, timeline() as seen, dictated():
             for k in (0, 1): run_round(run, k)
+        margins = {stage: read_table(run.folder / "round_01" / stage / "history.parquet")[0] for stage in ("align", "srpo")}
     at = lambda s: [share for t, share in used if s["start"] <= t < s["end"]]
     found = [s | dict(start=s["start"] - began, end=s["end"] - began, busy=statistics.mean(at(s)) if at(s) else None, planned_gb=planned.get(STAGES[s["stage"]][0])) for s in seen]
-    return dict(model=name, denoising_steps=steps, memory=memory, config=json.loads(json.dumps(run.config).replace(f"{folder}/", "")), stages=found,
+    return dict(model=name, denoising_steps=steps, memory=memory, first_steps=margins, config=json.loads(json.dumps(run.config).replace(f"{folder}/", "")), stages=found,
                 used=[(round(t - began, 1), share) for t, share in used])
 
 # %% ../nbs/71_speed.ipynb #9e1ecb68
@@ -443,7 +458,11 @@ for _name in ("Wan2.1-1.3B", "CogVideoX-2B"):
 PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", n=1), "train CogVideoX-5B peers flash": lambda: training("CogVideoX-5B", "peers flash", n=1), "train CogVideoX-5B ours": lambda: training("CogVideoX-5B", "ours", n=2),
           "sample CogVideoX-5B diffusers": lambda: sampling("CogVideoX-5B", "diffusers", (1, 3)), "sample CogVideoX-5B diffusers flash": lambda: sampling("CogVideoX-5B", "diffusers flash", (1, 3)), "sample CogVideoX-5B ours": lambda: sampling("CogVideoX-5B", "ours", (1, 3)),
           "judge": judging, "judge of whole frames": lambda: judging(max_pixels=None)}
-PARTS |= {f"round {_name}": lambda name=_name: whole_round(name, memory=80e9) for _name in ("Wan2.1-1.3B", "Wan2.2-5B", "CogVideoX-2B")}   # on a card of 80 GB
+PARTS |= {f"judge of {k} rounds": lambda k=k: judging(lora_rank=64 * k) for k in (1, 5)}
+PARTS |= {f"sample Wan2.1-1.3B after {k} rounds": lambda k=k: sampling("Wan2.1-1.3B", "ours", (1, 3), learned=k) for k in (0, 1, 5)}
+FEW = dict(human=4, candidates=dict(prompts_per_round=1, per_prompt=2), votes=dict(pairs=1), evaluate=dict(videos_per_prompt=1))
+PARTS |= {f"round {_name}": lambda name=_name: whole_round(name, memory=80e9, **FEW if "5B" in name else {})
+          for _name in ("Wan2.1-1.3B", "Wan2.2-5B", "CogVideoX-2B")}   # on a card of 80 GB
 
 def measure(
     parts: list,   # of PARTS
