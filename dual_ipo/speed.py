@@ -441,7 +441,7 @@ def whole_round(
         began = time.time()
         with utilisation() as used, timeline() as seen, dictated():
             for k in (0, 1): run_round(run, k)
-        margins = {stage: read_table(run.folder / "round_01" / stage / "history.parquet")[0] for stage in ("align", "srpo")}
+        margins = {stage: read_table(run.path / "round_01" / stage / "history.parquet")[0] for stage in ("align", "srpo")}
     at = lambda s: [share for t, share in used if s["start"] <= t < s["end"]]
     found = [s | dict(start=s["start"] - began, end=s["end"] - began, busy=statistics.mean(at(s)) if at(s) else None, planned_gb=planned.get(STAGES[s["stage"]][0])) for s in seen]
     return dict(model=name, denoising_steps=steps, memory=memory, first_steps=margins, config=json.loads(json.dumps(run.config).replace(f"{folder}/", "")), stages=found,
@@ -460,7 +460,7 @@ PARTS |= {"train CogVideoX-5B peers": lambda: training("CogVideoX-5B", "peers", 
           "judge": judging, "judge of whole frames": lambda: judging(max_pixels=None)}
 PARTS |= {f"judge of {k} rounds": lambda k=k: judging(lora_rank=64 * k) for k in (1, 5)}
 PARTS |= {f"sample Wan2.1-1.3B after {k} rounds": lambda k=k: sampling("Wan2.1-1.3B", "ours", (1, 3), learned=k) for k in (0, 1, 5)}
-FEW = dict(human=4, candidates=dict(prompts_per_round=1, per_prompt=2), votes=dict(pairs=1), evaluate=dict(videos_per_prompt=1))
+FEW = dict(human=4, candidates=dict(prompts_per_round=1, per_prompt=2), votes=dict(pairs=1))
 PARTS |= {f"round {_name}": lambda name=_name: whole_round(name, memory=80e9, **FEW if "5B" in name else {})
           for _name in ("Wan2.1-1.3B", "Wan2.2-5B", "CogVideoX-2B")}   # on a card of 80 GB
 
