@@ -177,12 +177,12 @@ def write_toy_input(
     with stage(folder) as todo:
         if not todo: return
         fits = lambda prompt: not words or set(words) & set(prompt.split())
-        (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n")
-        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n", "utf-8")
+        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n", "utf-8")
         write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
         shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed, curated))) if fits(p)]
         save_videos([(folder / f"real/{i:04d}.mp4", Video(clip, toy.FPS)) for i, clip, _ in shown])
-        (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown))
+        (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown), "utf-8")
 
 # %% ../nbs/60_cli.ipynb #254f4e98
 def parser() -> argparse.ArgumentParser:

@@ -146,7 +146,7 @@ def read_vbench(
     if not files: raise UserError(f"{path}: holds no *_eval_results.json; run `vbench evaluate` first")
     raw, source = {}, {}
     for file in files:
-        try: results = {name.replace(" ", "_"): result[0] for name, result in json.loads(file.read_text()).items()}
+        try: results = {name.replace(" ", "_"): result[0] for name, result in json.loads(file.read_text("utf-8")).items()}
         except (ValueError, LookupError, TypeError, AttributeError): raise UserError(f"{file}: isn't a result of VBench; run `vbench evaluate` again") from None
         for name, mean in results.items():
             if name in raw: raise UserError(f"{file}: {name} is in {source[name]} too; keep one result a dimension")
@@ -181,7 +181,7 @@ def export_vbench(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for item in manifest: shutil.copyfile(item["source"], beside/item["file"])
-    (beside/"manifest.json").write_text(json.dumps(manifest, indent=1))
+    (beside/"manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     return beside.rename(folder)
 
 # %% ../nbs/40_evaluate.ipynb #a6a557e8

@@ -594,5 +594,5 @@ def make_report(
     executed.metadata.pop("papermill", None)
     for cell in executed.cells: cell.metadata.pop("papermill", None)
     with whole_file(folder/"report.ipynb") as beside: nbformat.write(executed, beside)
-    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder))
+    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder), "utf-8")
     return folder/"report.html"

@@ -34,7 +34,7 @@ def write_json(path, data):
 # %% ../nbs/02_store.ipynb #8a8364b5
 def read_json(path):
     "Read JSON; UserError when it isn't there or isn't JSON."
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError: raise UserError(f"{path}: no such file; check the path") from None
     except ValueError as error: raise UserError(f"{path}: is not JSON ({error}); remove it or restore it") from None
 
@@ -58,7 +58,7 @@ def write_yaml(path, data):
 # %% ../nbs/02_store.ipynb #35afba8f
 def read_yaml(path):
     "Read YAML; UserError when it isn't there or isn't YAML."
-    try: return yaml.load(Path(path).read_text(), Loader)
+    try: return yaml.load(Path(path).read_text("utf-8"), Loader)
     except FileNotFoundError: raise UserError(f"{path}: no such file; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct that line") from None
@@ -234,7 +234,7 @@ def report_progress(stage, done, total, first, start):
     path, elapsed = Path(_progress["path"]), time.monotonic() - start
     eta = elapsed/(done - first)*(total - done) if done > first else None
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)))
+    beside.write_text(json.dumps(dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)), "utf-8")
     os.replace(beside, path)
 
 # %% ../nbs/02_store.ipynb #23a4206c
