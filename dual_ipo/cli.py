@@ -20,10 +20,10 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
-from .config import GENERATORS, Config, commented_yaml, config_for, read_config
+from .config import GENERATORS, Config, commented_yaml, config_for, parse_config, read_config
 from .core import UserError, Video
 from .monitor import should_stop
-from .store import Run, is_done, read_json, read_table, stage
+from .store import Progress, Run, Summary, is_done, read_json, read_table, stage
 
 # %% ../nbs/60_cli.ipynb #ec6db7ea
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
@@ -52,7 +52,7 @@ def bars(
     def follow():
         bar, seen = None, None
         while not over.wait(every):
-            try: p = read_json(path)
+            try: p = read_json(path, Progress)
             except UserError: continue
             if p == seen: continue
             if seen is None or bar is None or (p["round"], p["stage"], p["total"]) != (seen["round"], seen["stage"], seen["total"]) or p["done"] < seen["done"]:
@@ -123,9 +123,9 @@ def table(
     head = ["round", "true total", "quality", "semantic", "dynamic", "reward acc.", "static", "seconds"]
     rows = []
     for e in summary["rounds"]:
-        g, w = e["generator"], e["reward"]
-        cells = [g.get(k) for k in ("total", "quality", "semantic", "dynamic_degree")] + [w[k] and 100 * w[k] for k in ("accuracy", "accuracy_static")]
-        rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e['seconds'].values()):.0f}"])
+        g, w = e.get("generator") or {}, e.get("reward") or {}
+        cells = [g.get(k) for k in ("total", "quality", "semantic", "dynamic_degree")] + [w.get(k) and 100 * w[k] for k in ("accuracy", "accuracy_static")]
+        rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e.get('seconds', {}).values()):.0f}"])
     return "\n".join("".join(f"{c:>12}" for c in row) for row in [head, *rows])
 
 # %% ../nbs/60_cli.ipynb #9dd6e102
@@ -134,13 +134,14 @@ def status(
 ) -> str:
     "Where a run stands, in a few lines."
     run = Run.load(path)
-    done = [k for k in range(run.config["rounds"] + 1) if is_done(run.round(k))]
-    lines = [f"{path}: {len(done)} of {run.config['rounds'] + 1} rounds done (0 is the cold start)"]
-    if len(done) <= run.config["rounds"] and (run.path / "progress.json").exists():
-        p = read_json(run.path / "progress.json")
+    rounds = parse_config(run.config, str(run.path / "run.yaml")).rounds
+    done = [k for k in range(rounds + 1) if is_done(run.round(k))]
+    lines = [f"{path}: {len(done)} of {rounds + 1} rounds done (0 is the cold start)"]
+    if len(done) <= rounds and (run.path / "progress.json").exists():
+        p = read_json(run.path / "progress.json", Progress)
         eta = f", {p['eta']:.0f} s left in this stage" if p.get("eta") else ""
         lines.append(f"round {p['round']}: {p['stage']} {p['done']}/{p['total']}{eta}, {time.time() - (run.path / 'progress.json').stat().st_mtime:.0f} s ago")
-    if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json")))
+    if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json", Summary)))
     return "\n".join(lines)
 
 # %% ../nbs/60_cli.ipynb #5d16fe49

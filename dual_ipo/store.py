@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'read_json', 'Loader', 'expanded', 'write_yaml', 'read_yaml', 'checksum', 'identity',
-           'checksums', 'Done', 'remembered', 'whole', 'rows_checksum', 'write_table', 'read_table', 'write_tensors',
-           'read_tensors', 'is_done', 'sync_tree', 'mark_done', 'stage', 'first_difference', 'lock', 'Run',
+           'own_files', 'checksums', 'Done', 'remembered', 'whole', 'intact', 'rows_checksum', 'write_table',
+           'read_table', 'write_tensors', 'read_tensors', 'is_done', 'sync_tree', 'mark_done', 'stage',
+           'first_difference', 'lock', 'Fact', 'Scores', 'Entry', 'Summary', 'Progress', 'read_entries', 'Run',
            'set_progress_file', 'report_progress', 'progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, yaml
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,12 +124,19 @@ def identity(path) -> tuple:
     facts = os.stat(path)
     return os.path.abspath(path), facts.st_size, facts.st_mtime_ns
 
+def own_files(
+    folder: Path,
+) -> Iterator[Path]:
+    "The tables, tensors and clips below `folder`, without those of subfolders that are done."
+    for path in sorted(folder.iterdir()):
+        if path.is_dir(): yield from () if (path/"DONE").is_file() else own_files(path)
+        elif path.suffix in (".parquet", ".safetensors", ".mp4"): yield path
+
 def checksums(
     folder: Path,
 ) -> dict[str, str]:   # {path below it: checksum}
-    "Of the tables, tensors and clips below `folder`; subfolders that are done have their own."
-    done = [mark.parent for mark in folder.rglob("DONE") if mark.parent != folder]
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".parquet", ".safetensors", ".mp4") and p.is_file() and not any(map(p.is_relative_to, done))]
+    "Of its `own_files`."
+    files = list(own_files(folder))
     with ThreadPoolExecutor() as pool: found = list(pool.map(checksum, files))
     _whole.update(map(identity, files))
     return {p.relative_to(folder).as_posix(): crc for p, crc in zip(files, found)}
@@ -158,6 +166,16 @@ def whole(
         raise UserError(f"{path}: is damaged, its bytes are not those that were written; restore it, or remove {', '.join(map(str, marks))} and run again")
     _whole.add(own)
     return path
+
+# %% ../nbs/02_store.ipynb #9fc4fe17
+def intact(
+    folder,   # of a checkpoint, or a name on the hub
+):            # the same
+    "A folder each of whose files is `whole`; one without DONE is taken as it is."
+    mark = Path(folder)/"DONE"
+    if os.path.isfile(mark):
+        for name in read_json(mark, Done).get("files", {}): whole(mark.parent/name)
+    return folder
 
 # %% ../nbs/02_store.ipynb #db65d2d4
 def rows_checksum(
@@ -277,6 +295,52 @@ def lock(
             time.sleep(.1)
         yield
 
+# %% ../nbs/02_store.ipynb #0cb7d98d
+class Fact(BaseModel):
+    "JSON of ours; other keys are welcome."
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+class Scores(Fact):
+    "The `generator` part of a round's entry, points of 100."
+    total: float
+    quality: float
+    semantic: float
+    dynamic_degree: float
+    ci95: list[float] = Field(min_length=2, max_length=2)   # of the total
+    dims: dict[str, float]
+
+class Entry(Fact):
+    "A round.json."
+    round: int = Field(ge=0)
+    generator: Scores | None = None   # {} where nothing was measured
+    reward: dict[str, FiniteFloat | None] | None = {}
+    seconds: dict[str, FiniteFloat] = {}
+    extra_srpo: list[str] = []
+
+    @field_validator("generator", mode="before")
+    @classmethod
+    def measured(cls, x): return x or None
+
+class Summary(Fact):
+    "A summary.json."
+    config: dict
+    rounds: list[Entry]
+
+class Progress(Fact):
+    "A progress.json."
+    round: int | None
+    stage: str
+    done: int
+    total: int
+    eta: float | None = None
+
+# %% ../nbs/02_store.ipynb #685cd0bc
+def read_entries(
+    folder,          # of a run
+) -> list[dict]:     # as `Entry` says, in order
+    "What each finished round reported; UserError where a round.json isn't one."
+    return [read_json(p, Entry) for p in sorted(Path(folder).glob("round_*/round.json"))]
+
 # %% ../nbs/02_store.ipynb #21471414
 class Run:
     "A run's folder and its config."
@@ -302,7 +366,9 @@ class Run:
     def load(cls, path) -> "Run":
         "A run as it lies on disk; UserError when there is none."
         if not (Path(path)/"run.yaml").is_file(): raise UserError(f"{path}: is no run folder (it has no run.yaml); check the path")
-        return cls(path, read_yaml(Path(path)/"run.yaml"))
+        config = read_yaml(Path(path)/"run.yaml")
+        if not isinstance(config, dict): raise UserError(f"{path}: its run.yaml holds no keys; restore it")
+        return cls(path, config)
 
     def round(self, k: int) -> Path:
         "The folder of round `k`; 0 is the cold start."
@@ -319,13 +385,13 @@ class Run:
 
     def entries(self) -> list[dict]:
         "What each finished round reported (`round.json`), in order."
-        return [read_json(p) for p in sorted(self.path.glob("round_*/round.json"))]
+        return read_entries(self.path)
 
     def _repr_html_(self):
         scores = ("total", "quality", "semantic", "dynamic_degree")
         head = ("round", "total", "quality", "semantic", "dynamic degree", "reward accuracy")
         def cell(x): return f"<td>{'' if x is None else x if isinstance(x, int) else f'{x:.3g}'}</td>"
-        rows = [[e["round"], *(e["generator"].get(s) for s in scores), e["reward"].get("accuracy")] for e in self.entries()]
+        rows = [[e["round"], *((e.get("generator") or {}).get(s) for s in scores), (e.get("reward") or {}).get("accuracy")] for e in self.entries()]
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
         return f"<p><b>{html.escape(str(self.path))}</b></p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 

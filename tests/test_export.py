@@ -43,7 +43,7 @@ def invented(run, k, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layer="blocks.0.at
         write_tensors(run.round(k)/"generator"/name, {f"transformer.{layer}.lora_{x}.weight": noise((2, 6) if x == "A" else (6, 2), name, k, x) for x in "AB"})
     write_json(run.round(k)/"generator/generator.json", dict(base=base, ranks=[2]))
     mark_done(run.round(k)/"generator")
-    finish(run, k, generator=dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80.), reward=dict(accuracy=.75))
+    finish(run, k, generator=dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={}), reward=dict(accuracy=.75))
 
 
 @pytest.fixture
