@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'check_parameters', 'bars', 'execute_round', 'stops', 'keep_freed_memory', 'run_all', 'table', 'status',
-           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'main']
+           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'in_utf8',
+           'main']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
+import locale
 import os
 import sys
 import threading
@@ -283,11 +285,19 @@ def command(args):
     page = run_all(run)
     print(table(read_json(run.path / "summary.json")), f"\n\nreport: {page}")
 
+# %% ../nbs/60_cli.ipynb #0f7a33d5
+def in_utf8():
+    "Start this process over in Python's UTF-8 mode, unless everything is UTF-8 already."
+    if sys.flags.utf8_mode or locale.getencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1": return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 # %% ../nbs/60_cli.ipynb #bab42e3c
 def main(
     argv: list = None,  # without the program's name; None: the command line's
 ) -> int:               # exit code: 0, or 2 for a user's mistake
     "The `dual-ipo` command."
+    if argv is None: in_utf8()
     args = parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try: command(args)

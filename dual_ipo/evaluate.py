@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from .core import UserError, generator, read_mp4
 from .pce import verdict_ece
-from .store import read_json, whole
+from .prompts import read_text
+from .store import whole
 from .voting import stats
 
 # %% ../nbs/40_evaluate.ipynb #1f11547b
@@ -170,8 +171,8 @@ def read_vbench(
     if not files: raise UserError(f"{path}: holds no *_eval_results.json; run `vbench evaluate` first")
     raw, source = {}, {}
     for file in files:
-        try: results = {name.replace(" ", "_"): result[0] for name, result in read_json(file, dict[str, list]).items()}
-        except LookupError: raise UserError(f"{file}: isn't a result of VBench; run `vbench evaluate` again") from None
+        try: results = {name.replace(" ", "_"): result[0] for name, result in json.loads(read_text(file)).items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError): raise UserError(f"{file}: isn't a result of VBench; run `vbench evaluate` again") from None
         for name, mean in results.items():
             if name in raw: raise UserError(f"{file}: {name} is in {source[name]} too; keep one result a dimension")
             if type(mean) not in (int, float) or not -1e9 < mean < 1e9: raise UserError(f"{file}: {name} is {mean!r}, not a number; measure it again")
