@@ -30,6 +30,7 @@ class Part(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(x, bool) and not {kind, *get_args(kind)} & {bool}: raise ValueError("yes, no, true and false are no numbers; give one")
         if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
+        json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
         return x
 
     @field_validator("*")

@@ -153,7 +153,7 @@ def write_pairs(
 ) -> Path:              # of pairs.csv
     "Write pairs so that `read_pairs` reads them; the table comes last."
     folder, text = Path(folder), io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)   # of a bare \r it would make a row
     table.writerow(["pair_id", "prompt", "path_A", "path_B", "label", "rationale_json"])
     name = lambda i, side: f"clips/{i:05d}_{side}.mp4"
     save_videos([(folder/name(i, side), video) for i, pair in enumerate(pairs) for side, video in (("A", pair.a), ("B", pair.b))])

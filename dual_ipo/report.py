@@ -61,7 +61,7 @@ def read_results(
     entries = read_entries(folder)
     summary = read_json(folder/"summary.json", Summary) if (folder/"summary.json").is_file() else {}
     config = read_yaml(folder/"run.yaml") if (folder/"run.yaml").is_file() else summary.get("config", {})
-    parse_config(config, f"{folder}: its config")
+    if config: config = parse_config(config, f"{folder}: its config").model_dump()
     return Results(folder, config, entries or summary.get("rounds", []))
 
 # %% ../nbs/50_report.ipynb #c6e9fc56

@@ -75,8 +75,9 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"{node.value!r:.60} can't be read: {error!s:.80}", node.start_mark) from None
 
 class Dumper(yaml.SafeDumper):
-    "What `Loader` reads as it was: the text 1e5 is put in quotes."
+    "What `Loader` reads as it was: the text 1e5 is put in quotes, and so is what holds ends of lines."
 
+Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'))
 for own in (Loader, Dumper): own.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 # %% ../nbs/02_store.ipynb #00102e5d
