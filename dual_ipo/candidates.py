@@ -135,7 +135,8 @@ def read_latents(
     "One candidate's latents."
     path = Path(folder)/file
     try: return open_latents(str(path)).get_tensor(name)
-    except (SafetensorError, OSError) as error: raise UserError(f"{path}: latents {name} can't be read ({error!s:.100}); restore it") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: latents {name} can't be read ({error!s:.100}); restore it") from None
 
 # %% ../nbs/22_candidates.ipynb #c3eada2d
 def preview(

@@ -28,7 +28,8 @@ class Part(BaseModel):
     @classmethod
     def a_number(cls, x, info):
         kind = cls.model_fields[info.field_name].annotation
-        if isinstance(x, bool) and not {kind, *get_args(kind)} & {bool}: raise ValueError("yes, no, true and false are no numbers; give one")
+        if isinstance(x, bool) and not {kind, *get_args(kind)} & {bool}:
+            raise ValueError("yes, no, true and false are no numbers; give one")
         if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
         json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
         return x
@@ -37,7 +38,8 @@ class Part(BaseModel):
     @classmethod
     def sane(cls, x, info):
         largest = 2**63 if info.field_name == "seed" else 1e9
-        if type(x) in (int, float) and x and not 1e-12 <= abs(x) <= largest: raise ValueError(f"write 0, or a number between 1e-12 and {largest:g}")
+        if type(x) in (int, float) and x and not 1e-12 <= abs(x) <= largest:
+            raise ValueError(f"write 0, or a number between 1e-12 and {largest:g}")
         return x
 
 # %% ../nbs/06_config.ipynb #206984f3
@@ -227,7 +229,8 @@ def commented_yaml(
 ) -> str:
     "The config as YAML with a comment on every key."
     def value(x):
-        if isinstance(x, str): return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
+        if isinstance(x, str):
+            return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
         return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
     def lines(part, indent):
         for name, field in type(part).model_fields.items():

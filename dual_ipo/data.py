@@ -24,11 +24,13 @@ def inside(
 ) -> Path:
     "The path of `name` below `root`; UserError when it leads out."
     path = Path(name.strip())
-    try: sound = path.parts and not path.is_absolute() and ".." not in path.parts and max(len(part.encode()) for part in path.parts) < 256 and len(str(root/path).encode()) < 4096
-    except UnicodeEncodeError: sound = False   # not a name of ours
-    try: sound = sound and Path(os.path.realpath(root/path)).is_relative_to(os.path.realpath(root))
-    except ValueError: sound = False           # a zero byte, or what this system can't write as a name
-    if not sound: raise UserError(f"{where}: path {name!r:.80} doesn't stay in {root}; make it relative to that, with no '..' and no link out")
+    try:
+        short = len(str(root/path).encode()) < 4096 and all(len(part.encode()) < 256 for part in path.parts)
+        sound = short and path.parts and not path.is_absolute() and ".." not in path.parts
+        sound = sound and Path(os.path.realpath(root/path)).is_relative_to(os.path.realpath(root))
+    except ValueError: sound = False   # a zero byte, half a character, or what this system can't write as a name
+    if not sound:
+        raise UserError(f"{where}: path {name!r:.80} doesn't stay in {root}; make it relative to that, with no '..' and no link out")
     return root/path
 
 # %% ../nbs/03_data.ipynb #d4b4622c
@@ -57,8 +59,10 @@ def parse_rationale(
         given = parse_json(text)
         for reasons in given.values():
             if set(reasons) - {"forced"} != {"a", "b", "grade_a", "grade_b"}: raise ValueError  # see `cot.force`
-            if not all(isinstance(reasons[k], str) for k in "ab") or type(reasons.get("forced", False)) is not bool: raise ValueError
-            if not all(type(reasons[k]) is int and 1 <= reasons[k] <= 5 for k in ("grade_a", "grade_b")): raise ValueError
+            if not all(isinstance(reasons[k], str) for k in "ab") or type(reasons.get("forced", False)) is not bool:
+                raise ValueError
+            if not all(type(reasons[k]) is int and 1 <= reasons[k] <= 5 for k in ("grade_a", "grade_b")):
+                raise ValueError
     except (ValueError, AttributeError, TypeError):
         shape = '{"dimension": {"a": "words", "b": "words", "grade_a": 1, "grade_b": 5}}'
         raise UserError(f"{where}: rationale_json is not of the form {shape}, grades 1 to 5; correct it") from None
@@ -103,7 +107,8 @@ def label_of(
     "The label of a row, from `label` or `Overall`; UserError when there is none, or they differ."
     given = [row[name].strip() for name in ("label", "Overall") if name in row]
     if not given: raise UserError(f"{where}: no column 'label' (nor 'Overall'); add it with A, B or same in each row")
-    if given[0] != given[-1]: raise UserError(f"{where}: label {given[0]!r} contradicts Overall {given[-1]!r}; keep one of the two columns")
+    if given[0] != given[-1]:
+        raise UserError(f"{where}: label {given[0]!r} contradicts Overall {given[-1]!r}; keep one of the two columns")
     if given[0] not in LABELS: raise UserError(f"{where}: unknown label {given[0]!r}; use A, B or same")
     return given[0]
 
@@ -119,8 +124,10 @@ def check_agreement(
         a, b = map(os.path.realpath, (row.path_a, row.path_b))
         better = {"A": a, "B": b, "same": None}[row.label]
         first, other = verdicts.setdefault((row.prompt, frozenset((a, b))), (line, better))
-        if other != better: raise UserError(f"{path}: rows {first} and {line} judge the same two clips differently; keep one of them")
-        if (first := ids.setdefault(row.pair_id, line)) != line: raise UserError(f"{path}: rows {first} and {line} have the same pair_id {row.pair_id!r:.60}; give each its own")
+        if other != better:
+            raise UserError(f"{path}: rows {first} and {line} judge the same two clips differently; keep one of them")
+        if (first := ids.setdefault(row.pair_id, line)) != line:
+            raise UserError(f"{path}: rows {first} and {line} have the same pair_id {row.pair_id!r:.60}; give each its own")
 
 # %% ../nbs/03_data.ipynb #279e3601
 def read_pairs(
@@ -134,7 +141,8 @@ def read_pairs(
         where = f"{path}: row {line}"
         prompt, label = clean_prompt(row["prompt"], where), label_of(row, where)
         a, b = (inside(path.parent, row[c], where) for c in ("path_A", "path_B"))
-        if os.path.realpath(a) == os.path.realpath(b): raise UserError(f"{where} compares {row['path_A']} with itself; correct it")
+        if os.path.realpath(a) == os.path.realpath(b):
+            raise UserError(f"{where} compares {row['path_A']} with itself; correct it")
         rationale = parse_rationale(row.get("rationale_json", ""), where)
         rows.append(PairRow(prompt, a, b, label, row.get("pair_id") or str(len(rows)), rationale))
     check_agreement(path, rows, [line for line, _ in given])

@@ -69,10 +69,12 @@ def load_measure(
 ):
     "The function of that name; UserError if there is none."
     module, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), function)): raise UserError(f"measure {name!r:.80}: is no function's name; write it as package.module:function")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise UserError(f"measure {name!r:.80}: is no function's name; write it as package.module:function")
     try: found = getattr(importlib.import_module(module), function, None)
     except ImportError as error: raise UserError(f"measure {name!r}: {error}; install it or put its folder on PYTHONPATH") from error
-    except (Exception, SystemExit) as error: raise UserError(f"measure {name!r}: can't be imported, {at_fault(error)}; mend it") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"measure {name!r}: can't be imported, {at_fault(error)}; mend it") from error
     if found is None: raise UserError(f"measure {name!r}: {module} has no {function}; check the name")
     if not callable(found): raise UserError(f"measure {name!r}: isn't a function; name one that takes (videos, prompts)")
     return found
@@ -83,10 +85,13 @@ def check_scores(
     B: int,
 ):
     "UserError unless every score is one finite number a clip."
-    if not isinstance(scores, dict): raise UserError(f"measure: returned {type(scores).__name__}; return a dict of name and tensor, one number a video")
+    if not isinstance(scores, dict):
+        raise UserError(f"measure: returned {type(scores).__name__}; return a dict of name and tensor, one number a video")
     for name, values in scores.items():
-        if not isinstance(name, str) or name in ("prompt", "seed", "path"): raise UserError(f"measure: {name!r} can't be a score's name; rename it")
-        if not isinstance(values, Tensor) or values.is_complex(): raise UserError(f"measure: {name} is no tensor of real numbers; return one number a video")
+        if not isinstance(name, str) or name in ("prompt", "seed", "path"):
+            raise UserError(f"measure: {name!r} can't be a score's name; rename it")
+        if not isinstance(values, Tensor) or values.is_complex():
+            raise UserError(f"measure: {name} is no tensor of real numbers; return one number a video")
         if values.shape != (B,): raise UserError(f"measure: {name} has shape {tuple(values.shape)} for {B} videos; return one number a video")
         if not values.isfinite().all(): raise UserError(f"measure: {name} isn't finite for {(~values.isfinite()).sum()} of {B} videos; mend the measure")
     return scores
@@ -105,7 +110,8 @@ def score_videos(
         part = videos[i:i + batch]
         if not isinstance(part, Tensor): part = torch.stack([read_mp4(whole(path))[0] for path in part])
         parts.append(check_scores(ask(measure, part, prompts[i:i + batch]), len(part)))
-        if parts[-1].keys() != parts[0].keys(): raise UserError(f"measure: its names change from {', '.join(parts[0])} to {', '.join(parts[-1])}; return the same ones for all videos")
+        if parts[-1].keys() != parts[0].keys():
+            raise UserError(f"measure: its names change from {', '.join(parts[0])} to {', '.join(parts[-1])}; return the same ones for all videos")
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
 
 # %% ../nbs/40_evaluate.ipynb #5fc72c4a
@@ -172,10 +178,12 @@ def read_vbench(
     raw, source = {}, {}
     for file in files:
         try: results = {name.replace(" ", "_"): result[0] for name, result in json.loads(read_text(file)).items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError): raise UserError(f"{file}: isn't a result of VBench; run `vbench evaluate` again") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{file}: isn't a result of VBench; run `vbench evaluate` again") from None
         for name, mean in results.items():
             if name in raw: raise UserError(f"{file}: {name} is in {source[name]} too; keep one result a dimension")
-            if type(mean) not in (int, float) or not -1e9 < mean < 1e9: raise UserError(f"{file}: {name} is {mean!r}, not a number; measure it again")
+            if type(mean) not in (int, float) or not -1e9 < mean < 1e9:
+                raise UserError(f"{file}: {name} is {mean!r}, not a number; measure it again")
             raw[name], source[name] = mean, file.name
     return raw
 

@@ -23,7 +23,8 @@ def read_text(
     "A text file; UserError when it is missing or isn't UTF-8."
     if not os.path.isfile(path): raise UserError(f"{path}: no such file; check the path")
     try: text = Path(path).read_bytes().decode("utf-8").replace("\ufeff", "")
-    except OSError as error: raise UserError(f"{path}: can't be read ({error.strerror}); give yourself the right to") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give yourself the right to") from None
     except UnicodeDecodeError: raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     if "\0" in text: raise UserError(f"{path}: is not UTF-8 text (it holds zero bytes); save it as UTF-8")
     return text
@@ -78,7 +79,8 @@ def read_csv(
     try:
         head, line = column_names(path, next(reader, []), columns), reader.line_num + 1
         for cells in reader:
-            if cells and len(cells) != len(head): raise UserError(f"{path}: row {line} has not one value for each column; correct it")
+            if cells and len(cells) != len(head):
+                raise UserError(f"{path}: row {line} has not one value for each column; correct it")
             if cells: rows.append((line, dict(zip(head, cells))))
             line = reader.line_num + 1
     except csv.Error as error: raise UserError(f"{path}: row {line} can't be read ({error}); correct it") from None
@@ -109,7 +111,8 @@ def clean_prompt(
     "A prompt, or UserError where there is none."
     words = " ".join(text.split()) if isinstance(text, str) else ""
     if not any(map(str.isprintable, words)): raise UserError(f"{where} has no {what}; fill it or remove it")
-    if words.lower() in NOTHING: raise UserError(f"{where} has no {what} ({words!r} stands for a missing value); fill it or remove it")
+    if words.lower() in NOTHING:
+        raise UserError(f"{where} has no {what} ({words!r} stands for a missing value); fill it or remove it")
     return words
 
 # %% ../nbs/01_prompts.ipynb #a67a7415
