@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'FLOAT', 'atomic_write', 'write_json', 'read_json', 'Loader', 'Dumper', 'expanded', 'write_yaml',
-           'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done', 'remembered', 'whole', 'intact',
-           'rows_checksum', 'write_table', 'read_table', 'write_tensors', 'read_tensors', 'is_done', 'sync_tree',
-           'mark_done', 'stage', 'first_difference', 'lock', 'Fact', 'Scores', 'Entry', 'Summary', 'Progress',
-           'read_entries', 'Run', 'set_progress_file', 'report_progress', 'progress']
+           'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done', 'remembered', 'marks_of', 'whole',
+           'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors', 'read_tensors', 'is_done',
+           'sync_tree', 'mark_done', 'stage', 'first_difference', 'lock', 'Fact', 'Scores', 'Entry', 'Summary',
+           'Progress', 'read_entries', 'Run', 'set_progress_file', 'report_progress', 'progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import fcntl, html, json, math, os, re, shutil, time, zlib
@@ -172,19 +172,30 @@ def remembered(
     mark: str,     # path of a DONE
     changed: int,  # when
 ) -> dict:
-    "The checksums that a `DONE` remembers."
-    return read_json(mark, Done).get("files", {})
+    "The checksums that a `DONE` remembers; somebody else's may be empty."
+    return read_json(mark, Done).get("files", {}) if os.path.getsize(mark) else {}
+
+def marks_of(
+    path: Path,
+) -> list[Path]:   # the nearest first
+    "The `DONE`s of the folders that a file lies in, no further up than its run."
+    marks = []
+    for folder in path.parents:
+        if (folder/"DONE").is_file(): marks.append(folder/"DONE")
+        if (folder/"run.yaml").is_file(): break
+    return marks
 
 def whole(
     path,
 ) -> Path:   # the same
-    "A file of ours, once it was found to be as its folder's DONE remembers it; UserError where it is not. What no DONE names is taken as it is."
+    "A file, once it was found to be as its folder's DONE remembers it, else UserError. What no DONE names is taken as it is."
     path = Path(path)
-    marks = [folder/"DONE" for folder in path.parents if (folder/"DONE").is_file()]
+    marks = marks_of(path)
     if not marks or not path.is_file() or (own := identity(path)) in _whole: return path
     written = remembered(str(marks[0]), marks[0].stat().st_mtime_ns).get(path.relative_to(marks[0].parent).as_posix())
     if written and checksum(path) != written:
-        raise UserError(f"{path}: is damaged, its bytes are not those that were written; restore it, or remove {', '.join(map(str, marks))} and run again")
+        raise UserError(f"{path}: is damaged, its bytes are not those that were written; restore it, "
+                        f"or remove {', '.join(map(str, marks))} and run again")
     _whole.add(own)
     return path
 
@@ -195,7 +206,7 @@ def intact(
     "A folder each of whose files is `whole`; one without DONE is taken as it is."
     mark = Path(folder)/"DONE"
     if os.path.isfile(mark):
-        for name in read_json(mark, Done).get("files", {}): whole(mark.parent/name)
+        for name in remembered(str(mark), mark.stat().st_mtime_ns): whole(mark.parent/name)
     return folder
 
 # %% ../nbs/02_store.ipynb #db65d2d4

@@ -26,9 +26,8 @@ from dual_ipo.evaluate import load_measure, score_videos, summarise
 from dual_ipo.monitor import warnings_of
 from dual_ipo.prompts import read_csv, read_prompts
 from dual_ipo.report import in_words, monitor_notes, read_results, rounds_table, title
-from dual_ipo.store import (Progress, Run, intact, read_entries, read_json, read_table, read_tensors, read_yaml,
-    stage, whole, write_json, write_table,
-                            write_tensors, write_yaml)
+from dual_ipo.store import (Progress, Run, intact, read_entries, read_json, read_table, read_tensors, read_yaml, stage,
+                            whole, write_json, write_table, write_tensors, write_yaml)
 
 ROOT = Path(__file__).parent.parent
 COUNTS = Counter()
@@ -141,6 +140,17 @@ def test_damage_names_every_mark(tmp_path):
     assert read_json(tmp_path/"candidates/DONE") == {"files": {}} and list(read_json(tmp_path/"candidates/shard_0000/DONE")["files"]) == ["table.parquet"]
     at.write_bytes(at.read_bytes().replace(b"PAR1", b"PAR2"))
     assert f"remove {tmp_path}/candidates/shard_0000/DONE, {tmp_path}/candidates/DONE and run again" in line_of(read_table, at)
+
+
+def test_marks_of_others(tmp_path):
+    "Somebody's DONE above a run, or an empty one beside a model, says nothing of our files."
+    (tmp_path/"DONE").write_text("yes", "utf-8")
+    run = Run.open(tmp_path/"run", {})
+    write_table(run.round(1)/"pairs.parquet", ROWS)
+    assert read_table(run.round(1)/"pairs.parquet") == ROWS
+    (tmp_path/"model").mkdir()
+    (tmp_path/"model/DONE").touch()
+    assert intact(tmp_path/"model") == tmp_path/"model"
 
 
 def test_a_table_in_a_folder_with_an_equals_sign(tmp_path):
