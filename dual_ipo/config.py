@@ -30,6 +30,7 @@ class Part(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(x, bool) and not {kind, *get_args(kind)} & {bool}:
             raise ValueError("yes, no, true and false are no numbers; give one")
+        if isinstance(x, bytes): raise ValueError("is binary; write text")
         if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
         json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
         return x
@@ -200,7 +201,7 @@ def parse_config(
     try: return Config.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        key, message = f"{' '.join('.'.join(map(str, first['loc'])).split()):.100}", first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             part = Config
             for name in first["loc"][:-1]: part = part.model_fields[name].annotation

@@ -51,7 +51,8 @@ def read_json(
     try: TypeAdapter(kind or object).validate_python(data, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}; remove it or restore it") from None
+        where = " ".join(".".join(map(str, first["loc"])).split()) or "all of it"
+        raise UserError(f"{path}: {where:.100}: {first['msg']}; remove it or restore it") from None
     return data
 
 # %% ../nbs/02_store.ipynb #dbe46e2e
