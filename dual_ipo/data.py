@@ -161,11 +161,12 @@ def write_pairs(
 ) -> Path:              # of pairs.csv
     "Write pairs so that `read_pairs` reads them; the table comes last."
     folder, text = Path(folder), io.StringIO()
-    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)   # of a bare \r it would make a row
+    table = csv.writer(text, lineterminator="\n")
+    def plain(words): return " ".join(str(words).split())   # a bare \r is left unquoted, and would make a row
     table.writerow(["pair_id", "prompt", "path_A", "path_B", "label", "rationale_json"])
     name = lambda i, side: f"clips/{i:05d}_{side}.mp4"
     save_videos([(folder/name(i, side), video) for i, pair in enumerate(pairs) for side, video in (("A", pair.a), ("B", pair.b))])
-    for i, pair in enumerate(pairs): table.writerow([pair.pair_id or i, pair.prompt, name(i, "A"), name(i, "B"), pair.label, json.dumps(pair.rationale) if pair.rationale else ""])
+    for i, pair in enumerate(pairs): table.writerow([plain(pair.pair_id or i), plain(pair.prompt), name(i, "A"), name(i, "B"), pair.label, json.dumps(pair.rationale) if pair.rationale else ""])
     with atomic_write(folder/"pairs.csv") as file: file.write(text.getvalue().encode())
     return folder/"pairs.csv"
 
