@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .core import Pair, UserError, Video, generator, write_mp4
-from .store import progress, read_table, stage, write_table, write_tensors
+from .store import progress, read_table, stage, whole, write_table, write_tensors
 from .training import Room, ranks
 
 # %% ../nbs/22_candidates.ipynb #a2725d22
@@ -124,7 +124,7 @@ def make_pairs(
 @lru_cache(256)
 def open_latents(path):
     "A safetensors file, mapped but not read."
-    return safe_open(path, "pt")
+    return safe_open(whole(path), "pt")
 
 # %% ../nbs/22_candidates.ipynb #fc2af941
 def read_latents(
@@ -133,7 +133,10 @@ def read_latents(
     name: str,         # from name_w or name_l
 ) -> Tensor:           # scaled, without batch dimension
     "One candidate's latents."
-    return open_latents(str(Path(folder)/file)).get_tensor(name)
+    path = Path(folder)/file
+    try: return open_latents(str(path)).get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: latents {name} can't be read ({error!s:.100}); restore it") from None
 
 # %% ../nbs/22_candidates.ipynb #c3eada2d
 def preview(

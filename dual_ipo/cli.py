@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'check_parameters', 'bars', 'execute_round', 'stops', 'keep_freed_memory', 'run_all', 'table', 'status',
-           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'main']
+           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'in_utf8',
+           'main']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
+import locale
 import os
 import sys
 import threading
@@ -20,10 +22,10 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 import dual_ipo
-from .config import GENERATORS, Config, commented_yaml, config_for, read_config
+from .config import GENERATORS, Config, commented_yaml, config_for, parse_config, read_config
 from .core import UserError, Video
 from .monitor import should_stop
-from .store import Run, is_done, read_json, read_table, stage
+from .store import Progress, Run, Summary, is_done, read_json, read_table, stage
 
 # %% ../nbs/60_cli.ipynb #ec6db7ea
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
@@ -52,7 +54,7 @@ def bars(
     def follow():
         bar, seen = None, None
         while not over.wait(every):
-            try: p = read_json(path)
+            try: p = read_json(path, Progress)
             except UserError: continue
             if p == seen: continue
             if seen is None or bar is None or (p["round"], p["stage"], p["total"]) != (seen["round"], seen["stage"], seen["total"]) or p["done"] < seen["done"]:
@@ -123,9 +125,9 @@ def table(
     head = ["round", "true total", "quality", "semantic", "dynamic", "reward acc.", "static", "seconds"]
     rows = []
     for e in summary["rounds"]:
-        g, w = e["generator"], e["reward"]
-        cells = [g.get(k) for k in ("total", "quality", "semantic", "dynamic_degree")] + [w[k] and 100 * w[k] for k in ("accuracy", "accuracy_static")]
-        rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e['seconds'].values()):.0f}"])
+        g, w = e.get("generator") or {}, e.get("reward") or {}
+        cells = [g.get(k) for k in ("total", "quality", "semantic", "dynamic_degree")] + [w.get(k) and 100 * w[k] for k in ("accuracy", "accuracy_static")]
+        rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e.get('seconds', {}).values()):.0f}"])
     return "\n".join("".join(f"{c:>12}" for c in row) for row in [head, *rows])
 
 # %% ../nbs/60_cli.ipynb #9dd6e102
@@ -134,13 +136,14 @@ def status(
 ) -> str:
     "Where a run stands, in a few lines."
     run = Run.load(path)
-    done = [k for k in range(run.config["rounds"] + 1) if is_done(run.round(k))]
-    lines = [f"{path}: {len(done)} of {run.config['rounds'] + 1} rounds done (0 is the cold start)"]
-    if len(done) <= run.config["rounds"] and (run.path / "progress.json").exists():
-        p = read_json(run.path / "progress.json")
+    rounds = parse_config(run.config, str(run.path / "run.yaml")).rounds
+    done = [k for k in range(rounds + 1) if is_done(run.round(k))]
+    lines = [f"{path}: {len(done)} of {rounds + 1} rounds done (0 is the cold start)"]
+    if len(done) <= rounds and (run.path / "progress.json").exists():
+        p = read_json(run.path / "progress.json", Progress)
         eta = f", {p['eta']:.0f} s left in this stage" if p.get("eta") else ""
         lines.append(f"round {p['round']}: {p['stage']} {p['done']}/{p['total']}{eta}, {time.time() - (run.path / 'progress.json').stat().st_mtime:.0f} s ago")
-    if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json")))
+    if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json", Summary)))
     return "\n".join(lines)
 
 # %% ../nbs/60_cli.ipynb #5d16fe49
@@ -177,12 +180,12 @@ def write_toy_input(
     with stage(folder) as todo:
         if not todo: return
         fits = lambda prompt: not words or set(words) & set(prompt.split())
-        (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n")
-        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n", "utf-8")
+        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n", "utf-8")
         write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
         shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed, curated))) if fits(p)]
         save_videos([(folder / f"real/{i:04d}.mp4", Video(clip, toy.FPS)) for i, clip, _ in shown])
-        (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown))
+        (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown), "utf-8")
 
 # %% ../nbs/60_cli.ipynb #254f4e98
 def parser() -> argparse.ArgumentParser:
@@ -282,11 +285,19 @@ def command(args):
     page = run_all(run)
     print(table(read_json(run.path / "summary.json")), f"\n\nreport: {page}")
 
+# %% ../nbs/60_cli.ipynb #0f7a33d5
+def in_utf8():
+    "Start this process over in Python's UTF-8 mode, unless everything is UTF-8 already."
+    if sys.flags.utf8_mode or locale.getencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1": return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 # %% ../nbs/60_cli.ipynb #bab42e3c
 def main(
     argv: list = None,  # without the program's name; None: the command line's
 ) -> int:               # exit code: 0, or 2 for a user's mistake
     "The `dual-ipo` command."
+    if argv is None: in_utf8()
     args = parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try: command(args)

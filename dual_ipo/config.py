@@ -9,29 +9,50 @@ __all__ = ['COG', 'GENERATORS', 'Part', 'GeneratorPart', 'RewardPart', 'DataPart
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .core import UserError
-from .store import read_yaml
+from .store import Dumper, read_yaml
 
 # %% ../nbs/06_config.ipynb #2be137b2
 class Part(BaseModel):
-    "A section of the config; unknown keys are errors."
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    "A section of the config; unknown keys are errors, and so are numbers that are none."
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def a_number(cls, x, info):
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(x, bool) and not {kind, *get_args(kind)} & {bool}:
+            raise ValueError("yes, no, true and false are no numbers; give one")
+        if isinstance(x, bytes): raise ValueError("is binary; write text")
+        if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
+        json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
+        return x
+
+    @field_validator("*")
+    @classmethod
+    def sane(cls, x, info):
+        largest = 2**63 if info.field_name == "seed" else 1e9
+        if type(x) in (int, float) and x and not 1e-12 <= abs(x) <= largest:
+            raise ValueError(f"write 0, or a number between 1e-12 and {largest:g}")
+        return x
 
 # %% ../nbs/06_config.ipynb #206984f3
 class GeneratorPart(Part):
     path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1, Wan 2.2 or CogVideoX text-to-video pipeline")
-    num_frames: int = Field(81, ge=1, description="frames of every video: 4k+1 for Wan, 8k+1 for CogVideoX")
-    height: int = Field(480, ge=1, description="pixels")
-    width: int = Field(832, ge=1, description="pixels")
-    fps: float = Field(16., gt=0, description="frames per second, written into every mp4 (Wan 16, CogVideoX 8)")
-    num_inference_steps: int = Field(50, ge=1, description="denoising steps")
-    guidance_scale: float = Field(5., ge=0, description="classifier-free guidance (Wan 2.1 5, CogVideoX 6)")
-    guidance_scale_2: float | None = Field(None, ge=0, description="guidance of the low-noise expert, where there are two (Wan 2.2 A14B 3); null: guidance_scale")
+    num_frames: int = Field(81, ge=1, le=1024, description="frames of every video: 4k+1 for Wan, 8k+1 for CogVideoX")
+    height: int = Field(480, ge=1, le=8192, description="pixels")
+    width: int = Field(832, ge=1, le=8192, description="pixels")
+    fps: float = Field(16., ge=.1, le=1000, description="frames per second, written into every mp4 (Wan 16, CogVideoX 8)")
+    num_inference_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    guidance_scale: float = Field(5., ge=0, le=1000, description="classifier-free guidance (Wan 2.1 5, CogVideoX 6)")
+    guidance_scale_2: float | None = Field(None, ge=0, le=1000, description="guidance of the low-noise expert, where there are two (Wan 2.2 A14B 3); null: guidance_scale")
     negative_prompt: str = Field("", description="what to avoid")
     max_sequence_length: int = Field(512, ge=1, description="text tokens (Wan 512, CogVideoX 226)")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
@@ -49,8 +70,8 @@ class RewardPart(Part):
     dimensions: list[str] = Field(["alignment", "motion", "consistency", "quality"], min_length=1, description="what it reasons about")
     lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
-    temperature: float = Field(.7, ge=0, description="of the votes")
-    top_p: float = Field(.95, gt=0, le=1, description="of the votes")
+    temperature: float = Field(.7, ge=0, le=100, description="of the votes")
+    top_p: float = Field(.95, ge=1e-6, le=1, description="of the votes")
     max_new_tokens: int = Field(512, ge=1, description="longest response, tokens")
     max_thinking_tokens: int = Field(2048, ge=0, description="tokens of a thinking block before the response, for judges whose template cannot switch it off")
     min_readable: float = Field(.5, ge=0, le=1, description="stop where a smaller share of its answers can be read")
@@ -70,19 +91,19 @@ class DataPart(Part):
 class ColdStartPart(Part):
     steps: int = Field(500, ge=1, description="updates")
     batch_size: int = Field(32, ge=1, description="items per update")
-    lr: float = Field(1e-5, gt=0, description="learning rate")
+    lr: float = Field(1e-5, gt=0, le=1, description="learning rate")
 
 class CandidatesPart(Part):
     prompts_per_round: int = Field(1000, ge=1, description="prompts sampled in each round")
     per_prompt: int = Field(8, ge=2, description="candidates for each")
     scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
     pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
-    min_margin: float = Field(0., ge=0, description="judge scores must differ by more than this (grades are 1 to 5)")
-    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps of candidates; null: the generator's. This and the next four make cheaper candidates, the first four cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same. The toy loses nothing with half of its steps, one of its two architectures a tenth of its gain with a third")
-    num_frames: int | None = Field(None, ge=1, description="frames of candidates, which `align` then learns from; null: the generator's. The toy loses a third of its gain with half of them")
-    guidance_stop: float | None = Field(None, gt=0, le=1, description="share of the denoising steps, from the first, that are guided; the others take one pass instead of two; null: all. In the toy 0.4 of half the steps loses nothing of the total, but fidelity of shape")
-    cache: float | None = Field(None, gt=0, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
-    preview_steps: int | None = Field(None, ge=1, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
+    min_margin: float = Field(0., ge=0, le=1e6, description="judge scores must differ by more than this (grades are 1 to 5)")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of candidates; null: the generator's. This and the next four make cheaper candidates, the first four cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same. The toy loses nothing with half of its steps, one of its two architectures a tenth of its gain with a third")
+    num_frames: int | None = Field(None, ge=1, le=1024, description="frames of candidates, which `align` then learns from; null: the generator's. The toy loses a third of its gain with half of them")
+    guidance_stop: float | None = Field(None, ge=.001, le=1, description="share of the denoising steps, from the first, that are guided; the others take one pass instead of two; null: all. In the toy 0.4 of half the steps loses nothing of the total, but fidelity of shape")
+    cache: float | None = Field(None, ge=1e-6, le=1000, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
+    preview_steps: int | None = Field(None, ge=1, le=1000, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
     keep: int = Field(2, ge=1, description="with previews: how many from the top and how many from the bottom are sampled in full")
 
     @model_validator(mode="after")
@@ -96,23 +117,23 @@ class AlignPart(Part):
     steps: int = Field(200, ge=1, description="updates per round")
     batch_size: int = Field(64, ge=1, description="pairs per update, over all GPUs")
     accumulate: int = Field(1, ge=1, description="batches per update")
-    lr: float = Field(1e-5, gt=0, description="learning rate")
-    beta: float = Field(2000., ge=0, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
-    lambda_win: float = Field(.1, ge=0, description="weight of the NLL on winners; on the toy, where it is 1 beside a beta of 300, worth 0.8 points of 12")
-    lambda_real: float = Field(0., ge=0, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
+    lr: float = Field(1e-5, gt=0, le=1, description="learning rate")
+    beta: float = Field(2000., ge=0, le=1e7, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
+    lambda_win: float = Field(.1, ge=0, le=1e6, description="weight of the NLL on winners; on the toy, where it is 1 beside a beta of 300, worth 0.8 points of 12")
+    lambda_real: float = Field(0., ge=0, le=1e6, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     decay: bool = Field(True, description="from there linearly to zero at the end of the round; false: constant")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):
-    k: int = Field(8, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
+    k: int = Field(8, le=10_000, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
     pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round; on the toy three times as many, in batches twice as large, held the judge 5.8 instead of 4.6 points ahead of one that stays")
     clips: Literal["fresh", "candidates"] = Field("fresh", description="what is voted on: clips sampled for it, or the next round's candidates, sampled ahead of it from the same new generator, so that a fifth fewer clips are made; the last round always makes fresh ones. In the toy the generator loses nothing by it, Wan's judge neither, CogVideoX's half of its lead")
     reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
     by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
     scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
-    min_gap: float = Field(.25, ge=0, description="by grades: A and B must differ by more than this, all dimensions together")
+    min_gap: float = Field(.25, ge=0, le=1e6, description="by grades: A and B must differ by more than this, all dimensions together")
     early: bool = Field(False, description="stop writing about a pair whose label is decided; takes by: answers and pce.use: none, since grades and certainty need every path")
 
     @field_validator("k")
@@ -130,15 +151,15 @@ class PCEPart(Part):
     form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and tells right labels from wrong best")
     threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
     use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
-    tau: float = Field(1., gt=0, description="temperature of bradley_terry, nats")
+    tau: float = Field(1., ge=1e-6, le=1e6, description="temperature of bradley_terry, nats")
 
 class SRPOPart(Part):
     steps: int = Field(100, ge=0, description="updates per round; 0: the judge stays as the cold start made it")
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
-    lr: float = Field(5e-6, gt=0, description="learning rate")
-    beta: float = Field(.1, ge=0, description="β_r, nats; 0: no preference, only the NLL terms")
-    lambda_win: float = Field(1., ge=0, description="weight of the NLL on the preferred responses, which keeps their form")
-    lambda_human: float = Field(1., ge=0, description="weight of the NLL on the human pairs, which keeps what they taught; in the toy's tuning 1 did better than 0.5")
+    lr: float = Field(5e-6, gt=0, le=1, description="learning rate")
+    beta: float = Field(.1, ge=0, le=1e6, description="β_r, nats; 0: no preference, only the NLL terms")
+    lambda_win: float = Field(1., ge=0, le=1e6, description="weight of the NLL on the preferred responses, which keeps their form")
+    lambda_human: float = Field(1., ge=0, le=1e6, description="weight of the NLL on the human pairs, which keeps what they taught; in the toy's tuning 1 did better than 0.5")
 
 class EvaluatePart(Part):
     measure: str | None = Field(None, description="package.module:function(videos, prompts) -> scores; null: human pairs only")
@@ -177,15 +198,15 @@ def parse_config(
     where: str,   # for the message
 ) -> Config:
     "Check a config; UserError in one line that names the first bad key."
-    try: return Config(**data)
+    try: return Config.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        first = error.errors(include_url=False)[0]
+        key, message = f"{' '.join('.'.join(map(str, first['loc'])).split()):.100}", first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             part = Config
             for name in first["loc"][:-1]: part = part.model_fields[name].annotation
             message = f"unknown key; there are {', '.join(part.model_fields)}"
-        elif "input" in first and not isinstance(first["input"], dict): message += f" (is {first['input']!r})"
+        elif "input" in first and not isinstance(first["input"], dict): message += f" (is {first['input']!r:.80})"
         raise UserError(f"{where}: {key}: {message}") from None
 
 # %% ../nbs/06_config.ipynb #cd9460b2
@@ -196,10 +217,10 @@ def read_config(
     path, data = Path(path), read_yaml(path)
     if not isinstance(data, dict): raise UserError(f"{path}: holds no keys; write one with `dual-ipo init`")
     config = parse_config(data, str(path))
-    here = lambda p: p if p is None else str((path.parent / p).resolve())
+    here = lambda p: p if p is None else os.path.realpath(path.parent / p)
     for key in ("prompts", "eval_prompts", "pairs", "real_clips"): setattr(config.data, key, here(getattr(config.data, key)))
     for part in (config.generator, config.reward):
-        if (path.parent / part.path).is_dir(): part.path = here(part.path)
+        if os.path.isdir(path.parent / part.path): part.path = here(part.path)
     return config
 
 # %% ../nbs/06_config.ipynb #b58d5307
@@ -208,7 +229,10 @@ def commented_yaml(
     head: str = "",          # what stands above it
 ) -> str:
     "The config as YAML with a comment on every key."
-    def value(x): return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | str | list) else str(x)
+    def value(x):
+        if isinstance(x, str):
+            return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
+        return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
     def lines(part, indent):
         for name, field in type(part).model_fields.items():
             x = getattr(part, name)

@@ -274,7 +274,7 @@ def export(
     text = card(a, out.name)
     with whole_folder(out) as beside:
         for name, tensors in files.items(): write_tensors(beside/name, tensors, {"format": "pt"})
-        (beside/"README.md").write_text(text)
+        (beside/"README.md").write_text(text, "utf-8")
     return out
 
 # %% ../nbs/25_export.ipynb #ff22988c
@@ -288,7 +288,7 @@ def push(
     there, here = f"load_lora_weights({name!r}, weight_name", r"load_lora_weights\(.*?, weight_name"
     try:
         address = HfApi().create_repo(name, private=True, exist_ok=True)
-        text = re.sub(here, lambda _: there, (folder/"README.md").read_text())
+        text = re.sub(here, lambda _: there, (folder/"README.md").read_text("utf-8"))
         with atomic_write(folder/"README.md") as file: file.write(text.encode())
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Adapter and card, by dual-ipo export")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:

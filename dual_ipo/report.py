@@ -24,11 +24,12 @@ from IPython.display import HTML
 from nbconvert.filters import markdown2html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
+from .config import parse_config
 from .core import UserError, Video, read_mp4, whole_file
 from .evaluate import AGGREGATES, VBENCH_QUALITY, bootstrap_ci, paired_difference
 from .monitor import warnings_of
 from .pce import reliability
-from .store import read_json, read_table, read_yaml
+from .store import Summary, read_entries, read_json, read_table, read_yaml
 
 # %% ../nbs/50_report.ipynb #a50177c7
 @dataclass
@@ -57,9 +58,10 @@ def read_results(
 ) -> Results:
     "Read a run folder; what is missing stays empty."
     folder = Path(folder)
-    entries = [read_json(path) for path in sorted(folder.glob("round_*/round.json"))]
-    summary = read_json(folder/"summary.json") if (folder/"summary.json").is_file() else {}
+    entries = read_entries(folder)
+    summary = read_json(folder/"summary.json", Summary) if (folder/"summary.json").is_file() else {}
     config = read_yaml(folder/"run.yaml") if (folder/"run.yaml").is_file() else summary.get("config", {})
+    if config: config = parse_config(config, f"{folder}: its config").model_dump()
     return Results(folder, config, entries or summary.get("rounds", []))
 
 # %% ../nbs/50_report.ipynb #c6e9fc56
@@ -250,7 +252,7 @@ def rounds_table(results: Results) -> HTML:
 def monitor_notes(results: Results) -> HTML:
     "Every warning of the run."
     lines = warnings_of(results.rounds, results.tables("align/history.parquet"))
-    lines += [f"{path.parts[-3].replace('_0', ' ').replace('_', ' ')}: training stopped early, {read_json(path)['reason']}" for path in sorted(results.folder.glob("round_*/align/anomaly.json"))]
+    lines += [f"{path.parts[-3].replace('_0', ' ').replace('_', ' ')}: training stopped early, {read_json(path, dict[str, str]).get('reason')}" for path in sorted(results.folder.glob("round_*/align/anomaly.json"))]
     lines += [f"round {entry['round']}: therefore SRPO ran longer" for entry in results.rounds if entry.get("extra_srpo")]
     if not results.rounds: return block('<p class="quiet">Nothing to watch yet.</p>')
     if not lines: return block('<p class="quiet">Nothing to report: no fall of quality, no loss of motion, no odd loss, no trouble with the judge.</p>')
@@ -594,5 +596,5 @@ def make_report(
     executed.metadata.pop("papermill", None)
     for cell in executed.cells: cell.metadata.pop("papermill", None)
     with whole_file(folder/"report.ipynb") as beside: nbformat.write(executed, beside)
-    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder))
+    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder), "utf-8")
     return folder/"report.html"

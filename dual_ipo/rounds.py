@@ -35,7 +35,7 @@ from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
 from .reward import Judge, check_judge
 from .srpo import cold_start, pseudo_label, srpo
-from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
+from .store import Run, intact, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, whole, write_json, write_table
 from .training import Ahead, TrainingAnomaly, ranks
 from .voting import check_votes
 
@@ -54,7 +54,7 @@ def set_deterministic(wanted: bool):
 def load_generator(config: Config, path) -> Generator:
     "A generator with the config's settings, with what its checkpoint learned folded in and a fresh adapter on top."
     part = config.generator.model_dump(exclude={"path", "batch_size"})
-    return Generator.load(path, device=device(), **part | dict(dtype=getattr(torch, part["dtype"])))
+    return Generator.load(intact(path), device=device(), **part | dict(dtype=getattr(torch, part["dtype"])))
 
 def load_judge(
     config: Config,
@@ -63,7 +63,7 @@ def load_judge(
 ) -> Judge:
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
-    judge = Judge.load(path, device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, learns=learns,
+    judge = Judge.load(intact(path), device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank, learns=learns,
                        frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, seed=config.seed)
     judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
     if part.backend == "vllm":
@@ -130,7 +130,7 @@ class Round:
             raise UserError(out_of_memory(self.config, name, memory, ranks().num_processes)) from error
         if todo:
             at = self.folder / "seconds.json"
-            seconds = read_json(at) if at.exists() else {}
+            seconds = read_json(at, dict[str, float]) if at.exists() else {}
             write_json(at, seconds | {name: round(seconds.get(name, 0) + time.time() - began, 1)})
 
 # %% ../nbs/30_rounds.ipynb #8b0af64d
@@ -283,7 +283,9 @@ def totals(
     paths: list, prompts: list,
 ) -> list:          # a float for each
     "What a measure makes of clips on disk, all in all."
-    return score_videos(load_measure(measure), paths, prompts)["total"].tolist()
+    found = score_videos(load_measure(measure), paths, prompts)
+    if "total" not in found: raise UserError(f"measure {measure!r}: returns no total to rank by; return one")
+    return found["total"].tolist()
 
 # %% ../nbs/30_rounds.ipynb #a3478d42
 def with_truth(r: Round, pairs: list) -> list:
@@ -301,7 +303,7 @@ def grades_of(
     "A judge's grades of clips on disk. While it reads some, the frames that it will see of the next are decoded, many clips at once: one takes a core longer than a judge of 8B a GPU."
     def batch(i):
         own = clips[64 * i:64 * (i + 1)]
-        files = [VideoFile(path) for _, path in own]
+        files = [VideoFile(whole(path)) for _, path in own]
         shown = frames_of(files, judge.frames_per_video)
         return [(prompt, Video(frames, 1., times=file.times_at(judge.frames_per_video))) for (prompt, _), file, frames in zip(own, files, shown)]
     n = -(-len(clips) // 64)
@@ -349,7 +351,7 @@ def clip_pairs(
     folder: Path,  # of the candidates
 ) -> list:         # of Pair
     "Each two that follow each other as an unlabelled pair."
-    load = lambda row: VideoFile(folder / row["clip"])
+    load = lambda row: VideoFile(whole(folder / row["clip"]))
     return [Pair(a["prompt"], load(a), load(b), pair_id=f"{a['name']}:{b['name']}") for a, b in zip(rows[::2], rows[1::2])]
 
 # %% ../nbs/30_rounds.ipynb #abcc5027
@@ -441,7 +443,7 @@ def truth_of(r: Round, scored: list, human: PairTable) -> tuple:  # (pairs with 
     if "total" not in scored[0]:
         _, held = human.split(HELD_OUT, r.config.seed)
         return [held[i] for i in range(len(held))], None
-    load, pairs, gaps = lambda row: VideoFile(r.folder / "evaluate" / row["path"]), [], []
+    load, pairs, gaps = lambda row: VideoFile(whole(r.folder / "evaluate" / row["path"])), [], []
     for a, b in zip(scored[::2], scored[1::2]):
         gap = a["total"] - b["total"]
         pairs.append(Pair(a["prompt"], load(a), load(b), "A" if gap > 0 else "B" if gap < 0 else "same", f"{a['prompt']}:{a['seed']}:{b['seed']}"))
@@ -476,7 +478,7 @@ def finish(r: Round, scored: list, reward: dict, reasons: list) -> dict:  # the 
     "Write round.json, summary.json and DONE."
     scores = {k: torch.tensor([row[k] for row in scored]) for k in scored[0] if k not in ("prompt", "seed", "path")}
     entry = dict(round=r.k, generator=summarise(scores, [row["prompt"] for row in scored], r.config.seed) if scores else {}, reward=reward,
-                 extra_srpo=reasons, seconds=read_json(r.folder / "seconds.json"))
+                 extra_srpo=reasons, seconds=read_json(r.folder / "seconds.json", dict[str, float]))
     if not is_done(r.folder):
         write_json(r.folder / "round.json", entry)
         write_json(r.run.path / "summary.json", dict(config=r.run.config, rounds=r.run.entries()))

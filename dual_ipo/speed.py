@@ -292,7 +292,7 @@ def judge_files(
     "What the default judge's folder holds beside its weights."
     folder, words = Path(folder), judge_tokenizer()
     words.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(QWEN_CHAT)
+    (folder / "chat_template.jinja").write_text(QWEN_CHAT, "utf-8")
     images = dict(patch_size=16, temporal_patch_size=2, merge_size=2, size=dict(shortest_edge=65536, longest_edge=16777216), image_mean=[.5] * 3, image_std=[.5] * 3,
                   processor_class="Qwen3VLProcessor")
     write_json(folder / "preprocessor_config.json", images | dict(image_processor_type="Qwen2VLImageProcessorFast"))
@@ -373,7 +373,7 @@ def utilisation():
     def read():
         for line in watch.stdout: seen.append((time.time(), int(line) / 100))
     if torch.cuda.is_available():
-        watch = subprocess.Popen(f"nvidia-smi --id=GPU-{torch.cuda.get_device_properties().uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200".split(), stdout=subprocess.PIPE, text=True)
+        watch = subprocess.Popen(f"nvidia-smi --id=GPU-{torch.cuda.get_device_properties().uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200".split(), stdout=subprocess.PIPE, encoding="utf-8")
         Thread(target=read, daemon=True).start()
     try: yield seen
     finally:
@@ -408,8 +408,8 @@ def a_run(
     g.pipe.save_pretrained(folder / "generator")
     judge = judge or real_judge(folder / "judge", DEVICE)
     (shape, prompts), few = ((g.num_frames, g.height, g.width), toy_prompts(144, "train", 1001)), 2
-    (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n")
-    (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:few]) + "\n")
+    (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n", "utf-8")
+    (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:few]) + "\n", "utf-8")
     clips = [a_video("clip", i, shape=shape, fps=g.fps) for i in range(4)]
     held = [p for p in prompts if seed_of("held out", 0, p) < HELD_OUT * 2**63]
     asked = [held[i // 4] if i % 4 == 3 else prompts[i] for i in range(human)]

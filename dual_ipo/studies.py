@@ -105,7 +105,7 @@ def work(
     if is_done(folder / job.name / f"round_{job.rounds:02d}/tables"): return Run.open(folder / job.name, config_of(job).model_dump())  # or a UserError, if it is another run's
     command = [sys.executable, "-c", code, json.dumps(asdict(job)), str(folder)]
     if time.time() >= until: raise subprocess.TimeoutExpired(command, 0)
-    with open(folder / f"{job.name}.log", "a") as log:
+    with open(folder / f"{job.name}.log", "a", encoding="utf-8") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, timeout=None if until == math.inf else until - time.time(),
                        env={"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
@@ -207,7 +207,7 @@ def evaluate_base(
 # %% ../nbs/70_studies.ipynb #ad5ad351
 def version() -> str:  # commit, with a + if files differ from it
     "What made a result."
-    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, encoding="utf-8").stdout.strip()
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "unknown"
 
 # %% ../nbs/70_studies.ipynb #97373d2e

@@ -430,7 +430,7 @@ def people_clips(
     folder: Path = CHECKPOINTS.parent / "people",
 ) -> tuple:  # (prompts [P], uint8 [P, N, T, C, H, W])
     "The generated clips that people are shown: N of each prompt of the split \"human\"."
-    prompts = (folder / "prompts.txt").read_text().splitlines()
+    prompts = (folder / "prompts.txt").read_text("utf-8").split("\n")[:-1]
     return prompts, torch.stack([read_mp4(folder / f"{i:03d}.mp4")[0].unflatten(0, (-1, FRAMES)) for i in range(len(prompts))])
 
 def human_pairs(

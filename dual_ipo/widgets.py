@@ -13,7 +13,7 @@ import anywidget, ipywidgets, traitlets
 from IPython.display import HTML, display
 from .core import Pair, UserError, video_html
 from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind
-from .store import read_json, read_table, read_yaml
+from .store import Progress, read_entries, read_json, read_table, read_yaml
 
 # %% ../nbs/51_widgets.ipynb #ab0117c5
 PLAYER = """
@@ -173,9 +173,9 @@ def state_of(
 ) -> dict: # {"entries", "progress" or None, "finished", "silent": seconds since the last sign of life}
     "Where a run stands, from its files."
     run = Path(run)
-    entries = [read_json(path) for path in sorted(run.glob("round_*/round.json"))]
+    entries = read_entries(run)
     path, rounds = run/"progress.json", find(read_yaml(run/"run.yaml"), "rounds") if (run/"run.yaml").is_file() else None
-    return dict(entries=entries, progress=read_json(path) if path.is_file() else None, finished=rounds is not None and len(entries) > rounds,
+    return dict(entries=entries, progress=read_json(path, Progress) if path.is_file() else None, finished=rounds is not None and len(entries) > rounds,
         silent=time.time() - path.stat().st_mtime if path.is_file() else None)
 
 # %% ../nbs/51_widgets.ipynb #d981e137

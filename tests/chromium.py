@@ -19,7 +19,7 @@ class Page:
         self.process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={self.profile}", "--window-size=1200,2000", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            port = self.wait(lambda: (Path(self.profile)/"DevToolsActivePort").read_text().split()[0], "Chromium's port", errors=(OSError, IndexError))
+            port = self.wait(lambda: (Path(self.profile)/"DevToolsActivePort").read_text("utf-8").split()[0], "Chromium's port", errors=(OSError, IndexError))
             pages = self.wait(lambda: [t for t in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if t["type"] == "page"], "a page", errors=(OSError,))
             self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
             for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")

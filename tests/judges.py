@@ -275,12 +275,12 @@ def make(
     folder, made = Path(folder), JUDGES[name](small)
     words = made["tokens"]
     words.save_pretrained(folder)
-    if made["chat"]: (folder/"chat_template.jinja").write_text(made["chat"])
+    if made["chat"]: (folder/"chat_template.jinja").write_text(made["chat"], "utf-8")
     files = dict(preprocessor_config=made["images"], processor_config=made.get("facts", {}),
                  video_preprocessor_config=made.get("videos"))
     for file, data in files.items():
         if data is None: continue
-        (folder/f"{file}.json").write_text(json.dumps(data | dict(processor_class=made["processor"]), indent=1))
+        (folder/f"{file}.json").write_text(json.dumps(data | dict(processor_class=made["processor"]), indent=1), "utf-8")
     special = dict(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id)
     text = made["text"] | special | dict(vocab_size=len(words), max_position_embeddings=made["context"])
     ids = {key: words.convert_tokens_to_ids(token) for key, token in made["ids"].items()}

@@ -17,7 +17,7 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("input")
     write_toy_input(folder/"data", demo_config("wan", "dpo", 1, 0), pairs=4, real=2)
     (folder/"pipe").mkdir()
-    (folder/"pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (folder/"pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}', "utf-8")
     return folder
 
 
@@ -25,7 +25,7 @@ def config(folder, **parts):
     "run.yaml in `folder`, changed by `parts`; its path."
     data = dict(generator=dict(path="pipe"), data=dict(prompts="data/prompts.txt", eval_prompts="data/eval_prompts.txt", pairs="data/pairs.csv"))
     for name, part in parts.items(): data[name] = {**data.get(name, {}), **part} if isinstance(part, dict) else part
-    (folder/"run.yaml").write_text(yaml.safe_dump(data))
+    (folder/"run.yaml").write_text(yaml.safe_dump(data), "utf-8")
     return folder/"run.yaml"
 
 
@@ -64,7 +64,7 @@ def test_config_mistakes(capsys, folder, parts, words): says(capsys, folder, *wo
 @pytest.mark.parametrize("text, words", [("", ["prompts.txt"]), ("a red circle\n\na blue circle\n", ["prompts.txt", "2"]), ("same\nother\nsame\n", ["prompts.txt", "1", "3"])],
                          ids=["empty", "blank row", "duplicate"])
 def test_prompt_mistakes(capsys, folder, text, words):
-    (folder/"data/prompts.txt").write_text(text)
+    (folder/"data/prompts.txt").write_text(text, "utf-8")
     says(capsys, folder, *words)
 
 
@@ -75,12 +75,12 @@ def test_prompt_mistakes(capsys, folder, text, words):
     (lambda t: t.replace("clips/00000_A.mp4", "/etc/passwd"), ["pairs.csv", "passwd"]),
 ], ids=["column", "label", "dots", "absolute"])
 def test_pair_mistakes(capsys, folder, change, words):
-    (folder/"data/pairs.csv").write_text(change((folder/"data/pairs.csv").read_text()))
+    (folder/"data/pairs.csv").write_text(change((folder/"data/pairs.csv").read_text("utf-8")), "utf-8")
     says(capsys, folder, *words)
 
 
 def test_checkpoint_of_an_unknown_class(capsys, folder):
-    (folder/"pipe/model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    (folder/"pipe/model_index.json").write_text('{"_class_name": "LTXPipeline"}', "utf-8")
     says(capsys, folder, "LTXPipeline", "WanPipeline")
 
 
@@ -92,7 +92,7 @@ def test_run_folder_of_another_config(tmp_path):
 def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_path):
     assert main(["init", str(tmp_path/"run.yaml")]) == 0
     assert main(["init", str(tmp_path/"run.yaml")]) == 2
-    assert Config(**yaml.safe_load((tmp_path/"run.yaml").read_text())) == Config()
+    assert Config(**yaml.safe_load((tmp_path/"run.yaml").read_text("utf-8"))) == Config()
 
 
 @pytest.mark.parametrize("command", ["status", "report"])
@@ -126,5 +126,5 @@ def test_init_writes_what_a_model_wants(capsys, tmp_path, monkeypatch):
     toy = demo_config("wan", "dpo", 1, 0).model_dump()
     monkeypatch.setattr("dual_ipo.cli.config_for", lambda *_: parse_config(toy | dict(align=dict(batch_size=2**14)), "toy"))
     assert main(["init", str(tmp_path/"fits.yaml"), "--gpu", "RTX4090", "--count", "2"]) == 0
-    config, text = read_config(tmp_path/"fits.yaml"), (tmp_path/"fits.yaml").read_text()
+    config, text = read_config(tmp_path/"fits.yaml"), (tmp_path/"fits.yaml").read_text("utf-8")
     assert config.align.batch_size < 2**14 == config.align.batch_size*config.align.accumulate and "# one round on 2 RTX4090" in text and "  no: " not in text

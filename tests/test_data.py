@@ -49,7 +49,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name, text, says", PROMPTS.values(), ids=PROMPTS)
 def test_bad_prompts(tmp_path, name, text, says):
-    (tmp_path/name).write_text(text)
+    (tmp_path/name).write_text(text, "utf-8")
     line = line_of(read_prompts, tmp_path/name)
     assert says in line and str(tmp_path/name) in line
 
@@ -76,11 +76,11 @@ def mp4(tmp_path): return clip(T=9).save(tmp_path/"a.mp4").path
 
 def test_bad_clips(tmp_path, mp4):
     (tmp_path/"zero.mp4").touch()
-    (tmp_path/"text.mp4").write_text("not a video\n"*99)
+    (tmp_path/"text.mp4").write_text("not a video\n"*99, "utf-8")
     (tmp_path/"noise.mp4").write_bytes(random.Random(0).randbytes(5000))
     (tmp_path/"picture.mp4").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
-    (tmp_path/"list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{mp4}\n#EXT-X-ENDLIST\n")
-    (tmp_path/"concat.mp4").write_text(f"ffconcat version 1.0\nfile {mp4}\n")
+    (tmp_path/"list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{mp4}\n#EXT-X-ENDLIST\n", "utf-8")
+    (tmp_path/"concat.mp4").write_text(f"ffconcat version 1.0\nfile {mp4}\n", "utf-8")
     says = {"none": "no such file", "zero": "zero bytes", "text": "not a video", "noise": "not a video", "picture": "not a video",
         "list": "not a video", "concat": "not a video"}
     for name, words in says.items():
@@ -180,7 +180,7 @@ def test_bad_pairs(tmp_path, text, says):
     (tmp_path/"secret.mp4").touch()
     (root/"link.mp4").symlink_to(tmp_path/"secret.mp4")
     (root/"out").symlink_to(tmp_path)
-    (root/"pairs.csv").write_text(text)
+    (root/"pairs.csv").write_text(text, "utf-8")
     line = line_of(read_pairs, root)
     assert says in line and "pairs.csv" in line
 
@@ -210,14 +210,14 @@ def test_bad_real_clips(tmp_path):
     assert "no such file" in line_of(read_clips, tmp_path/"none")
     clip().save(tmp_path/"a.mp4")
     assert "has no caption" in line_of(read_clips, tmp_path)
-    (tmp_path/"a.txt").write_text(" \n")
+    (tmp_path/"a.txt").write_text(" \n", "utf-8")
     assert "has no caption" in line_of(read_clips, tmp_path)
-    (tmp_path/"a.txt").write_text("a square\n")
+    (tmp_path/"a.txt").write_text("a square\n", "utf-8")
     assert read_clips(tmp_path) == [("a square", tmp_path/"a.mp4")]
     (tmp_path/"b.mp4").symlink_to("/etc/hostname")
-    (tmp_path/"b.txt").write_text("b")
+    (tmp_path/"b.txt").write_text("b", "utf-8")
     assert "doesn't stay in" in line_of(read_clips, tmp_path)
-    (tmp_path/"c.csv").write_text("path,caption\na.mp4,x\n")
+    (tmp_path/"c.csv").write_text("path,caption\na.mp4,x\n", "utf-8")
     assert "no column 'prompt'" in line_of(read_clips, tmp_path/"c.csv")
 
 
@@ -238,7 +238,7 @@ def test_run_of_another_config(tmp_path):
 def test_lock_is_exclusive_and_dies_with_its_process(tmp_path):
     run = Run.open(tmp_path/"run", {})
     code = f"from dual_ipo.store import Run; import time\nwith Run.load({str(run.path)!r}).lock(): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "held\n"
     assert "another process" in line_of(run.lock(wait=.2).__enter__)
     process.kill()
@@ -248,7 +248,7 @@ def test_lock_is_exclusive_and_dies_with_its_process(tmp_path):
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2\n", "a: [1\n", "\t- x", "a: !!python/object/apply:os.system [ls]\n"])
 def test_bad_yaml(tmp_path, text):
-    (tmp_path/"run.yaml").write_text(text)
+    (tmp_path/"run.yaml").write_text(text, "utf-8")
     assert "is not YAML" in line_of(read_yaml, tmp_path/"run.yaml")
 
 

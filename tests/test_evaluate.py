@@ -62,7 +62,7 @@ def test_vbench_refuses_a_missing_dimension(name):
 
 
 def test_vbench_results(tmp_path):
-    write = lambda name, data: (tmp_path/name).write_text(json.dumps(data))
+    write = lambda name, data: (tmp_path/name).write_text(json.dumps(data), "utf-8")
     write("a_eval_results.json", {"subject consistency": [.9, [{"video_path": "x", "video_results": .9}]], "imaging_quality": [.6, [{"video_path": "x", "video_results": 60.}]]})
     assert read_vbench(tmp_path) == {"subject_consistency": .9, "imaging_quality": .6} == read_vbench(tmp_path/"a_eval_results.json")
     for content, match in (({"scene": [math.nan, []]}, "not a number"), ({"scene": []}, "isn't a result"), ([1], "isn't a result"), ({"imaging_quality": [.1, []]}, "too")):
@@ -84,7 +84,7 @@ def test_export_is_whole_or_absent(tmp_path):
     assert not (tmp_path/"out").exists()
     out = export_vbench(rows, tmp_path/"out")
     assert sorted(p.name for p in out.iterdir()) == [f"a dog-{i}.mp4" for i in range(5)] + ["manifest.json"]
-    assert json.loads((out/"manifest.json").read_text())[4] == dict(file="a dog-4.mp4", prompt="a dog", index=4, source=str(tmp_path/"clip.mp4"))
+    assert json.loads((out/"manifest.json").read_text("utf-8"))[4] == dict(file="a dog-4.mp4", prompt="a dog", index=4, source=str(tmp_path/"clip.mp4"))
 
 
 def test_scores_of_paths_and_tensors(tmp_path):

@@ -43,7 +43,7 @@ def invented(run, k, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layer="blocks.0.at
         write_tensors(run.round(k)/"generator"/name, {f"transformer.{layer}.lora_{x}.weight": noise((2, 6) if x == "A" else (6, 2), name, k, x) for x in "AB"})
     write_json(run.round(k)/"generator/generator.json", dict(base=base, ranks=[2]))
     mark_done(run.round(k)/"generator")
-    finish(run, k, generator=dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80.), reward=dict(accuracy=.75))
+    finish(run, k, generator=dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={}), reward=dict(accuracy=.75))
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_round_before_holds_less(trained, tmp_path):
 @pytest.mark.parametrize("form", module.FORMATS)
 def test_code_of_the_card_runs(trained, form, tmp_path, monkeypatch):
     kind, run, g = trained
-    text = (export(run, 2, form, tmp_path/"lora")/"README.md").read_text()
+    text = (export(run, 2, form, tmp_path/"lora")/"README.md").read_text("utf-8")
     if form == "comfyui" and not kind.startswith("wan"):
         assert "```python" not in text and "`dual-ipo export RUN --format diffusers`" in text
         return
@@ -207,7 +207,7 @@ def test_a_whole_pipeline_is_left_as_it_is(tmp_path):
 def test_lost_or_broken_weights(run):
     file = run.round(2)/"generator/pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="not a whole safetensors file"): export(run)
+    with pytest.raises(UserError, match="is damaged"): export(run)
     file.unlink()
     with pytest.raises(UserError, match="run the round again"): export(run)
 
@@ -216,11 +216,11 @@ def test_lost_or_broken_weights(run):
 
 def test_what_is_there_stays(capsys, run, tmp_path):
     out = export(run, out=tmp_path/"out")
-    (out/"README.md").write_text("mine")
-    assert export(run, out=out) == out and (out/"README.md").read_text() == "mine"
+    (out/"README.md").write_text("mine", "utf-8")
+    assert export(run, out=out) == out and (out/"README.md").read_text("utf-8") == "mine"
     for options in (dict(k=1), dict(format="comfyui")):
         with pytest.raises(UserError, match="is there already"): export(run, out=out, **options)
-    (tmp_path/"file").write_text("")
+    (tmp_path/"file").write_text("", "utf-8")
     (tmp_path/"empty").mkdir()
     for name in ("file", "empty"):
         with pytest.raises(UserError, match="is there already"): export(run, out=tmp_path/name)
@@ -250,7 +250,7 @@ def test_two_experts_have_two_files(tmp_path):
     source = read(run.round(1)/"generator")
     for a, b, c in zip(ours.values(), theirs.values(), source.values()):
         assert equal(a, c) and torch.equal(b["diffusion_model.blocks.0.self_attn.q.lora_up.weight"], c["transformer.blocks.0.attn1.to_q.lora_B.weight"])
-    texts = [(run.path/f"export/wan-2.2-round1-{form}/README.md").read_text() for form in module.FORMATS]
+    texts = [(run.path/f"export/wan-2.2-round1-{form}/README.md").read_text("utf-8") for form in module.FORMATS]
     assert all(text.count("load_into_transformer_2=True") == 1 and "guidance_scale_2=3.0" in text for text in texts)
     assert "high noise or low noise" in texts[1]
 
@@ -261,7 +261,7 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
     run = new_run(tmp_path/"<b>bold | `x`", negative_prompt="```\n# shout")
     invented(run, 1, base=str(tmp_path/"base"))
     write_table(run.round(1)/"evaluate/scores.parquet", [dict(prompt=p, seed=s, path="x.mp4") for p in ("a ```` fence", "one\n\n# two", "<script>", "a fourth") for s in range(2)])
-    text = (export(run, out=tmp_path/"out")/"README.md").read_text()
+    text = (export(run, out=tmp_path/"out")/"README.md").read_text("utf-8")
     assert str(tmp_path) not in text and "# \\<b\\>bold \\| \\`x\\`, round 1" in text
     assert "`````text\na ```` fence\none # two\n<script>\n`````" in text
     facts = yaml.safe_load(text.split("---\n")[1])
@@ -273,7 +273,7 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
 
 
 def test_card_of_a_hub_base(run):
-    text = (export(run, 1)/"README.md").read_text()
+    text = (export(run, 1)/"README.md").read_text("utf-8")
     facts = yaml.safe_load(text.split("---\n")[1])
     assert facts["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and facts["base_model_relation"] == "adapter" and "license" not in facts
     assert "| **1** | **51.0** | **70.0** | **40.0** | **80.0** | **75.0** |" in text and "| 0 | – |" in text and "| 2 | 52.0 |" in text
@@ -310,7 +310,7 @@ def test_push_without_account(capsys, run, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert main(["export", str(run.path), "--push", "me/circles"]) == 2
     assert "hf auth login" in (line := capsys.readouterr().err) and line.count("\n") == 1
-    assert "'me/circles'" not in (run.path/"export/circles-round2-diffusers/README.md").read_text()
+    assert "'me/circles'" not in (run.path/"export/circles-round2-diffusers/README.md").read_text("utf-8")
 
 
 def test_push_without_network(capsys, run, monkeypatch):

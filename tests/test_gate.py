@@ -95,12 +95,12 @@ def test_command(tmp_path, capsys):
     data = config.model_dump()
     data["data"] = {k: str(tmp_path/v) if isinstance(v, str) else v for k, v in data["data"].items()}
     path = tmp_path/"run.yaml"
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(yaml.safe_dump(data), "utf-8")
     ask = ["gate", str(path), "--prompts", "3", "--out", str(tmp_path/"gate")]
     assert main(ask) == 0
     said = capsys.readouterr().out
     assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
-    path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))))
+    path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))), "utf-8")
     assert main(ask) == 2 and "set candidates.num_inference_steps, num_frames, guidance_stop, cache or preview_steps" in capsys.readouterr().err
     with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
 

@@ -319,7 +319,7 @@ def test_other_checkpoints(paths, tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
     assert "no such folder" in line(tmp_path/"nothing") and "model_index.json" in line(tmp_path)
-    (tmp_path/"other").mkdir(); (tmp_path/"other"/"model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (tmp_path/"other").mkdir(); (tmp_path/"other"/"model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}), "utf-8")
     assert "StableDiffusionPipeline" in line(tmp_path/"other")
     g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS); g.save(tmp_path/"round")
     (tmp_path/"round"/"DONE").unlink()
@@ -388,7 +388,7 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once
     history = align(g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", ALIGN]
     done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords), tmp_path/"two", *at_once],
-        capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        capture_output=True, encoding="utf-8", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
     for a, b in zip(history, other, strict=True):

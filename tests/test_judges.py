@@ -185,17 +185,17 @@ def test_a_missing_package_is_named(name, checkpoints):
 def test_a_judge_that_is_none_says_why(tmp_path):
     folder = make("Qwen3-VL", tmp_path/"judge", weights=False)
     def refusal(file, old, new):
-        text = (folder/file).read_text()
-        (folder/file).write_text(text.replace(old, new))
+        text = (folder/file).read_text("utf-8")
+        (folder/file).write_text(text.replace(old, new), "utf-8")
         with pytest.raises(UserError) as error: open_judge(folder, torch.float32, meta=True)
-        (folder/file).write_text(text)
+        (folder/file).write_text(text, "utf-8")
         assert len(first_line(error)) == 1
         return first_line(error)[0]
     assert "makes 0 image tokens (<|image_pad|>) of 3 images" in refusal("chat_template.jinja", "<|image_pad|>", "")
     assert "makes 6 image tokens" in refusal("chat_template.jinja", "<|image_pad|>", "<|image_pad|>"*2)
     assert "its processor cannot be read" in refusal("preprocessor_config.json", "Qwen2VLImageProcessorFast",
                                                      "NoSuchImageProcessor")
-    words = (folder/"tokenizer_config.json").read_text()
+    words = (folder/"tokenizer_config.json").read_text("utf-8")
     bare = json.dumps({k: v for k, v in json.loads(words).items() if k not in ("pad_token", "eos_token")})
     assert "neither a padding nor an end token" in refusal("tokenizer_config.json", words, bare)
     (folder/"chat_template.jinja").rename(folder/"elsewhere")
@@ -205,14 +205,14 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end(tmp_path, items):
     folder = make("Qwen3-VL", tmp_path/"judge")
     with_pad = log_probs(Judge.load(folder, frames_per_video=2), items)
     config = (folder/"tokenizer_config.json")
-    config.write_text(re.sub(r'"pad_token": "[^"]*",\s*', "", config.read_text()))
+    config.write_text(re.sub(r'"pad_token": "[^"]*",\s*', "", config.read_text("utf-8")), "utf-8")
     judge = Judge.load(folder, frames_per_video=2)
     assert judge.tokenizer.pad_token == "<|im_end|>" and torch.equal(log_probs(judge, items), with_pad)
 
 @pytest.mark.skipif(TORCHVISION, reason="one that works is here")
 def test_a_torchvision_that_cannot_be_imported_is_none(checkpoints, tmp_path):
     (tmp_path/"torchvision").mkdir()
-    (tmp_path/"torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path/"torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')", "utf-8")
     code = """if True:
         import sys, torch
         from dual_ipo.reward import open_judge
@@ -221,7 +221,7 @@ def test_a_torchvision_that_cannot_be_imported_is_none(checkpoints, tmp_path):
             except Exception as error: print(error)"""
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     ran = subprocess.run([sys.executable, "-c", code, *map(str, (checkpoints("Qwen3-VL"), checkpoints("Mistral3")))],
-                         env=os.environ | dict(PYTHONPATH=paths), capture_output=True, text=True)
+                         env=os.environ | dict(PYTHONPATH=paths), capture_output=True, encoding="utf-8")
     lines = ran.stdout.splitlines()
     assert lines[0] == "Qwen3VLProcessor", ran.stderr[-2000:]
     assert "needs torchvision, and the one that is there cannot be imported; pip install" in lines[1]
@@ -315,6 +315,6 @@ def test_the_table_beside_torchvision(request):
                         "--target", folder, release], check=True)
     arguments = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", str(Path(__file__))]
     ran = subprocess.run([sys.executable, str(ROOT/"tests/with_torchvision.py"), str(folder), *arguments], cwd=ROOT,
-                         capture_output=True, text=True)
+                         capture_output=True, encoding="utf-8")
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]

@@ -21,8 +21,8 @@ def config_of(folder, name, **align):
     config, (T, H, W), *_ = REAL[name]
     (tiny.wan if name.startswith("Wan") else tiny.cogvideox)().save_pretrained(folder)
     for part, changes in (("transformer", config), ("vae", WAN_VAE if name.startswith("Wan") else COG_VAE)):
-        old = json.loads((folder/part/"config.json").read_text())
-        (folder/part/"config.json").write_text(json.dumps({"_class_name": old["_class_name"], **changes}))
+        old = json.loads((folder/part/"config.json").read_text("utf-8"))
+        (folder/part/"config.json").write_text(json.dumps({"_class_name": old["_class_name"], **changes}), "utf-8")
         for weights in (folder/part).glob("*.safetensors"): weights.unlink()
     return Config(generator=dict(path=str(folder), num_frames=T, height=H, width=W, max_sequence_length=512 if name.startswith("Wan") else 226),
                   reward=dict(path=str(CHECKPOINTS/"judge")), align=dict(batch_size=1, **align))
@@ -89,7 +89,7 @@ def test_pipelines_that_are_not_supported_are_refused_before_anything_is_compute
         if make: config_files(folder, make)
         folder.mkdir(exist_ok=True)
         at = folder/"model_index.json"
-        at.write_text(json.dumps(dict(json.loads(at.read_text()) if make else {}, **index or {})))
+        at.write_text(json.dumps(dict(json.loads(at.read_text("utf-8")) if make else {}, **index or {})), "utf-8")
         config.generator = config.generator.model_copy(update=dict(path=str(folder)) | tiny.SETTINGS | changes)
         messages = []
         for ask in (check_input, plan):
@@ -156,7 +156,7 @@ def test_command(tmp_path, capsys):
     import yaml
     from dual_ipo.cli import demo_config
     path = tmp_path/"run.yaml"
-    path.write_text(yaml.safe_dump(demo_config("cogvideox", "kto", 3, 0).model_dump()))
+    path.write_text(yaml.safe_dump(demo_config("cogvideox", "kto", 3, 0).model_dump()), "utf-8")
     assert main(["plan", str(path), "--gpu", "RTX4090", "--count", "2", "--price", "1.5"]) == 0
     said = capsys.readouterr().out
     assert "on 2 RTX4090" in said and "at 1.5 a GPU-hour" in said and said.count("yes") == 9

@@ -14,7 +14,7 @@ NOTEBOOKS = ("*.ipynb", "nbs/**/*.ipynb")
 
 def texts(root, *patterns):
     "Relative path -> text of the files that match."
-    return {p.relative_to(root).as_posix(): p.read_text() for pattern in patterns for p in sorted(root.glob(pattern))}
+    return {p.relative_to(root).as_posix(): p.read_text("utf-8") for pattern in patterns for p in sorted(root.glob(pattern))}
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def copy(tmp_path):
 
 def test_package_is_what_the_notebooks_export(copy):
     for path in (copy/"dual_ipo").glob("*.py"): path.unlink()  # a module without a notebook must not survive
-    (copy/"dual_ipo/__init__.py").write_text((ROOT/"dual_ipo/__init__.py").read_text())
+    (copy/"dual_ipo/__init__.py").write_text((ROOT/"dual_ipo/__init__.py").read_text("utf-8"), "utf-8")
     subprocess.run([BIN/"nbdev_export"], cwd=copy, check=True)
     made, committed = texts(copy, "dual_ipo/*.py"), texts(ROOT, "dual_ipo/*.py")
     assert made.keys() == committed.keys()
@@ -58,7 +58,7 @@ def test_package_never_pickles():
 
 @pytest.mark.parametrize("notebook", sorted((ROOT/"nbs/rounds").glob("*.ipynb")), ids=lambda p: p.name)
 def test_rounds_have_one_parameters_cell(notebook):
-    cells = json.loads(notebook.read_text())["cells"]
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
 
 
@@ -67,7 +67,7 @@ def test_readme_is_the_index():
     from nbconvert import MarkdownExporter
     made, _ = MarkdownExporter(exclude_output=True).from_filename(str(ROOT/"index.ipynb"))
     remedy = "run: jupyter nbconvert --to markdown index.ipynb --output README --TemplateExporter.exclude_output=True"
-    assert (ROOT/"README.md").is_file() and made.strip() == (ROOT/"README.md").read_text().strip(), remedy
+    assert (ROOT/"README.md").is_file() and made.strip() == (ROOT/"README.md").read_text("utf-8").strip(), remedy
 
 
 @pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")

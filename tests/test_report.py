@@ -36,14 +36,14 @@ def figures(notebook):
 
 
 def test_notebook_and_page_say_the_same(run):
-    notebook, page = nbformat.read(run/"report.ipynb", 4), (run/"report.html").read_text()
+    notebook, page = nbformat.read(run/"report.ipynb", 4), (run/"report.html").read_text("utf-8")
     assert len(figures(notebook)) == page.count("Plotly.newPlot(  ") >= 6
     text = "".join("".join(o.data["text/html"]) for c in notebook.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {}))
     links = re.findall(r'src="([^":]+\.mp4)"', text)
     assert links and all((run/html.unescape(link)).is_file() for link in links)
     assert page.count("data:video/mp4") == len(links) and "clip missing" in page
     assert BAIT not in page and html.escape(BAIT) in page
-    assert str(run.parent) not in page and str(run.parent) not in (run/"report.ipynb").read_text()
+    assert str(run.parent) not in page and str(run.parent) not in (run/"report.ipynb").read_text("utf-8")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -70,7 +70,7 @@ def test_in_a_real_browser(run):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 def test_the_page_cannot_ask_for_anything(run, tmp_path):
     "A line smuggled into the page is refused by its own policy: the check above would see it."
-    (tmp_path/"report.html").write_text((run/"report.html").read_text().replace("</main>", '<img src="https://example.com/x.png"></main>'))
+    (tmp_path/"report.html").write_text((run/"report.html").read_text("utf-8").replace("</main>", '<img src="https://example.com/x.png"></main>'), "utf-8")
     with Page() as page:
         page.open(tmp_path/"report.html")
         page.wait(lambda: page.evaluate("1") and page.errors, "complaint")
@@ -101,7 +101,7 @@ def test_unfinished_and_absent(tmp_path):
     for path in folder.iterdir():
         if path.is_dir(): shutil.rmtree(path)
         elif path.name != "run.yaml": path.unlink()
-    assert "No round is finished yet" in make_report(folder).read_text()
+    assert "No round is finished yet" in make_report(folder).read_text("utf-8")
     with pytest.raises(UserError, match="no run folder"): make_report(tmp_path)
 
 

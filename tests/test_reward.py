@@ -200,7 +200,7 @@ def test_five_small_updates_in_bf16_are_kept(checkpoint, pairs, tmp_path):
 
 def test_no_judge_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"): Judge.load(tmp_path/"nothing")
-    (tmp_path/"config.json").write_text('{"model_type": "bert"}')
+    (tmp_path/"config.json").write_text('{"model_type": "bert"}', "utf-8")
     with pytest.raises(UserError, match="bert"): Judge.load(tmp_path)
 
 def test_annotation_keeps_what_fits_the_label(judge, pairs):

@@ -47,7 +47,7 @@ def given(tmp_path_factory):
 
 
 def write(folder, name, data):
-    (folder/name).write_text(yaml.safe_dump(data))
+    (folder/name).write_text(yaml.safe_dump(data), "utf-8")
     return folder/name
 
 
@@ -164,7 +164,7 @@ def test_what_cannot_serve_the_judge_is_told():
 def test_what_does_not_fit_the_generator_is_told_before_the_judge_learns(given, tmp_path, capsys, part, change, said):
     data = small_config()
     data[part] |= change
-    (given/"long.txt").write_text("a red circle moves left\n" + "a red circle " * 20 + "\n")
+    (given/"long.txt").write_text("a red circle moves left\n" + "a red circle " * 20 + "\n", "utf-8")
     assert main(["run", str(write(given, "misfit.yaml", data)), "--out", str(tmp_path/"run")]) == 2
     assert re.search(said, capsys.readouterr().err) and not (tmp_path/"run").exists()
 

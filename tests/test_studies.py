@@ -21,7 +21,7 @@ def test_jobs_end_in_tables(tmp_path, capsys):
     assert run_jobs(jobs, tmp_path/"runs", limit=3.) == [] and "no time left" in capsys.readouterr().out
     assert not is_done(tmp_path/"runs/dual-wan-0/round_01")
     assert run_jobs(jobs, tmp_path/"runs") == ["broken-wan-0"]
-    assert "No module named 'nowhere'" in (tmp_path/"runs/broken-wan-0.log").read_text()
+    assert "No module named 'nowhere'" in (tmp_path/"runs/broken-wan-0.log").read_text("utf-8")
     weights = [(tmp_path/"runs"/name/"round_00/reward/model.safetensors").stat().st_ino for name in (jobs[0].first.name, "dual-wan-0", "true-wan-0")]
     assert len(set(weights)) == 1  # one cold start, linked
     assert (tmp_path/"runs/dual-wan-0/round_01/reward").exists() and not (tmp_path/"runs/true-wan-0/round_01/reward").exists()

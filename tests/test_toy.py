@@ -74,7 +74,7 @@ def test_the_judge_sees():
 
 @pytest.mark.parametrize("path", [*[f"{name}/training.json" for name in PIPELINES], "judge/training.json"])
 def test_each_tells_how_it_was_trained(path):
-    facts = json.loads((CHECKPOINTS/path).read_text())
+    facts = json.loads((CHECKPOINTS/path).read_text("utf-8"))
     for run in facts: assert {"losses", "seconds", "device", "steps"} <= set(run)
 
 

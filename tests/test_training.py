@@ -67,7 +67,7 @@ class Server:
     "Trains in processes that can be killed."
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def train(self, folder, kill_at=None, kill_after=None, steps=STEPS, pause=0.):
         "Exit code of a training, killed before a touch of the disk or after some seconds."
@@ -131,14 +131,14 @@ if ranks().is_main_process:
 
 
 def test_two_processes_train_like_one(tmp_path):
-    (tmp_path/"script.py").write_text(SCRIPT)
+    (tmp_path/"script.py").write_text(SCRIPT, "utf-8")
     results = []
     for n in (1, 2):
         (tmp_path/f"{n}").mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), tmp_path/"script.py", tmp_path/f"{n}"]
-        process = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, timeout=120, capture_output=True, text=True)
+        process = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, timeout=120, capture_output=True, encoding="utf-8")
         assert process.returncode == 0, process.stderr[-6000:]
-        results.append(json.loads((tmp_path/f"{n}"/"result.json").read_text()))
+        results.append(json.loads((tmp_path/f"{n}"/"result.json").read_text("utf-8")))
     (one, curve, _), (two, curves, n) = results
     assert n == 2
     for a, b in zip(one, two): torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-6, rtol=0)

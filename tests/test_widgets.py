@@ -25,7 +25,7 @@ def lab(tmp_path_factory):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), root/"w.ipynb")
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
     (root/"config.py").write_text("from jupyterlab.galata import configure_jupyter_server; configure_jupyter_server(c)\n"
-        f"c.ServerApp.port = {port}; c.ServerApp.root_dir = {str(root)!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None\n")
+        f"c.ServerApp.port = {port}; c.ServerApp.root_dir = {str(root)!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None\n", "utf-8")
     env = os.environ | {f"JUPYTER_{name}_DIR": str(root/".jupyter"/name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(root/".jupyter/settings")}
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
