@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .core import Pair, UserError, Video, generator, write_mp4
-from .store import progress, read_table, stage, write_table, write_tensors
-from .training import Room, ranks
+from .store import read_table, write_table, write_tensors
+from .training import Room, in_shards
 
 # %% ../nbs/22_candidates.ipynb #a2725d22
 def sample_shard(
@@ -59,15 +59,13 @@ def sample_candidates(
 ) -> list[dict]:                 # the rows of all shards, in the order of the prompts
     "Sample `n` videos per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
-    folder, room, state = Path(folder), Room(batch_size, what), ranks()
-    shards = [(folder/f"shard_{k:04d}", first) for k, first in enumerate(range(0, len(prompts), prompts_per_shard))]
-    for path, first in progress(shards[state.process_index::state.num_processes], what):
-        with stage(path) as todo:
-            if not todo: continue
-            part = prompts[first:first+prompts_per_shard]
-            sample_shard(model, part, first, n, path, seed, round, dict(zip(part, model.encode_prompts(part))), room, only)
-    state.wait_for_everyone()
-    return [row for path, _ in shards for row in read_table(path/"table.parquet")]
+    room = Room(batch_size, what)
+    def make(path, some):
+        part = [prompt for _, prompt in some]
+        sample_shard(model, part, some[0][0], n, path, seed, round, dict(zip(part, model.encode_prompts(part))), room, only)
+    def name(numbered): return [numbered[1], only and only[numbered[1]]]
+    shards = in_shards(list(enumerate(prompts)), prompts_per_shard, folder, what, make, n, str(seed), round, model.latent_shape, name=name)
+    return [row for path in shards for row in read_table(path/"table.parquet")]
 
 # %% ../nbs/22_candidates.ipynb #5502d851
 def best_worst(
@@ -122,8 +120,8 @@ def make_pairs(
 
 # %% ../nbs/22_candidates.ipynb #8e43a2e8
 @lru_cache(256)
-def open_latents(path):
-    "A safetensors file, mapped but not read."
+def open_latents(path, *stat):
+    "A safetensors file, mapped but not read; again where it is another file by now."
     return safe_open(path, "pt")
 
 # %% ../nbs/22_candidates.ipynb #fc2af941
@@ -133,7 +131,9 @@ def read_latents(
     name: str,         # from name_w or name_l
 ) -> Tensor:           # scaled, without batch dimension
     "One candidate's latents."
-    return open_latents(str(Path(folder)/file)).get_tensor(name)
+    path = Path(folder)/file
+    at = path.stat()
+    return open_latents(str(path), at.st_ino, at.st_mtime_ns).get_tensor(name)
 
 # %% ../nbs/22_candidates.ipynb #c3eada2d
 def preview(

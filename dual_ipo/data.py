@@ -22,10 +22,11 @@ def inside(
     name: str,     # a path as the table gives it
     where: str,    # for the message: "pairs.csv: row 3"
 ) -> Path:
-    "The path of `name` below `root`; UserError when it leads out."
-    path = Path(name.strip())
+    "The path of `name` below `root`; UserError when it leads out. A hub snapshot keeps its files beside itself, as blobs."
+    path, real = Path(name.strip()), root.resolve()
+    roots = [real, *(p.parent.parent/"blobs" for p in (real, *real.parents) if p.parent.name == "snapshots")]
     sound = path.parts and "\0" not in name and not path.is_absolute() and ".." not in path.parts and max(map(len, path.parts)) < 256
-    if not sound or not (root/path).resolve().is_relative_to(root.resolve()):
+    if not sound or not any((root/path).resolve().is_relative_to(p) for p in roots):
         raise UserError(f"{where}: path {name!r:.80} doesn't stay in {root}; make it relative to that, with no '..' and no link out")
     return root/path
 
