@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PATHS', 'atomic_write', 'write_json', 'read_json', 'Loader', 'write_yaml', 'read_yaml', 'write_table', 'read_table',
            'write_tensors', 'read_tensors', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest',
-           'is_done', 'sync_tree', 'mark_done', 'stage', 'first_difference', 'portable', 'located', 'portable_config',
-           'note_base', 'find_base', 'locked', 'lock', 'Run', 'set_progress_file', 'report_progress', 'progress']
+           'is_done', 'sync_tree', 'mark_done', 'stage', 'first_difference', 'portable', 'located', 'begun_anew',
+           'portable_config', 'note_base', 'find_base', 'locked', 'lock', 'Run', 'set_progress_file', 'report_progress',
+           'progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import errno, fcntl, hashlib, html, json, os, re, shutil, time
@@ -212,6 +213,15 @@ def located(
     if not path or not (path.startswith(("./", "../")) or (Path(run)/path).exists()): return path
     return os.path.normpath(Path(run).resolve()/path)
 
+def begun_anew(
+    paths: list,          # of one thing, as it may be named; None among them
+    old: str, new: str,   # beginnings
+) -> str | None:          # None: none of them begins so
+    "The path with another beginning."
+    for path in filter(None, paths):
+        for start in (old.rstrip("/"), os.path.abspath(old)):
+            if path == start or path.startswith(f"{start}/"): return os.path.abspath(new) + path[len(start):]
+
 def portable_config(
     config: dict,
     run,
@@ -300,22 +310,18 @@ class Run:
         old: str, new: str,   # beginnings of paths, as they are in run.yaml or as they would be found
     ):
         "Look for what lay below `old` below `new` from now on: what the config names, and the bases of the adapters. UserError where nothing did."
-        found, begins = [], [*dict.fromkeys((old, os.path.abspath(old)))]
-        def turned(path, home):
-            for given in (path, located(path, home)):
-                for start in begins:
-                    if given and (given == start or given.startswith(start.rstrip("/") + "/")):
-                        found.append(path)
-                        return portable(os.path.abspath(new) + given[len(start.rstrip("/")):], self.path)
-            return path
+        changed = False
         for part, key in PATHS:
-            if self.config.get(part, {}).get(key): self.config[part][key] = turned(self.config[part][key], self.path)
-        for note in self.path.glob("round_*/*/*.json"):
-            if note.name not in ("generator.json", "judge.json"): continue
+            path = self.config.get(part, {}).get(key)
+            if path and (now := begun_anew([path, located(path, self.path)], old, new)):
+                self.config[part][key], changed = portable(now, self.path), True
+        for note in [*self.path.glob("round_*/*/generator.json"), *self.path.glob("round_*/*/judge.json")]:
             facts = read_json(note)
-            if facts.get("base") and (base := turned(facts["base"], note.parent)) != facts["base"]:
-                write_json(note, facts | note_base(located(base, self.path), note.parent))
-        if not found: raise UserError(f"--relocate {old}={new}: no path of {self.path/'run.yaml'} begins with {old}; look there")
+            near = os.path.normpath(note.parent.resolve()/facts["base_from_here"]) if facts.get("base_from_here") else None
+            if now := begun_anew([facts.get("base"), near], old, new):
+                write_json(note, {key: x for key, x in facts.items() if key != "base_from_here"} | note_base(now, note.parent))
+                changed = True
+        if not changed: raise UserError(f"--relocate {old}={new}: no path of {self.path/'run.yaml'} begins with {old}; look there")
         write_yaml(self.path/"run.yaml", self.config)
 
     def round(self, k: int) -> Path:
