@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'config_of', 'check_there', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of',
-           'Round', 'check_prompts', 'shorter', 'check_model', 'clip_names', 'content_of', 'check_same', 'read_input',
-           'check_input', 'prompts_of_round', 'annotated', 'start_judge', 'human_items', 'cheaper', 'sample_cheaply',
-           'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade', 'rank',
-           'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge', 'relative',
+           'Round', 'check_prompts', 'shorter', 'check_model', 'root_of', 'clip_names', 'content_of', 'check_same',
+           'read_input', 'check_input', 'prompts_of_round', 'annotated', 'start_judge', 'human_items', 'cheaper',
+           'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade',
+           'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge', 'relative',
            'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'asked_together', 'evaluate_judge',
            'finish', 'run_round']
 
@@ -172,13 +172,14 @@ def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
     if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
 
 # %% ../nbs/30_rounds.ipynb #a7fbe9d6
+def root_of(r: Round, key: str) -> Path:
+    "Where the clips of `data.pairs` or `data.real_clips` are named from."
+    table = r.path(getattr(r.config.data, key))
+    return table if table.is_dir() else table.parent
+
 def clip_names(r: Round, pairs: PairTable, real: list) -> dict:  # Path → "pairs/clips/0.mp4"
     "The clips' names from where their table lies: those stay when everything is moved."
-    names = {}
-    for key, paths in (("pairs", pairs.paths()), ("real_clips", [path for _, path in real])):
-        if paths: root = table if (table := r.path(getattr(r.config.data, key))).is_dir() else table.parent
-        names |= {path: f"{key}/{os.path.relpath(path, root)}" for path in paths}
-    return names
+    return {path: f"{key}/{os.path.relpath(path, root_of(r, key))}" for key, paths in (("pairs", pairs.paths()), ("real_clips", [p for _, p in real])) for path in paths}
 
 def content_of(prompts: list, eval_prompts: list, pairs: PairTable, real: list, names: dict) -> dict:
     "What the user's files contain: digests of the tables' rows, and of each clip, or None for one that cannot be read."
@@ -193,7 +194,8 @@ def check_same(r: Round, was: dict, now: dict):
     "UserError naming the first of the user's files that is not what it was."
     remedy = f"restore it, begin another run, or remove {r.run.path / 'input_check.json'} to go on with it"
     for name, content in now["clips"].items():
-        if was["clips"].get(name, content) != content: raise UserError(f"{name}: is another clip than when the run began; {remedy}")
+        key, _, file = name.partition("/")
+        if was["clips"].get(name, content) != content: raise UserError(f"{root_of(r, key) / file}: is another clip than when the run began; {remedy}")
     for key in ("prompts", "eval_prompts", "pairs", "real_clips"):
         if was[key] != now[key]: raise UserError(f"data.{key}: {r.path(getattr(r.config.data, key) or '')}: has changed since the run began; {remedy}")
 

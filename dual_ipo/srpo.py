@@ -201,10 +201,11 @@ def pseudo_label(
     def refer(part):
         some, own = map(list, zip(*part))
         judge.refer(some, own, reference, dimensions, batch=sampling.get("batch", 128))
-        return [asdict(j) for j in own]
+        return [dict(log_prob=[v.log_prob for v in j.votes], log_prob_ref=[v.log_prob_ref for v in j.votes]) for j in own]
     def voted(own): return [pair_digest(own[0]), [v.ids for v in own[1].votes]]
     if not early:
-        judgements = judged(rows_in_shards(list(zip(pairs, judgements)), group, folder and folder / "log_probs", "log-probabilities", refer, dimensions, name=voted))
+        for j, row in zip(judgements, rows_in_shards(list(zip(pairs, judgements)), group, folder and folder / "log_probs", "log-probabilities", refer, dimensions, name=voted)):
+            for v, own, before in zip(j.votes, row["log_prob"], row["log_prob_ref"]): v.log_prob, v.log_prob_ref = own, before
     if by == "grades":
         gaps = [grade_gap(j, dimensions) for j in judgements]
         judgements = [j if j.label == "invalid" else replace(j, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie") for j, gap in zip(judgements, gaps)]

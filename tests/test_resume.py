@@ -281,7 +281,7 @@ def test_changed_input_is_told(tmp_path):
         with pytest.raises(UserError, match=said): check_same(r, was, content(PairTable(other)))
     with pytest.raises(UserError, match="data.prompts"): check_same(r, was, content(table, "ba"))
     color(table.rows[2].path_a, (1, 2, 3))
-    with pytest.raises(UserError, match="pairs/clips/002.mp4: is another clip"): check_same(r, was, content(table))
+    with pytest.raises(UserError, match="data/clips/002.mp4: is another clip"): check_same(r, was, content(table))
 
 
 def test_a_changed_prompt_is_sampled_anew(tmp_path):
