@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'check_parameters', 'bars', 'execute_round', 'stops', 'keep_freed_memory', 'run_all', 'table', 'status',
-           'demo_config', 'write_toy_input', 'parser', 'start_demo', 'write_config', 'start_run', 'command', 'in_utf8',
-           'main']
+           'demo_config', 'write_toy_input', 'old_and_new', 'parser', 'start_demo', 'write_config', 'start_run',
+           'command', 'in_utf8', 'main']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -188,6 +188,14 @@ def write_toy_input(
         (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown), "utf-8")
 
 # %% ../nbs/60_cli.ipynb #254f4e98
+def old_and_new(
+    text: str,   # OLD=NEW
+) -> tuple:
+    "Two paths."
+    old, equals, new = text.partition("=")
+    if not (old and equals and new): raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
+
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
     p = argparse.ArgumentParser(prog="dual-ipo", description="Dual-IPO: a video generator and its VLM judge post-train each other.")
@@ -205,8 +213,9 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--gpu", help="kind of card; its plan is written above the config, for which the models' config files are fetched")
     init.add_argument("--count", type=int, default=1, help="cards")
     run = commands.add_parser("run", help="run or resume a whole experiment, one executed notebook a round")
-    run.add_argument("config", type=Path)
+    run.add_argument("config", type=Path, help="a config, or the folder of a run to go on with")
     run.add_argument("--out", type=Path, help="run folder (default runs/NAME of the config file)")
+    run.add_argument("--relocate", type=old_and_new, action="append", metavar="OLD=NEW", help="with a run folder: what lay below OLD is below NEW now; may be repeated")
     plan = commands.add_parser("plan", help="what a round will cost, and whether it fits, without computing anything")
     plan.add_argument("config", type=Path)
     plan.add_argument("--gpu", default="H100", help="kind of card (default H100)")
@@ -257,7 +266,15 @@ def write_config(args) -> str:   # what to do next
 
 def start_run(args) -> Run:
     "A configured run, its input checked first."
-    from dual_ipo.rounds import check_input
+    from dual_ipo.rounds import check_input, check_there, config_of
+    if (args.config / "run.yaml").is_file():   # a run goes on by its own config
+        run = Run.load(args.config)
+        with run.lock():
+            for old, new in getattr(args, "relocate", None) or []: run.relocate(old, new)
+        check_there(run)
+        check_input(config_of(run))
+        return run
+    if getattr(args, "relocate", None): raise UserError(f"--relocate: {args.config} is no run folder; give the folder of the run that was moved")
     config = read_config(args.config)
     check_input(config)
     return Run.open(args.out or Path("runs") / args.config.stem, config.model_dump())

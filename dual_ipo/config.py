@@ -217,7 +217,9 @@ def read_config(
     path, data = Path(path), read_yaml(path)
     if not isinstance(data, dict): raise UserError(f"{path}: holds no keys; write one with `dual-ipo init`")
     config = parse_config(data, str(path))
-    here = lambda p: p if p is None else os.path.realpath(path.parent / p)
+    def here(p):   # a file in a hub snapshot is a link to where its neighbours are not
+        at = p and path.parent / p
+        return at and str(at.parent.resolve() / at.name if at.is_file() else at.resolve())
     for key in ("prompts", "eval_prompts", "pairs", "real_clips"): setattr(config.data, key, here(getattr(config.data, key)))
     for part in (config.generator, config.reward):
         if os.path.isdir(path.parent / part.path): part.path = here(part.path)

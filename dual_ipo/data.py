@@ -22,12 +22,14 @@ def inside(
     name: str,     # a path as the table gives it
     where: str,    # for the message: "pairs.csv: row 3"
 ) -> Path:
-    "The path of `name` below `root`; UserError when it leads out."
+    "The path of `name` below `root`; UserError when it leads out. A hub snapshot keeps its files beside itself, as blobs."
     path = Path(name.strip())
     try:
+        real = Path(os.path.realpath(root))
+        roots = [real, *(p.parent.parent/"blobs" for p in (real, *real.parents) if p.parent.name == "snapshots")]
         short = len(str(root/path).encode()) < 4096 and all(len(part.encode()) < 256 for part in path.parts)
         sound = short and path.parts and not path.is_absolute() and ".." not in path.parts
-        sound = sound and Path(os.path.realpath(root/path)).is_relative_to(os.path.realpath(root))
+        sound = sound and any(Path(os.path.realpath(root/path)).is_relative_to(p) for p in roots)
     except ValueError: sound = False   # a zero byte, half a character, or what this system can't write as a name
     if not sound:
         raise UserError(f"{where}: path {name!r:.80} doesn't stay in {root}; make it relative to that, with no '..' and no link out")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .core import UserError, generator, noise
 from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, together, use_attention, whole_bytes
-from .store import is_done, mark_done, read_json, read_tensors, write_json
+from .store import find_base, is_done, mark_done, note_base, read_json, read_tensors, write_json
 from .training import low_adapters, mixed_precision
 
 # %% ../nbs/21_generator.ipynb #1cd6a3ea
@@ -100,7 +100,7 @@ def read_checkpoint(
     if (folder/"generator.json").is_file():
         if not is_done(folder): raise UserError(f"{folder}: was never finished (no DONE); run the round again")
         facts, files = read_json(folder/"generator.json"), [read_tensors(folder/name) for name in LORA_FILES if (folder/name).is_file()]
-        return facts["base"], [split_lora({k.removeprefix("transformer."): v for k, v in lora.items()}, facts["ranks"]) for lora in files]
+        return find_base(facts, folder), [split_lora({k.removeprefix("transformer."): v for k, v in lora.items()}, facts["ranks"]) for lora in files]
     if folder.is_dir() and not (folder/"model_index.json").is_file():
         raise UserError(f"{folder}: holds no model_index.json; give the folder of a diffusers pipeline, or of a round's generator")
     return str(path), []
@@ -211,7 +211,7 @@ class Weights:
                 loras = [*self.loras[k], self.lora(k)]
                 self.pipe.save_lora_weights(folder, stack_lora(loras), weight_name=name)
             ranks = [next(w.shape[0] for name, w in lora.items() if "lora_A" in name) for lora in loras]
-            write_json(folder/"generator.json", {"base": self.base, "ranks": ranks})
+            write_json(folder/"generator.json", note_base(self.base, folder) | {"ranks": ranks})
         else: self.pipe.save_pretrained(folder)
         mark_done(folder)
 

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from .core import Judgement, Pair, UserError, Video, frames_of, seed_of
 from .cot import DIMENSIONS, TAGS, THINK, Item, clip_item, frame_labels, frame_list, grade_stems, pair_item, reply_at
 from .kernels import others_attention
-from .store import read_json, write_json
+from .store import find_base, note_base, read_json, write_json
 from .training import Room, low_adapters, mixed_precision
 from .voting import Vote, check_k, decided, tally
 
@@ -688,7 +688,7 @@ class Judge(Chooser):
         "Open a judge; UserError when there is none."
         note = Path(path)/"judge.json"
         facts = read_json(note) if note.is_file() else {}
-        source = facts.get("base") or str(path)
+        source = find_base(facts, path) or str(path)
         masters = learns and not lora_rank and not facts.get("base") and dtype != torch.float32
         model, processor = open_judge(source, torch.float32 if masters else dtype, meta)
         model.requires_grad_(lora_rank is None)
@@ -708,7 +708,7 @@ class Judge(Chooser):
         if base: save_lora(self.model, folder/"adapter")
         else: (copy.deepcopy(self.model).merge_and_unload() if self.is_lora else self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        write_json(folder/"judge.json", dict(base=base, frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question))
+        write_json(folder/"judge.json", note_base(base, folder) | dict(frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question))
 
     def merge(self,
         rank: int | None = None,   # of the fresh adapters; None: that of those in training

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'seeded', 'ranks', 'rank_slice', 'epoch_order', 'take', 'Ahead', 'trained', 'LowLinear', 'mixed_precision',
-           'low_adapters', 'Room', 'adam_tensors', 'load_adam', 'keep_only', 'save_checkpoint', 'load_checkpoint',
-           'ordered', 'gradients', 'TrainingAnomaly', 'check_anomaly', 'train']
+           'low_adapters', 'Room', 'in_shards', 'rows_in_shards', 'adam_tensors', 'load_adam', 'keep_only',
+           'save_checkpoint', 'load_checkpoint', 'ordered', 'gradients', 'TrainingAnomaly', 'check_anomaly', 'train']
 
 # %% ../nbs/04_training.ipynb #dc3c1342
-import math, os, shutil
+import json, math, os, shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from .core import UserError, generator, seed_of
-from .store import is_done, mark_done, progress, read_json, read_table, read_tensors, write_table, write_tensors
+from .store import digest, first_difference, is_done, mark_done, progress, read_json, read_table, read_tensors, stage, write_table, write_tensors
 
 # %% ../nbs/04_training.ipynb #a889e598
 @contextmanager
@@ -149,6 +149,40 @@ class Room:
             found += self.fitting(lambda: run(items[len(found):len(found) + self.n*unit]))
         return found
 
+# %% ../nbs/04_training.ipynb #192b5143
+def in_shards(
+    items: list,
+    size: int,        # items of a shard
+    folder,           # for shard_0000, …
+    what: str,        # on the progress bar
+    make: Callable,   # (folder of a shard, its items): fill it
+    *made_with,       # plain data: what else decides the results
+    name: Callable = str,   # item -> what it is made of, see `digest`; asked when its shard's turn comes
+) -> list[Path]:      # the folders, in order
+    "Have all items made, or those that an interrupted process left; every rank its share of the shards."
+    folder, state = Path(folder), ranks()
+    shards = [(folder/f"shard_{i//size:04d}", items[i:i+size]) for i in range(0, len(items), size)]
+    for path, part in progress(shards[state.process_index::state.num_processes], what):
+        with stage(path, of=digest(made_with, [name(item) for item in part])) as todo:
+            if todo: make(path, part)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for old in set(folder.glob("shard_*")) - {path for path, _ in shards}: shutil.rmtree(old)   # of a longer list
+    return [path for path, _ in shards]
+
+def rows_in_shards(
+    items: list, size: int,
+    folder,           # None: nothing is kept
+    what: str,
+    make: Callable,   # items of a shard -> a row for each
+    *made_with, name: Callable = str,
+) -> list[dict]:      # a row for each item
+    "`in_shards` of tables."
+    if folder is None: return [row for i in progress(range(0, len(items), size), what) for row in make(items[i:i+size])]
+    def write(path, part): write_table(path/"table.parquet", make(part))
+    shards = in_shards(items, size, folder, what, write, *made_with, name=name)
+    return [row for path in shards for row in read_table(path/"table.parquet")]
+
 # %% ../nbs/04_training.ipynb #5c30c45f
 def adam_tensors(
     adam: torch.optim.Optimizer,
@@ -206,7 +240,8 @@ def load_checkpoint(
     done = sorted(p for p in folder.glob("step_*") if is_done(p))
     if not done: return 0, []
     facts, saved = read_json(done[-1]/"DONE"), read_tensors(done[-1]/"parameters.safetensors")
-    if facts["settings"] != settings: raise UserError(f"{done[-1]}: is of a training with other settings; remove {folder} to start over")
+    if other := first_difference(facts["settings"], json.loads(json.dumps(settings))):
+        raise UserError(f"{done[-1]}: is of a training with other settings ({other}); remove {folder} to start over")
     if saved.keys() != parameters.keys(): raise UserError(f"{done[-1]}: is of another model; remove {folder} to start over")
     with torch.no_grad():
         for name, p in parameters.items(): p.copy_(saved[name])
@@ -283,11 +318,12 @@ def train(
     betas: tuple[float, float] = (.9, .999),
     shares: Callable = lambda index: [()],   # batch index -> what goes through one after the other; losses and metrics add up
     room: Room | None = None,       # what `shares` goes by; made smaller where memory ends. None: memory that ends is an error
+    made_of: dict | None = None,    # what else decides the result, plain data: `loss_fn`'s settings and digests of what it reads
 ) -> list[dict]:                    # a row a step: step, loss, metrics, grad_norm, lr, skipped
     "Train with AdamW, or finish a training that was interrupted; done already, it only loads the result."
     folder = Path(folder)
     settings = dict(steps=steps, lr=lr, seed=seed, weight_decay=weight_decay, warmup=warmup, decay=decay, max_grad_norm=max_grad_norm,
-        accumulate=accumulate, betas=list(betas))
+        accumulate=accumulate, betas=list(betas)) | (made_of or {})
     ranks()
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
     parameters = trained(model)
