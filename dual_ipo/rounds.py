@@ -25,7 +25,7 @@ from .align import align
 from .candidates import both_ends, make_pairs, sample_candidates
 from .config import Config, parse_config
 from .core import Pair, UserError, Video, VideoFile, frames_of, generator
-from .cot import annotate, cold_start_items
+from .cot import annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator
@@ -149,7 +149,7 @@ def shorter(config: Config, model: Generator) -> Generator:
 
 def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
     "UserError where the generator can't do what it is asked to: shapes, and texts that are too long. Its config files and tokenizer tell."
-    data, model = config.data, shorter(config, meta_generator(config))
+    data, model = config.data, shorter(config, meta_generator(config, must=True))
     model.check_prompts(prompts, f"{data.prompts}: prompt")
     model.check_prompts(eval_prompts, f"{data.eval_prompts}: prompt")
     if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
@@ -161,6 +161,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     prompts, eval_prompts = read_prompts(r.path(data.prompts)), read_prompts(r.path(data.eval_prompts))
     check_prompts(r.config, prompts, eval_prompts)
     pairs = read_pairs(r.path(data.pairs)) if data.pairs else PairTable([])
+    check_rationales(pairs.rows, r.config.reward.dimensions)
     real = read_clips(r.path(data.real_clips)) if data.real_clips else []
     at = r.run.path / "input_check.json"
     if not at.exists():
@@ -180,7 +181,7 @@ def check_input(
     data = config.data
     prompts, eval_prompts = read_prompts(data.prompts), read_prompts(data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
-    if data.pairs: read_pairs(data.pairs)
+    if data.pairs: check_rationales(read_pairs(data.pairs).rows, config.reward.dimensions)
     real = read_clips(data.real_clips) if data.real_clips else []
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
