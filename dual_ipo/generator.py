@@ -127,6 +127,7 @@ def check_pipeline(
     for key, kind in kinds.items():
         check_pointers(root/key)
         if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module): continue
+        if not (root/key/"config.json").is_file(): raise UserError(f"{base}: no {key} to be had there (no config.json); check the path or fetch it again")
         check_config(root/key)
         if issubclass(kind, diffusers.ModelMixin):
             with opening(f"{base}: {key}"), torch.device("meta"): kind = kind.from_config(kind.load_config(root/key))
@@ -225,7 +226,10 @@ class Weights:
                 self.pipe.save_lora_weights(folder, stack_lora(loras), weight_name=name)
             ranks = [next(w.shape[0] for name, w in lora.items() if "lora_A" in name) for lora in loras]
             write_json(folder/"generator.json", {"base": self.base, "ranks": ranks})
-        else: self.pipe.save_pretrained(folder)
+        else:
+            parts = self.pipe, self.pipe.scheduler, self.pipe.vae, *self.experts
+            for part in parts: part.register_to_config(_name_or_path="")   # where it was read, which says nothing elsewhere
+            self.pipe.save_pretrained(folder)
         mark_done(folder)
 
     def lora(self,

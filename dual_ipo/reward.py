@@ -7,7 +7,7 @@ __all__ = ['MARKUP', 'FORM', 'PER_TOKEN', 'LORA_NOTE', 'EXAMPLE', 'LARGE', 'NOTE
            'RoomyLayer', 'Read', 'no_dropout', 'smaller', 'scaled_down', 'VLM', 'uniform', 'pick', 'Response', 'chosen',
            'Writer', 'common', 'Chooser', 'experts', 'with_adapters', 'add_lora', 'is_number', 'open_adapter',
            'save_adapter', 'Settings', 'images_only', 'package_for', 'open_processor', 'check_processor', 'open_judge',
-           'count_or_none', 'Judge', 'check_judge']
+           'count_or_none', 'Judge', 'check_stored', 'check_judge']
 
 # %% ../nbs/13_reward.ipynb #be1ae931
 import copy, math, re, sys, warnings
@@ -36,7 +36,7 @@ from .core import Judgement, Pair, UserError, Video, frames_of, seed_of
 from .cot import DIMENSIONS, TAGS, THINK, Item, clip_item, frame_labels, frame_list, grade_stems, pair_item, reply_at
 from .kernels import others_attention
 from .store import read_json, read_tensors, write_json
-from .templates import check_template, within
+from .templates import SECONDS, check_template, within
 from .training import Room, low_adapters, mixed_precision
 from .voting import Vote, check_k, decided, tally
 
@@ -208,7 +208,7 @@ class VLM:
         text = lambda part: dict(type="text", text=defuse(part, self.markup))
         turn = dict(role="user", content=[dict(type="image") if part is None else text(part) for part in parts])
         switch = dict(enable_thinking=False) if "enable_thinking" in str(self.processor.chat_template) else {}
-        with within(10, "the judge's chat template"):
+        with within(SECONDS, "the judge's chat template"):
             return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, **switch)
 
     @cached_property
@@ -618,7 +618,7 @@ def check_processor(
     if not words.pad_token: raise refuse("its tokenizer has neither a padding nor an end token")
     turn = dict(role="user", content=[*[dict(type="image")]*3, dict(type="text", text="?")])
     token = getattr(processor, "image_token", None)
-    with opening(f"judge {path}: its chat template", EXAMPLE), within(10, f"judge {path}: its chat template"):
+    with opening(f"judge {path}: its chat template", EXAMPLE), within(SECONDS, f"judge {path}: its chat template"):
         text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     n = text.count(token) if token else 3
     if n != 3: raise refuse(f"its chat template makes {n} image tokens ({token}) of 3 images")
@@ -798,6 +798,12 @@ class Judge(Chooser):
         with nullcontext(reference) if reference else self.reference() as judge: score(judge, "log_prob_ref")
 
 # %% ../nbs/13_reward.ipynb #803c41d1
+def check_stored(
+    judge: Judge,   # opened without weights, see `Judge.load`
+):
+    "UserError unless its weights lie in its folder, if it has one."
+    if judge.source and Path(judge.source).is_dir(): check_weights(judge.source, AutoModelForImageTextToText)
+
 def check_judge(
     judge: Judge,          # may be without weights, see `Judge.load`
     height: int, width: int,   # of the clips, px
@@ -811,7 +817,6 @@ def check_judge(
     refuse = lambda why: UserError(f"judge {judge.source}: {why}")
     few, images, token = copy.copy(judge), 2*judge.frames_per_video, getattr(judge.processor, "image_token", None)
     few.frames_per_video = 2
-    if judge.source and Path(judge.source).is_dir(): check_weights(judge.source, AutoModelForImageTextToText)
     count = lambda judge: judge.inputs([item])["input_ids"].shape[1]
     try:
         said = judge.chat(item).count(token) if token else images

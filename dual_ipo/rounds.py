@@ -33,7 +33,7 @@ from .kernels import whole_bytes
 from .monitor import needs_srpo
 from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
-from .reward import Judge, check_judge
+from .reward import Judge, check_judge, check_stored
 from .srpo import cold_start, pseudo_label, srpo
 from .store import Run, is_done, mark_done, progress, read_json, read_table, set_progress_file, stage, write_json, write_table
 from .training import Ahead, TrainingAnomaly, ranks
@@ -189,6 +189,7 @@ def check_input(
     part, g = config.reward, config.generator
     judge = Judge.load(part.path, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, meta=True)
     judge.max_thinking_tokens = part.max_thinking_tokens
+    check_stored(judge)
     check_judge(judge, g.height, g.width, judge.budget(part.max_new_tokens), max(prompts, key=len), part.dimensions)
 
 # %% ../nbs/30_rounds.ipynb #7a765674
