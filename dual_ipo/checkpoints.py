@@ -6,7 +6,7 @@
 __all__ = ['FETCH', 'PASSED', 'WEIGHTS', 'POINTER', 'MOST_LAYERS', 'UNUSED', 'LORA_FILES', 'GENERATOR_NOTE', 'in_a_line',
            'opening', 'is_count', 'read_note', 'weight_files', 'variant_of', 'check_pointers', 'shards_of',
            'stored_shapes', 'check_config', 'refuse_shapes', 'silent', 'check_weights', 'is_finite', 'check_finite',
-           'check_adapter', 'check_fits', 'read_loras']
+           'check_adapter', 'check_fits', 'read_loras', 'unpadded']
 
 # %% ../nbs/07_checkpoints.ipynb #806a26b9
 import json, math, re
@@ -236,3 +236,12 @@ def read_loras(
     loras = [{name.removeprefix("transformer."): x for name, x in read_tensors(file).items()} for file in files]
     for file, lora in zip(files, loras): check_adapter(lora, sum(facts["ranks"]), file)
     return facts, loras
+
+# %% ../nbs/07_checkpoints.ipynb #37b74d72
+def unpadded(
+    tokenizer,   # of transformers; changed in place
+):
+    "Forget how the last batch was padded and cut; every call says it anew."
+    if not (words := getattr(tokenizer, "backend_tokenizer", None)): return
+    words.no_padding()
+    words.no_truncation()

@@ -23,7 +23,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from .checkpoints import (LORA_FILES, check_config, check_finite, check_fits, check_pointers, check_weights, in_a_line, opening,
-                                  read_loras, variant_of)
+                                  read_loras, unpadded, variant_of)
 from .core import UserError, generator, noise
 from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, together, use_attention, whole_bytes
 from .store import is_done, mark_done, write_json
@@ -229,6 +229,7 @@ class Weights:
         else:
             parts = self.pipe, self.pipe.scheduler, self.pipe.vae, *self.experts
             for part in parts: part.register_to_config(_name_or_path="")   # where it was read, which says nothing elsewhere
+            unpadded(self.pipe.tokenizer)
             self.pipe.save_pretrained(folder)
         mark_done(folder)
 

@@ -31,7 +31,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 from .checkpoints import (check_config, check_finite, check_pointers, check_weights, in_a_line, is_count, opening, read_note,
-                                  variant_of)
+                                  unpadded, variant_of)
 from .core import Judgement, Pair, UserError, Video, frames_of, seed_of
 from .cot import DIMENSIONS, TAGS, THINK, Item, clip_item, frame_labels, frame_list, grade_stems, pair_item, reply_at
 from .kernels import others_attention
@@ -699,6 +699,7 @@ class Judge(Chooser):
         folder, base = Path(folder), self.source if self.is_lora and not whole else None
         if base: save_adapter(self.model, folder/"adapter")
         else: (copy.deepcopy(self.model).merge_and_unload() if self.is_lora else self.model).save_pretrained(folder)
+        unpadded(self.tokenizer)
         self.processor.save_pretrained(folder)
         write_json(folder/"judge.json", dict(base=base, frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question))
 
