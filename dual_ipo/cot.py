@@ -7,8 +7,8 @@ __all__ = ['DIMENSIONS', 'SIDE', 'RANGE', 'TAGS', 'MEANINGS', 'EXAMPLE', 'CLIPS'
            'pair_prompt', 'clip_prompt', 'to_answer', 'to_label', 'head_of', 'tidy', 'pair_response', 'grade_stems',
            'clip_response', 'list_of', 'pair_example', 'pair_form', 'pair_question', 'clip_question', 'frame_labels',
            'frame_list', 'reply_at', 'answer_at', 'read_verdict', 'parse_answer', 'one_row', 'read_row',
-           'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'cold_start_items', 'annotation_prompt',
-           'annotation_question', 'check_readable', 'likeliest', 'force', 'annotate']
+           'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'check_rationales', 'cold_start_items',
+           'annotation_prompt', 'annotation_question', 'check_readable', 'likeliest', 'force', 'annotate']
 
 # %% ../nbs/10_cot.ipynb #3f3615cb
 import re
@@ -306,11 +306,24 @@ def clip_item(
     return Item(clip_prompt(prompt, dimensions), [video], response, "grade", clip_question(prompt, dimensions))
 
 # %% ../nbs/10_cot.ipynb #bb6aeccc
+def check_rationales(
+    pairs,                  # of anything with a `rationale` and a `pair_id`
+    dimensions=DIMENSIONS,
+):
+    "UserError for a rationale that lacks a dimension; what it has beside them is not asked for."
+    for pair in pairs:
+        missing = [d for d in dimensions if pair.rationale and d not in pair.rationale]
+        if not missing: continue
+        has, wanted = (", ".join(map(str, words))[:120] for words in (pair.rationale, dimensions))
+        raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, reward.dimensions are {wanted}; set reward.dimensions to what is there, or add {missing[0]}")
+
 def cold_start_items(
     pairs,                  # human pairs, with labels
     dimensions=DIMENSIONS,
 ) -> list[Item]:
-    "Everything that human pairs teach."
+    "Everything that human pairs teach; UserError for a rationale that lacks a dimension."
+    pairs = list(pairs)
+    check_rationales(pairs, dimensions)
     items = []
     for pair in pairs:
         items += [pair_item(pair, order, []) for order in ("ab", "ba")]

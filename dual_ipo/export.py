@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch, yaml
+from .checkpoints import opening, read_loras
 from .core import UserError, sync_folder
-from .store import Run, atomic_write, is_done, read_json, read_table, read_tensors, sync_tree, write_tensors
+from .store import Run, atomic_write, is_done, read_table, read_tensors, sync_tree, write_tensors
 
 # %% ../nbs/25_export.ipynb #8e1ca88a
 WAN = {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
@@ -70,11 +71,10 @@ def read_adapters(
     folder,        # ROUND/generator, as `Generator.save` wrote it
 ) -> tuple:        # (the base, adapters without prefix: one, or of the high-noise and the low-noise expert)
     "The adapters of a round, those of all rounds before stacked in."
-    folder = Path(folder)
-    files = sorted(folder.glob("pytorch_lora_weights*.safetensors"))
-    if not files: raise UserError(f"{folder}: holds no pytorch_lora_weights.safetensors; run the round again")
-    def bare(tensors): return {name.removeprefix("transformer."): weight for name, weight in tensors.items()}
-    return read_json(folder/"generator.json")["base"], [bare(read_tensors(file)) for file in files]
+    facts, loras = read_loras(folder)
+    for name in [name for lora in loras for name in lora]:
+        with opening(f"{folder}: {name}", "it is no map of Wan's or CogVideoX's; run the round again"): comfyui_name(name.rsplit(".", 2)[0])
+    return facts["base"], loras
 
 # %% ../nbs/25_export.ipynb #8d7e4069
 FORMATS = "diffusers", "comfyui"

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checkpoints import in_a_line, opening
 from .config import Config
 from .core import Pair, UserError, Video
 from .cot import clip_item, pair_item
-from .generator import Generator, adapter_of, read_checkpoint
+from .generator import Generator, adapter_of, check_pipeline, read_checkpoint
 from .kernels import block_bytes, blocks_of, choose_memory, held_bytes, kept_bytes, together
 from .reward import LARGE, Judge
 from .srpo import AT_ONCE
@@ -50,11 +51,13 @@ def meta_part(
 
 def meta_generator(
     config: Config,
+    must: bool = False,   # have weights: a plan takes config files alone
 ) -> Generator:
-    "The config's generator on the meta device; UserError when its config files can't be had, or are of a pipeline that isn't supported."
+    "The config's generator on the meta device; UserError when its config files can't be had, or are of a pipeline that isn't supported, or weights aren't whole."
     part = config.generator
-    base, _ = read_checkpoint(part.path)
+    base, loras = read_checkpoint(part.path)
     adapter, dtype = adapter_of(base), getattr(torch, part.dtype)
+    with opening(str(base)): check_pipeline(base, loras, must)
     index, taken = adapter.pipeline.load_config(base), signature(adapter.pipeline).parameters
     parts = {key: value for key, value in index.items() if key in taken and not isinstance(value, list)}   # such as boundary_ratio
     for key, about in index.items():
@@ -62,9 +65,9 @@ def meta_generator(
         kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(about[0]), about[1], None)
         if kind is None: raise UserError(f"{base}: its {key}, {'.'.join(about)}, isn't of diffusers or transformers; give a plain {adapter.pipeline.__name__}")
         try: parts[key] = meta_part(base, key, kind, adapter.dtypes(dtype, part.lora_rank).get(key, dtype))
-        except (OSError, ValueError) as error: raise UserError(f"{base}: no {key} to be had there ({' '.join(str(error).split())[:120]}); check the path or hub id") from None
+        except Exception as error: raise UserError(f"{base}: no {key} to be had there ({in_a_line(error)}); check the path or hub id") from None
     settings = part.model_dump(exclude={"path", "batch_size", "dtype"})
-    return adapter(adapter.pipeline(**parts), device="meta", dtype=dtype, **settings)
+    with opening(str(base)): return adapter(adapter.pipeline(**parts), device="meta", dtype=dtype, **settings)
 
 # %% ../nbs/32_plan.ipynb #d4906db2
 def flops(run) -> int:

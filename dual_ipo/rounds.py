@@ -27,7 +27,7 @@ from .align import align
 from .candidates import both_ends, make_pairs, sample_candidates
 from .config import Config, parse_config
 from .core import Pair, UserError, Video, VideoFile, frames_of, generator
-from .cot import annotate, cold_start_items
+from .cot import annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator
@@ -35,9 +35,9 @@ from .kernels import whole_bytes
 from .monitor import needs_srpo
 from .plan import meta_generator, out_of_memory
 from .prompts import read_prompts
-from .reward import Judge, check_judge
+from .reward import Judge, check_judge, check_stored
 from .srpo import cast, cold_start, pseudo_label, srpo
-from .store import (PATHS, Run, digest, file_digest, intact, is_done, located, mark_done, pair_digest, progress, read_json, read_table,
+from .store import (PATHS, Run, digest, file_digest, intact, is_done, located, mark_done, pair_digest, read_json, read_table,
                             set_progress_file, stage, whole, write_json, write_table)
 from .training import Ahead, TrainingAnomaly, ranks, rows_in_shards
 from .voting import check_votes
@@ -166,7 +166,7 @@ def shorter(config: Config, model: Generator) -> Generator:
 
 def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
     "UserError where the generator can't do what it is asked to: shapes, and texts that are too long. Its config files and tokenizer tell."
-    data, model = config.data, shorter(config, meta_generator(config))
+    data, model = config.data, shorter(config, meta_generator(config, must=True))
     model.check_prompts(prompts, f"{data.prompts}: prompt")
     model.check_prompts(eval_prompts, f"{data.eval_prompts}: prompt")
     if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
@@ -206,6 +206,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     prompts, eval_prompts = read_prompts(r.path(data.prompts)), read_prompts(r.path(data.eval_prompts))
     check_prompts(r.config, prompts, eval_prompts)
     pairs = read_pairs(r.path(data.pairs)) if data.pairs else PairTable([])
+    check_rationales(pairs.rows, r.config.reward.dimensions)
     real = read_clips(r.path(data.real_clips)) if data.real_clips else []
     at, names = r.run.path / "input_check.json", clip_names(r, pairs, real)
     content = content_of(prompts, eval_prompts, pairs, real, names)
@@ -227,7 +228,7 @@ def check_input(
     data = config.data
     prompts, eval_prompts = read_prompts(data.prompts), read_prompts(data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
-    if data.pairs: read_pairs(data.pairs)
+    if data.pairs: check_rationales(read_pairs(data.pairs).rows, config.reward.dimensions)
     real = read_clips(data.real_clips) if data.real_clips else []
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
@@ -235,6 +236,7 @@ def check_input(
     part, g = config.reward, config.generator
     judge = Judge.load(part.path, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, meta=True)
     judge.max_thinking_tokens = part.max_thinking_tokens
+    check_stored(judge)
     check_judge(judge, g.height, g.width, judge.budget(part.max_new_tokens), max(prompts, key=len), part.dimensions)
 
 # %% ../nbs/30_rounds.ipynb #7a765674

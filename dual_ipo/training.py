@@ -242,7 +242,8 @@ def load_checkpoint(
     facts, saved = read_json(done[-1]/"DONE"), read_tensors(done[-1]/"parameters.safetensors")
     if other := first_difference(facts["settings"], json.loads(json.dumps(settings))):
         raise UserError(f"{done[-1]}: is of a training with other settings ({other}); remove {folder} to start over")
-    if saved.keys() != parameters.keys(): raise UserError(f"{done[-1]}: is of another model; remove {folder} to start over")
+    if {name: x.shape for name, x in saved.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{done[-1]}: is of another model; remove {folder} to start over")
     with torch.no_grad():
         for name, p in parameters.items(): p.copy_(saved[name])
     load_adam(adam, parameters, read_tensors(done[-1]/"adam.safetensors"))
