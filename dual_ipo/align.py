@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .candidates import read_latents
-from .core import UserError, noise, read_mp4
+from .core import UserError, VideoFile, noise, resample
 from .kernels import fit
 from .losses import KtoBaseline, dpo_loss, kto_loss, nll
 from .store import progress, read_json, stage, write_json, write_table, write_tensors
@@ -195,7 +195,7 @@ def align(
     candidates,                   # their folder
     folder,                       # for checkpoints, encodings, history.parquet
     *,
-    real: list[tuple] = (),       # (caption, path of mp4), each of the generator's shape; of longer ones the beginning
+    real: list[tuple] = (),       # (caption, path of mp4), as high and wide as the generator's, resampled to its rate; of longer ones the beginning
     objective: str = "dpo",       # or "kto": winners desirable, losers undesirable
     steps: int, lr: float,
     beta: float,                  # 5000 for CogVideoX, 2000 for Wan
@@ -223,7 +223,8 @@ def align(
     prompts = list(dict.fromkeys([p["prompt"] for p in pairs] + ([caption for caption, _ in real] if R else [])))
     texts = dict(zip(prompts, encode_once(prompts, model.encode_prompts, folder/"texts", "texts")))
     at_once = max(1, 2**24//(model.num_frames*model.height*model.width))
-    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read_mp4(p)[0][:model.num_frames] for _, p in clips[i:i+at_once]]))]
+    def read(path): return VideoFile(path).read(resample(VideoFile(path), model.num_frames, model.fps))
+    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read(p) for _, p in clips[i:i+at_once]]))]
     found = encode_once(list(real), encode, folder/"real", "real clips") if R else []
     clips = [dict(prompt=caption, file=file, name=name) for (caption, _), (file, name) in zip(real, found)]
 

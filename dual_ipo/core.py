@@ -423,14 +423,16 @@ def check_clip(
 
 # %% ../nbs/00_core.ipynb #ec63979f
 def browser_plays(
-    path,   # a clip
+    path,                   # a clip
+    is_small: bool = False, # so is one that is to be enlarged by the page, in full colour
 ) -> bool:
     "Whether every browser plays a file as it is, at a size at which pixels need no enlarging; not one that is missing or damaged."
     try:
         with opened(path) as (container, stream):
             context, brand = stream.codec_context, Path(path).open("rb").read(12)
-            plain = context.name == "h264" and context.pix_fmt in ("yuv420p", "yuvj420p") and context.color_trc not in HDR
-            return plain and brand[4:8] == b"ftyp" and brand[8:12] != b"qt  " and min(stream.height, stream.width) >= SMALL
+            formats = ("yuv420p", "yuvj420p", "yuv444p") if is_small and min(stream.height, stream.width) < SMALL else ("yuv420p", "yuvj420p")
+            plain = context.name == "h264" and context.pix_fmt in formats and context.color_trc not in HDR
+            return plain and brand[4:8] == b"ftyp" and brand[8:12] != b"qt  " and (is_small or min(stream.height, stream.width) >= SMALL)
     except UserError: return False
 
 # %% ../nbs/00_core.ipynb #a5008b33
