@@ -360,10 +360,11 @@ def needed(
     wanted: list,    # numbers of frames
     decoder,
 ) -> Iterator:       # packets, and None where the next group is left out
-    "The packets of the groups in which a frame is wanted."
-    groups, fed = {line.group[i] for i in wanted}, False
+    "The packets of the groups in which a frame is wanted. H.264's decoder passes over those that nothing refers to."
+    groups, wanted, fed = {line.group[i] for i in wanted}, set(wanted), False
     for k, packet in enumerate(packets):
         is_wanted = not packet.size or line.groups[k] in groups
+        if decoder.name == "h264": decoder.skip_frame = "DEFAULT" if line.ticks.get(packet.pts) in wanted else "NONREF"
         if is_wanted: yield packet
         elif fed:
             yield None
