@@ -6,10 +6,10 @@
 __all__ = ['SMALL', 'TICK', 'MAX_FRAMES', 'MAX_PIXELS', 'MAX_TOTAL', 'FORMATS', 'EBML', 'SEGMENT', 'BOXES', 'HDR', 'WIDE',
            'ICTCP', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise', 'sync_folder', 'whole_file', 'write_mp4',
            'check_caps', 'ebml_size', 'boxes_end', 'declared_bytes', 'video_stream', 'opened', 'Timeline',
-           'timeline_of', 'decoder_of', 'decode', 'groups_of', 'timeline', 'with_square_pixels', 'to_sdr', 'on_black',
-           'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4', 'check_clip', 'browser_plays', 'video_html',
-           'spread', 'shown_at', 'Video', 'resample', 'timeline_at', 'VideoFile', 'frames_of', 'side_by_side', 'Pair',
-           'Judgement']
+           'timeline_of', 'decoder_of', 'decode', 'starts_anew', 'groups_of', 'timeline', 'with_square_pixels',
+           'to_sdr', 'on_black', 'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4', 'check_clip',
+           'browser_plays', 'video_html', 'spread', 'shown_at', 'Video', 'resample', 'timeline_at', 'VideoFile',
+           'frames_of', 'side_by_side', 'Pair', 'Judgement']
 
 # %% ../nbs/00_core.ipynb #95ad8e97
 import base64, hashlib, html, os, struct, tempfile
@@ -101,7 +101,7 @@ def write_mp4(
     lasts = {begin: after - begin for begin, after in zip(ticks, ticks[1:])}
     with whole_file(path) as beside:
         with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "threads": "1", "x264-params": "mbtree=0"})
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "threads": "1", "x264-params": "mbtree=0" + ":bframes=0"*bool(times)})
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv444p" if min(H, W) < SMALL else "yuv420p"
             if times: stream.codec_context.time_base = TICK
             convert = VideoReformatter().reformat
@@ -260,6 +260,19 @@ def decode(
             yield frame
 
 # %% ../nbs/00_core.ipynb #ca0289e5
+def starts_anew(
+    packet, stream,
+) -> bool:
+    "Is it a key frame across which nothing refers? In H.264 only an IDR picture is; other key frames just look good enough to begin at."
+    if not packet.is_keyframe or stream.codec_context.name != "h264": return packet.is_keyframe
+    extra, data, pos = stream.codec_context.extradata or b"", bytes(packet), 0
+    if extra[:1] != b"\1": return False   # not written as in mp4 and mkv, a length before each unit
+    n = (extra[4] & 3) + 1
+    while pos + n < len(data):
+        if data[pos + n] & 31 == 5: return True
+        pos += n + int.from_bytes(data[pos:pos + n], "big")
+    return False
+
 def groups_of(
     rows: list,  # (time stamp, is a key frame) of each packet, as stored
 ) -> list:       # of each packet, the number of its group; [] where groups lean on each other
@@ -280,14 +293,16 @@ def timeline(
         rows, hidden, tick, rate = [], 0, stream.time_base, float(stream.average_rate or 0)
         for packet in container.demux(stream):
             hidden += packet.is_discard   # cut off by an edit list: lies in the file, not in the clip
-            if packet.size: rows.append((packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+            if packet.size: rows.append((packet.pts, packet.duration or 0, starts_anew(packet, stream), packet.is_discard))
             check_caps(path, len(rows) - hidden, stream.height, stream.width)
-        shown, promised = [row for row in rows if not row[3]], max(stream.frames - hidden, 1)
+        announced = len(stream.index_entries) if "mov" in container.format.name else stream.frames   # without what edit lists leave out whole
+        shown, promised = [row for row in rows if not row[3]], max(announced - hidden, 1)
         decoded = decoded or stream.codec_context.name == "vp8" or container.format.name == "avi" or any(row[0] is None for row in rows)
     if not decoded:
         shown.sort()
         if not shown: raise UserError(f"{path}: is truncated: 0 of {promised} frames; fetch it again")
-        line = timeline_of([row[0] for row in shown], shown[-1][1], tick, rate, path)
+        last = shown[-1][1] if shown[-1] == rows[-1] else 0   # where frames are stored out of order it follows from the order stored
+        line = timeline_of([row[0] for row in shown], last, tick, rate, path)
         if line.ticks: line.groups = groups_of([(stamp, is_key) for stamp, _, is_key, _ in rows])
         line.group = {line.ticks[row[0]]: group for row, group in zip(rows, line.groups) if not row[3]}
     else:
@@ -501,7 +516,7 @@ class Video:
     def spread(self, n: int) -> list[int]:   # numbers of frames
         "`n` frames spread evenly in time, first and last included."
         if not self.times: return spread(self.timing()[0], n)
-        return shown_at([(a + b)/2 for a, b in zip([self.times[0], *self.times], self.times)], [self.times[-1]*i/max(n - 1, 1) for i in range(n)])
+        return shown_at(self.times, [self.times[-1]*i/max(n - 1, 1) for i in range(n)])
 
     def frames_at(self,
         n: int,       # how many; frames repeat when there are fewer
@@ -570,7 +585,8 @@ class VideoFile(Video):
     def read(self, indices: list) -> Tensor:
         "Decode some frames; where packets announce frames that don't come, those that do are counted."
         wanted = sorted(set(indices))
-        found = take(self.path, self.line(), wanted)
+        try: found = take(self.path, self.line(), wanted)
+        except UserError: found = None
         if found is None:
             self.odd.add(self.stamp())
             indices = [min(i, len(self.line().times) - 1) for i in indices]
