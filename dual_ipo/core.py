@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'TICK', 'MAX_FRAMES', 'MAX_PIXELS', 'MAX_TOTAL', 'FORMATS', 'EBML', 'SEGMENT', 'BOXES', 'HDR', 'WIDE',
-           'ICTCP', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise', 'sync_folder', 'whole_file', 'write_mp4',
-           'check_caps', 'ebml_size', 'boxes_end', 'declared_bytes', 'video_stream', 'opened', 'Timeline',
+           'ICTCP', 'SPARE', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise', 'sync_folder', 'whole_file',
+           'write_mp4', 'check_caps', 'ebml_size', 'boxes_end', 'declared_bytes', 'video_stream', 'opened', 'Timeline',
            'timeline_of', 'decoder_of', 'decode', 'starts_anew', 'groups_of', 'timeline', 'with_square_pixels',
-           'to_sdr', 'on_black', 'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4', 'check_clip',
-           'browser_plays', 'video_html', 'spread', 'shown_at', 'Video', 'resample', 'timeline_at', 'VideoFile',
-           'frames_of', 'side_by_side', 'Pair', 'Judgement']
+           'to_sdr', 'recoloured', 'on_black', 'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4',
+           'check_clip', 'browser_plays', 'video_html', 'spread', 'shown_at', 'Video', 'resample', 'timeline_at',
+           'VideoFile', 'frames_of', 'side_by_side', 'Pair', 'Judgement']
 
 # %% ../nbs/00_core.ipynb #95ad8e97
 import base64, hashlib, html, os, struct, tempfile
@@ -142,15 +142,17 @@ def ebml_size(data: bytes) -> tuple[int, int | None]:  # (bytes it is written in
     number = int.from_bytes(data[:n], "big") & (1 << 7*n) - 1
     return n, None if number == (1 << 7*n) - 1 else number
 
-def boxes_end(file, pos: int = 0) -> int:
+def boxes_end(file) -> int:
     "Where the last top-level box of an mp4 or mov ends."
-    while True:
+    size, pos = file.seek(0, os.SEEK_END), 0
+    while pos < size:
         file.seek(pos)
         head = file.read(16)
         if len(head) < 8 or head[4:8] not in (*BOXES, b"ftyp"): return pos
         n = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
         if n < 8: return pos   # 0: it reaches to the end of the file
         pos += n
+    return pos
 
 def declared_bytes(
     path,
@@ -334,6 +336,20 @@ def to_sdr(
     if frame.color_primaries == ColorPrimaries.UNSPECIFIED: frame.color_primaries = ColorPrimaries.BT2020
     return dict(dst_color_primaries=ColorPrimaries.BT709) | (dict(dst_color_trc=ColorTrc.BT709) if is_hdr else {})
 
+SPARE = {}   # what is converted → converters of colours that are free; to build one takes two seconds
+
+def recoloured(
+    frame, W: int, H: int, format: str, colours: dict,
+):
+    "A frame in other colours and another size, by a converter that was built for the like of it, if there is one."
+    if len(SPARE) > 8: SPARE.clear()
+    spare = SPARE.setdefault((frame.format.name, frame.height, frame.width, frame.color_trc, frame.color_primaries, frame.colorspace, W, H, format), [])
+    try: converter = spare.pop()
+    except IndexError: converter = VideoReformatter()
+    picture = converter.reformat(frame, W, H, format, threads=1, **colours)
+    spare.append(converter)
+    return picture
+
 def on_black(
     pixels: np.ndarray,  # uint8 [H, W, 4]
 ) -> np.ndarray:         # uint8 [H, W, 3]
@@ -364,7 +380,9 @@ class Shown:
         H, W = with_square_pixels(frame.height, frame.width, self.pixel)
         check_caps(self.path, 1, H, W)
         clear = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
-        pixels = self.convert(frame, W, H, "rgba" if clear else "rgb24", threads=1, **to_sdr(frame, self.path)).to_ndarray()
+        format, colours = "rgba" if clear else "rgb24", to_sdr(frame, self.path)
+        picture = recoloured(frame, W, H, format, colours) if colours else self.convert(frame, W, H, format, threads=1)
+        pixels = picture.to_ndarray()
         matrix = frame.side_data.get("DISPLAYMATRIX")
         return upright(on_black(pixels) if clear else pixels, matrix and bytes(matrix), self.path)
 

@@ -107,7 +107,7 @@ def test_hdr(tmp_path, name, codec):
 
 def test_wide_colours_become_ours(tmp_path):
     "Red of BT.709, written with the primaries of BT.2020 and P3, is red; green of BT.2020 is as green as we have."
-    for primaries, matrix, rgb in ((9, 9, (.792, .231, .074)), (12, 1, (.917, .200, .139))):   # gamma 2.4 of (.6274, .0691, .0164) and of P3's
+    for primaries, matrix, rgb in ((9, 9, (.823, .329, .180)), (12, 1, (.922, .242, .183))):   # (.627, .069, .016) and (.822, .033, .017) of light
         kr, kb = {9: (.2627, .0593), 1: (.2126, .0722)}[matrix]
         y = kr*rgb[0] + (1 - kr - kb)*rgb[1] + kb*rgb[2]
         yuv = [16 + 219*y, 128 + 224*(rgb[2] - y)/(2 - 2*kb), 128 + 224*(rgb[0] - y)/(2 - 2*kr)]

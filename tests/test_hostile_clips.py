@@ -54,7 +54,7 @@ def test_whatever_is_written_is_shown(tmp_path, name, T, H, W, fps, turn, pixel,
     count(name, "right")
 
 
-@hostile(12, name=st.sampled_from(["mp4", "mov", "mkv", "webm"]), gaps=st.lists(st.integers(5, 900), min_size=1, max_size=20), rate=st.sampled_from([4, 8, 16, 24]))
+@hostile(12, name=st.sampled_from(["mp4", "mov", "mkv", "webm"]), gaps=st.lists(st.integers(5, 900), min_size=1, max_size=20), rate=st.sampled_from([1, 2, 4, 8]))
 def test_any_clock_is_kept(tmp_path, name, gaps, rate):
     stamps = [0, *np.cumsum(gaps).tolist()]
     path = write(tmp_path/f"a.{name}", shades(len(stamps), 32, 32), stamps=stamps, options={"bf": "0"} if name != "webm" else {}, last=100)
@@ -63,7 +63,7 @@ def test_any_clock_is_kept(tmp_path, name, gaps, rate):
     even = .3/clip.fps if clip.times is None else .002   # a rate stands for what is nearly even
     assert near(clip.seconds(), [s/1000 for s in stamps], even) and near(again.seconds(), clip.seconds(), .002) and abs(again.duration() - clip.duration()) < .01
     assert torch.equal(VideoFile(path).frames_at(4), clip.frames[clip.spread(4)])
-    indices = one_line(resample, clip, 9, float(rate))
+    indices = one_line(resample, clip, 4, float(rate))
     if indices: assert all(clip.seconds()[k] <= i/rate*1.06 + .3/clip.fps + 1e-6 for i, k in enumerate(indices)) and sorted(indices) == indices
     count("uneven", "resampled" if indices else "set aside")
 
