@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .candidates import read_latents
-from .core import UserError, noise, read_mp4
+from .core import UserError, VideoFile, noise, resample
 from .kernels import fit
 from .losses import KtoBaseline, dpo_loss, kto_loss, nll
 from .store import digest, file_digest, read_json, write_json, write_table, write_tensors
@@ -198,7 +198,7 @@ def align(
     candidates,                   # their folder
     folder,                       # for checkpoints, encodings, history.parquet
     *,
-    real: list[tuple] = (),       # (caption, path of mp4), each of the generator's shape; of longer ones the beginning
+    real: list[tuple] = (),       # (caption, path of mp4), as high and wide as the generator's, resampled to its rate; of longer ones the beginning
     objective: str = "dpo",       # or "kto": winners desirable, losers undesirable
     steps: int, lr: float,
     beta: float,                  # 5000 for CogVideoX, 2000 for Wan
@@ -226,9 +226,10 @@ def align(
     prompts = list(dict.fromkeys([p["prompt"] for p in pairs] + ([caption for caption, _ in real] if R else [])))
     texts = dict(zip(prompts, encode_once(prompts, model.encode_prompts, folder/"texts", "texts", made_with=model.max_sequence_length)))
     at_once = max(1, 2**24//(model.num_frames*model.height*model.width))
-    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read_mp4(p)[0][:model.num_frames] for p in clips[i:i+at_once]]))]
+    def read(path): return VideoFile(path).read(resample(VideoFile(path), model.num_frames, model.fps))
+    def encode(clips): return [z for i in range(0, len(clips), at_once) for z in model.encode_videos(torch.stack([read(p) for p in clips[i:i+at_once]]))]
     paths = [Path(path) for _, path in real] if R else []
-    found = encode_once(paths, encode, folder/"real", "real clips", made_with=model.latent_shape)
+    found = encode_once(paths, encode, folder/"real", "real clips", made_with=[*model.latent_shape, model.fps])
     clips = [dict(prompt=caption, file=file, name=name) for (caption, _), (file, name) in zip(real, found)]
     made_of = dict(objective=objective, beta=beta, lambda_win=lambda_win, lambda_real=lambda_real, batch_size=batch_size, real_batch_size=R, round=round,
         latent_shape=list(model.latent_shape), pairs=digest(pairs), real_clips=digest([(clip["prompt"], named(path)) for clip, path in zip(clips, paths)]))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Pair, UserError, Video, VideoFile, read_mp4, seed_of
+from .core import Pair, UserError, VideoFile, check_clip, resample, seed_of
 from .prompts import clean_prompt, parse_json, read_csv, read_text
 from .store import atomic_write, progress
 
@@ -196,25 +196,28 @@ def read_clips(
 # %% ../nbs/03_data.ipynb #dd832d9b
 def clip_fault(
     path,
-    size: tuple[int, int, int] | None,   # (T, H, W) it must have
+    size: tuple[int, int, int] | None,   # (T, H, W) of the generator; None: any will do
+    fps: float = 16.,                    # the generator's
 ) -> str | None:
-    "What is wrong with a clip, in one line; None when it is good."
-    try: frames, _ = read_mp4(path)
+    "What is wrong with a clip, in one line; None when it is good. A longer or faster one is good: see `core.resample`."
+    try:
+        T, H, W = check_clip(path)
+        if size is None: return None
+        if (H, W) != tuple(size[1:]): return f"is {T}x{H}x{W} (frames, height, width), not {'x'.join(map(str, size))}; cut or scale it"
+        resample(VideoFile(path), size[0], fps)
     except UserError as error: return str(error).removeprefix(f"{path}: ")
-    T, _, H, W = frames.shape
-    if size is not None and (T, H, W) != tuple(size):
-        return f"is {T}x{H}x{W} (frames, height, width), not {'x'.join(map(str, size))}; cut or scale it"
 
 # %% ../nbs/03_data.ipynb #70576337
 def check_clips(
     paths: list,                         # of clips, repeats are fine
-    size: tuple[int, int, int] | None,   # (T, H, W) all must have; None: any
+    size: tuple[int, int, int] | None,   # (T, H, W) of the generator that learns from them; None: any will do
     max_bad_share: float,                # of the clips, 0..1
+    fps: float = 16.,                    # the generator's, to which they will be resampled
 ) -> tuple[list[Path], list[dict]]:      # (good ones, rows of path and reason)
     "Decode every clip once; UserError when more than `max_bad_share` of them, or all, are bad."
     paths = list(dict.fromkeys(map(Path, paths)))
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        faults = list(progress(pool.map(lambda p: clip_fault(p, size), paths), "check clips", total=len(paths)))
+        faults = list(progress(pool.map(lambda p: clip_fault(p, size, fps), paths), "check clips", total=len(paths)))
     good = [p for p, fault in zip(paths, faults) if fault is None]
     quarantine = [dict(path=str(p), reason=fault) for p, fault in zip(paths, faults) if fault is not None]
     if len(quarantine) > max_bad_share*len(paths) or (quarantine and not good):

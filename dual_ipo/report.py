@@ -25,7 +25,7 @@ from nbconvert.filters import markdown2html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from .config import parse_config
-from .core import UserError, Video, read_mp4, whole_file
+from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES, VBENCH_QUALITY, bootstrap_ci, paired_difference
 from .monitor import warnings_of
 from .pce import reliability
@@ -520,12 +520,13 @@ def preview(
 ) -> bytes:
     "A clip's mp4, small enough for the page."
     path = Path(path)
-    if path.stat().st_size <= limit: return Video.load(path).mp4()
-    frames, fps = read_mp4(path)
+    if path.stat().st_size <= limit and browser_plays(path): return path.read_bytes()
+    clip = VideoFile(path)
+    frames = clip.frames
     scale = min(1, height/frames.shape[2])
     size = [max(2, 2*round(n*scale/2)) for n in frames.shape[2:]]
-    small = F.interpolate(frames.float(), size, mode="area").round().to(torch.uint8)
-    return Video(small, fps).mp4()
+    small = torch.cat([F.interpolate(frame[None].float(), size, mode="area").round().to(torch.uint8) for frame in frames])
+    return Video(small, clip.fps, times=clip.times, end=clip.end).mp4()
 
 # %% ../nbs/50_report.ipynb #0756f5e5
 def embed(

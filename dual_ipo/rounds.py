@@ -214,7 +214,7 @@ def read_input(r: Round) -> tuple:  # (prompts, evaluation prompts, human pairs,
     else:
         check_model(r.config, prompts, eval_prompts, real)
         good, bad = check_clips(pairs.paths(), None, data.max_bad_share)
-        fits, misfit = check_clips([p for _, p in real], (g.num_frames, g.height, g.width), data.max_bad_share) if real else ([], [])
+        fits, misfit = check_clips([p for _, p in real], (g.num_frames, g.height, g.width), data.max_bad_share, g.fps) if real else ([], [])
         if bad + misfit: write_table(r.run.path / "quarantine.parquet", bad + misfit)
         write_json(at, dict(bad=[names[Path(row["path"])] for row in bad + misfit], content=content))
     bad = set(read_json(at)["bad"])

@@ -11,7 +11,7 @@ import html, os, threading, time
 from pathlib import Path
 import anywidget, ipywidgets, traitlets
 from IPython.display import HTML, display
-from .core import Pair, UserError, video_html
+from .core import Pair, UserError, browser_plays, video_html
 from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind
 from .store import Progress, read_entries, read_json, read_table, read_yaml
 
@@ -80,7 +80,9 @@ def pair_player(
     "Play both clips of a pair in step."
     verdict = {"A": ("better", ""), "B": ("", "better"), "same": ("equally good",)*2}.get(pair.label, ("", ""))
     a, b = (f"{name}{' · ' if word else ''}{word}" for name, word in zip("AB", verdict))
-    player = PairPlayer(prompt=pair.prompt, a=pair.a.mp4(), b=pair.b.mp4(), caption_a=a, caption_b=b, fps=pair.a.fps, n_frames=max(len(pair.a.frames), len(pair.b.frames)), width=pair.a.frames.shape[-1])
+    fps = max(pair.a.fps, pair.b.fps)
+    n_frames = round(fps*max(pair.a.duration(), pair.b.duration()))
+    player = PairPlayer(prompt=pair.prompt, a=pair.a.mp4(), b=pair.b.mp4(), caption_a=a, caption_b=b, fps=fps, n_frames=n_frames, width=pair.a.frames.shape[-1])
     player.fallback = pair._repr_html_()
     return player
 
@@ -88,9 +90,9 @@ def pair_player(
 def clip_tag(
     path,   # an mp4
 ) -> str:
-    "A clip for a notebook in the current folder."
+    "A clip for a notebook in the current folder: a link where a browser can follow and play it."
     path = Path(path).resolve()
-    if path.is_file() and not path.is_relative_to(Path.cwd().resolve()): return video_html(preview(path))
+    if path.is_file() and not (path.is_relative_to(Path.cwd().resolve()) and browser_plays(path, True)): return video_html(preview(path))
     return video_tag(".", os.path.relpath(path))
 
 # %% ../nbs/51_widgets.ipynb #67b6ae75

@@ -240,7 +240,7 @@ from dual_ipo.generator import Generator; from dual_ipo.reward import Judge; fro
 base, out = map(Path, sys.argv[1:])
 judge = Judge.load(CHECKPOINTS/"judge", lora_rank=2)
 if out.name == "1": judge.tokenizer(["a red circle", "a"], padding=True)   # as a run that wasn't interrupted
-judge.save(out/"judge"); judge.save(out/"whole", whole=True)
+judge.save(out/"judge"); judge.merge(3).save(out/"joined"); Judge.load(CHECKPOINTS/"judge").save(out/"whole")
 Generator.load(base, lora_rank=2, **tiny.SETTINGS).save(out/"lora"); Generator.load(base, **tiny.SETTINGS).save(out/"full")
 Generator.load(out/"full", **tiny.SETTINGS).save(out/"again")
 """

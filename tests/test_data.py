@@ -116,7 +116,7 @@ def test_damaged_clips_never_raise_anything_else(tmp_path, mp4):
         damaged = bytearray(data)
         for _ in range(4): damaged[rng.randrange(len(data))] = rng.randrange(256)
         (tmp_path/"damaged.mp4").write_bytes(damaged)
-        fault = clip_fault(tmp_path/"damaged.mp4", (9, 16, 24))
+        fault = clip_fault(tmp_path/"damaged.mp4", (9, 16, 24), 8)
         assert fault is None or "\n" not in fault
 
 
@@ -136,14 +136,15 @@ def test_write_is_whole_or_not_at_all(tmp_path):
 def test_quarantine_counts_and_stops(tmp_path):
     paths = [clip().save(tmp_path/f"{i}.mp4").path for i in range(10)]
     clip(H=32).save(paths[2])
-    clip(T=9).save(paths[5])
-    good, quarantine = check_clips([*paths, paths[0]], (5, 16, 24), max_bad_share=.2)
+    clip(T=4).save(paths[5])
+    clip(T=9).save(paths[6])   # a longer one is good
+    good, quarantine = check_clips([*paths, paths[0]], (5, 16, 24), max_bad_share=.2, fps=8)
     assert len(good) == 8 and [row["path"] for row in quarantine] == [str(paths[2]), str(paths[5])]
-    assert "5x32x24" in quarantine[0]["reason"] and "9x16x24" in quarantine[1]["reason"]
+    assert "5x32x24" in quarantine[0]["reason"] and "lasts 0.50 s" in quarantine[1]["reason"]
     write_table(tmp_path/"quarantine.parquet", quarantine)
     assert read_table(tmp_path/"quarantine.parquet") == quarantine
     assert check_clips(paths, None, max_bad_share=0) == (paths, [])
-    line = line_of(check_clips, paths, (5, 16, 24), max_bad_share=.19)
+    line = line_of(check_clips, paths, (5, 16, 24), max_bad_share=.19, fps=8)
     assert "2 of 10 clips are bad" in line and "2.mp4" in line and "max_bad_share=0.19" in line
     line_of(check_clips, paths, (5, 8, 8), max_bad_share=1)  # nothing left
 
@@ -259,12 +260,12 @@ def test_what_was_decoded_last_is_kept_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(core.VideoFile, "kept", core.OrderedDict())
     monkeypatch.setattr(core.VideoFile, "size", 0)
     monkeypatch.setattr(core, "KEPT", 3 * files[0].frames.nbytes)
-    asked, own = [], core.read_mp4
-    monkeypatch.setattr(core, "read_mp4", lambda path: asked.append(path.name) or own(path))
+    asked, own = [], core.take
+    monkeypatch.setattr(core, "take", lambda path, *rest: asked.append(path.name) or own(path, *rest))
     for file in files: file.frames
     assert len(core.VideoFile.kept) == 3 and core.VideoFile.size == core.KEPT
     asked.clear()
     for i in (4, 2, 0, 4): files[i].frames_at(2)
-    assert asked == ["0.mp4"]
+    assert asked == ["0.mp4"] and core.VideoFile.size <= core.KEPT
     files[1].path.unlink()
     with pytest.raises(UserError, match="no such file"): files[1].frames
