@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START', 'own_paths', 'Kernel', 'Ended', 'death', 'check_parameters', 'check_name', 'run_notebook']
 
-# %% ../nbs/41_execute.ipynb #0a605f8d
+# %% ../nbs/41_execute.ipynb #fa7f18c9
 import logging, os, signal, sys, tempfile
 from pathlib import Path
 import dual_ipo, nbformat, papermill
@@ -15,13 +15,13 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from .core import UserError
 
-# %% ../nbs/41_execute.ipynb #a9e09b46
+# %% ../nbs/41_execute.ipynb #2723a7a0
 def own_paths() -> dict:
     "Environment variables with which Python imports from no current folder."
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return dict(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(paths))
 
-# %% ../nbs/41_execute.ipynb #eff167c2
+# %% ../nbs/41_execute.ipynb #c517d0c3
 START = """
 import os, signal, sys
 parent, root = int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -47,13 +47,15 @@ class Kernel(AsyncKernelManager):
     @property
     def kernel_spec(self):
         env = {key: value.replace("$", "$$") for key, value in own_paths().items()}   # jupyter_client fills in $NAME
-        return KernelSpec(display_name="Python 3", language="python", env=env, metadata=dict(kernel_provisioner=dict(provisioner_name="local-provisioner")))
+        local = dict(kernel_provisioner=dict(provisioner_name="local-provisioner"))
+        return KernelSpec(display_name="Python 3", language="python", env=env, metadata=local)
 
     def format_kernel_cmd(self, extra_arguments=None):
         root = Path(dual_ipo.__file__).resolve().parents[1]
-        return [sys.executable, "-c", START, str(os.getpid()), str(root), "-f", self.connection_file, *(extra_arguments or [])]
+        start = [sys.executable, "-c", START, str(os.getpid()), str(root)]
+        return [*start, "-f", self.connection_file, *(extra_arguments or [])]
 
-# %% ../nbs/41_execute.ipynb #bbc3901c
+# %% ../nbs/41_execute.ipynb #735e81d6
 class Ended(Exception):
     "A notebook that came to no good end, in one line; `code` is the exit code that tells it to a shell."
     def __init__(self, message: str, code: int):
@@ -65,17 +67,18 @@ def death(
 ) -> Ended:     # with a shell's code, 128 + signal
     "Why a process is no more."
     if code >= 0: return Ended(f"its process ended with exit code {code}", 1)
-    cause = ", most likely because memory ran out: take a machine with more, or lower the config's batch_size" if -code == signal.SIGKILL else ""
+    cause = ", most likely because memory ran out; take a machine with more or lower batch_size"
+    cause = cause if -code == signal.SIGKILL else ""
     return Ended(f"its process was ended by {signal.Signals(-code).name}{cause}", 128 - code)
 
-# %% ../nbs/41_execute.ipynb #af298331
+# %% ../nbs/41_execute.ipynb #5e221663
 def check_parameters(
     notebook: Path,
     given: dict,  # values to inject
 ) -> dict:        # `given`
     "Every parameter of the notebook, and no other; else a UserError."
     source = nbformat.read(notebook, 4)
-    source.metadata.kernelspec = dict(name="python3", language="python", display_name="Python 3")   # whichever it names
+    source.metadata.kernelspec = dict(name="python3", language="python", display_name="python3")   # whichever it names
     known = papermill.inspect_notebook(source)
     if not known: raise UserError(f"{notebook}: has no cell tagged `parameters`; tag the one with the defaults")
     for name in given:
@@ -84,7 +87,7 @@ def check_parameters(
         if name not in given: raise UserError(f"{notebook}: parameter {name!r} is missing; give it")
     return given
 
-# %% ../nbs/41_execute.ipynb #1a1acb84
+# %% ../nbs/41_execute.ipynb #66a27215
 def check_name(
     path,     # of a run
 ) -> Path:    # absolute
@@ -94,22 +97,23 @@ def check_name(
     except UnicodeEncodeError: raise UserError(f"{str(path)!r:.300}: its name is not UTF-8; rename it") from None
     return path
 
-# %% ../nbs/41_execute.ipynb #d69e3cbb
+# %% ../nbs/41_execute.ipynb #ab67f4c9
 def run_notebook(
     notebook: Path,
     out: Path | None,     # where it is kept as far as it came; None: nowhere
     **given,              # its parameters, every one
 ) -> NotebookNode:        # executed
-    "Run a notebook in a process of its own. UserError where a cell raises one, `Ended` for everything else that goes wrong there."
+    "Run a notebook in a process of its own. UserError where a cell raises one, `Ended` for every other bad end."
     check_parameters(notebook, given)
-    logging.getLogger("papermill").addHandler(logging.NullHandler())   # what it would say of a dead kernel, we say
+    for name in ("papermill", "asyncio"): logging.getLogger(name).addHandler(logging.NullHandler())   # what they would say of a dead kernel, we say
     source, to = (path and str(check_name(path)).replace("{", "{{").replace("}", "}}") for path in (notebook, out))
     with tempfile.TemporaryDirectory(prefix="dual_ipo-") as folder:
         own = type("OwnKernel", (Kernel,), dict(folder=folder))
         try:
-            return papermill.execute_notebook(source, to, parameters=given, kernel_name="python3", language="python", kernel_manager_class=own,
-                resources=dict(metadata=dict(path=folder)), start_timeout=600, progress_bar=False, autosave_cell_every=10, coalesce_streams=True,
-                store_widget_state=False, extra_arguments=["--log-level=CRITICAL"])
+            return papermill.execute_notebook(
+                source, to, parameters=given, kernel_name="python3", language="python", kernel_manager_class=own,
+                resources=dict(metadata=dict(path=folder)), start_timeout=600, progress_bar=False, autosave_cell_every=10,
+                coalesce_streams=True, store_widget_state=False, extra_arguments=["--log-level=CRITICAL"])
         except PapermillExecutionError as error:
             if error.ename == "UserError": raise UserError(error.evalue) from None
             raise Ended(f"{error.ename}: {error.evalue}", 130 if error.ename == "KeyboardInterrupt" else 1) from error

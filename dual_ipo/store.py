@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'write_json', 'read_json', 'Loader', 'write_yaml', 'read_yaml', 'write_table', 'read_table',
            'write_tensors', 'read_tensors', 'is_done', 'sync_tree', 'mark_done', 'stage', 'first_difference', 'lock',
-           'Run', 'set_progress_file', 'report_progress', 'progress']
+           'Run', 'set_progress_file', 'report_progress', 'progress', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import fcntl, html, json, os, re, shutil, time
@@ -212,7 +212,7 @@ class Run:
     def _repr_html_(self):
         scores = ("total", "quality", "semantic", "dynamic_degree")
         head = ("round", "total", "quality", "semantic", "dynamic degree", "reward accuracy")
-        def cell(x): return f"<td>{'' if x is None else x if isinstance(x, int) else f'{x:.3g}'}</td>"
+        def cell(x): return f"<td>{'' if x is None else f'{x:.3g}' if isinstance(x, float) else html.escape(str(x))}</td>"
         rows = [[e["round"], *(e["generator"].get(s) for s in scores), e["reward"].get("accuracy")] for e in self.entries()]
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
         return f"<p><b>{html.escape(str(self.path))}</b></p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
@@ -254,3 +254,17 @@ def progress(
             last = time.monotonic()
             report_progress(stage, done, total, first, start)
     if rank0: report_progress(stage, done, total, first, start)
+
+# %% ../nbs/02_store.ipynb #72567939
+def read_progress(
+    run,         # its folder
+) -> dict | None: # {"round", "stage", "done", "total", "elapsed", "eta", "silent": seconds since}; None: nothing sound is there
+    "What the process at work on a run reported last."
+    path = Path(run)/"progress.json"
+    try: p, silent = read_json(path), time.time() - path.stat().st_mtime
+    except (UserError, OSError, RecursionError): return None
+    def number(x): return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 2**53
+    if not isinstance(p, dict) or not isinstance(p.get("stage"), str): return None
+    if not all(number(p.get(key)) for key in ("done", "total", "elapsed")): return None
+    if not all(p.get(key) is None or number(p[key]) for key in ("round", "eta")): return None
+    return dict(round=None, eta=None) | p | dict(silent=max(0., silent))
