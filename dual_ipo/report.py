@@ -12,7 +12,7 @@ __all__ = ['INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'FONT', 'AXIS', 'TEM
            'quarantine_table', 'preview', 'embed', 'cell_html', 'page', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
-import base64, html, json, math, re
+import base64, html, json, math, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -438,10 +438,10 @@ def within(
     folder,     # of the run
     path: str,  # relative to it, as a table gives it
 ) -> Path | None:
-    "Where a clip lies, links followed; None when that is outside: tables of others must not put a reader's files on a page."
-    if "\0" in path: return None
-    file, folder = (Path(folder)/path).resolve(), Path(folder).resolve()
-    return file if file.is_relative_to(folder) else None
+    "Where a clip lies, links followed; None when it is not there or outside: a table must not put a reader's files on a page."
+    try: file = Path(os.path.realpath(Path(folder)/path))
+    except (OSError, ValueError): return None   # no name of a file
+    return file if file.is_relative_to(os.path.realpath(folder)) and os.path.isfile(file) else None
 
 def video_tag(
     folder,     # of the report
@@ -449,7 +449,7 @@ def video_tag(
 ) -> str:
     "A looping, muted clip; small ones keep their pixels."
     file = within(folder, path)
-    if file is None or not file.is_file(): return '<div class="gone">clip missing</div>'
+    if file is None: return '<div class="gone">clip missing</div>'
     with av.open(f"file:{file}") as container: width = container.streams.video[0].width
     return f'<video class="{"small" if width <= 128 else ""}" src="{html.escape(quote(path))}" width="130" loop muted playsinline {"autoplay" if file.stat().st_size < 300_000 else "controls preload=none"}></video>'
 
@@ -549,7 +549,7 @@ def embed(
     def data(match):
         path = unquote(html.unescape(match[2]))
         file = within(folder, path)
-        if file is None or not file.is_file(): return match[0]
+        if file is None: return match[0]
         if path not in seen: seen[path] = base64.b64encode(preview(file)).decode()
         return f'{match[1]}src="data:video/mp4;base64,{seen[path]}"{match[3].replace("controls preload=none", "autoplay")}>'
     return re.sub(r'(<video [^>]*)src="([^":]+\.mp4)"([^>]*)>', data, page)

@@ -90,10 +90,10 @@ def clip_tag(
     folder,     # of the round
 ) -> str:
     "A clip of a run for a notebook in the current folder; one that lies outside the run is not shown."
-    run = Path(folder).resolve().parent
-    path = within(run, str(Path(folder).resolve()/path))
-    if path and path.is_file() and not path.is_relative_to(Path.cwd().resolve()): return video_html(preview(path))
-    return video_tag(".", os.path.relpath(path) if path else "outside the run")
+    folder = Path(folder).resolve()
+    file = within(folder.parent, f"{folder.name}/{path}")
+    if file and not file.is_relative_to(Path.cwd().resolve()): return video_html(preview(file))
+    return video_tag(".", os.path.relpath(file) if file else "")
 
 # %% ../nbs/51_widgets.ipynb #67b6ae75
 COLORS = {"A": BLUE, "B": SAND, "tie": STONE, "invalid": "white"}

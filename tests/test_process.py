@@ -183,7 +183,6 @@ def test_unusual_folders(tmp_path, monkeypatch):
     (tmp_path/"loop").symlink_to("loop")
     (tmp_path/"dangling").symlink_to("nowhere")
     (tmp_path/"folder.yaml").mkdir()
-    (tmp_path/"run.yaml").write_text("rounds: 1")
     commands = [["run", "folder.yaml"], ["run", "loop"], ["run", "dangling"], ["run", "file/x.yaml"], ["run", "x"*300], ["plan", "folder.yaml"], ["gate", "folder.yaml"],
                 ["init", "file/run.yaml"], ["init", "loop"], ["init", "folder.yaml"], ["init", "y"*300 + "/run.yaml"], ["init", "/proc/run.yaml"], ["init", "caf\udce9.yaml"],
                 ["status", "file"], ["status", "loop"], ["status", "z"*300], ["status", "."], ["report", "file"], ["report", "loop/x"], ["export", "dangling"],
