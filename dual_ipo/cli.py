@@ -43,8 +43,7 @@ def bars(
             same = bar is not None and all(p[key] == seen[key] for key in ("round", "stage", "total"))
             if not same or p["done"] < seen["done"]:
                 if bar is not None: bar.close()
-                name = one_line(f"round {p['round']}  {p['stage']}").replace("{", "(").replace("}", ")")
-                bar = tqdm(total=p["total"], initial=p["done"], desc=name, bar_format=BAR)
+                bar = tqdm(total=p["total"], initial=p["done"], desc=f"round {p['round']}  {one_line(p['stage'])}", bar_format=BAR)
             seen = p
             bar.n = p["done"]
             bar.refresh()

@@ -192,7 +192,7 @@ def test_unusual_folders(tmp_path, monkeypatch):
         said = io.StringIO()
         with redirect_stderr(said): code = main(command)
         assert code == 2 and said.getvalue().count("\n") == 1 and len(said.getvalue()) < 1000, (command, said.getvalue())
-    def refused(*_): raise PermissionError(13, "Permission denied", "/srv/run")
+    def refused(*_, **__): raise PermissionError(13, "Permission denied", "/srv/run")
     monkeypatch.setattr(report, "run_notebook", refused)
     synthetic_run(tmp_path/"made", rounds=1, n=2)
     said = io.StringIO()
