@@ -112,7 +112,7 @@ def write_mp4(
     ticks = [round(t/TICK) for t in (*times, end or times[-1] + 1/fps)] if times else []
     lasts = {begin: after - begin for begin, after in zip(ticks, ticks[1:])}
     with whole_file(path) as beside:
-        with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(f"file:{beside}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "threads": "1", "x264-params": "mbtree=0" + ":bframes=0"*bool(times)})
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv444p" if min(H, W) < SMALL else "yuv420p"
             if times: stream.codec_context.time_base = TICK
@@ -687,7 +687,7 @@ class Pair:
 
     def _repr_html_(self):
         verdict = {"A": "A is better", "B": "B is better", "same": "equally good"}.get(self.label, "not judged")
-        return f"<p>{html.escape(self.prompt)} <b>({verdict})</b></p>{video_html(side_by_side(self.a, self.b).mp4(), 400)}"
+        return f"<p>{html.escape(str(self.prompt))} <b>({verdict})</b></p>{video_html(side_by_side(self.a, self.b).mp4(), 400)}"
 
 # %% ../nbs/00_core.ipynb #0204b468
 @dataclass
@@ -705,6 +705,7 @@ class Judgement:
             for color, share in (("#4c78a8", self.p_a), ("#f58518", 1 - self.p_a)))
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in (v.order, v.answer, v.text)) + "</tr>" for v in self.votes)
         orders = {True: "both orders agree", False: "the orders disagree", None: ""}[self.consistent]
-        return (f"<p><b>{self.label}</b> &nbsp; p(A) = {self.p_a:.2f}, {self.n_valid} of {self.n_votes} votes valid {orders}</p>"
+        said = html.escape(f"{self.n_valid} of {self.n_votes} votes valid {orders}")
+        return (f"<p><b>{html.escape(str(self.label))}</b> &nbsp; p(A) = {self.p_a:.2f}, {said}</p>"
             f'<div style="display:flex;width:300px">{bar}</div>'
             + (f"<details><summary>votes</summary><table><tr><th>order</th><th>answer</th><th>reason</th></tr>{rows}</table></details>" if rows else ""))

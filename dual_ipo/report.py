@@ -6,17 +6,17 @@
 __all__ = ['INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'FONT', 'AXIS', 'TEMPLATE', 'COLORS', 'STYLE', 'KINDS', 'SCRIPT',
            'PAGE', 'NOTEBOOK', 'Results', 'read_results', 'shade', 'see_through', 'block', 'missing', 'style',
            'table_html', 'gain', 'signed', 'in_words', 'find', 'recipe', 'title', 'flat', 'rounds_table',
-           'monitor_notes', 'interval_trace', 'panel_titles', 'round_axis', 'quality_figure', 'interval_of', 'right',
-           'reward_figure', 'vote_kind', 'votes_figure', 'reliability_figure', 'smooth', 'margins_figure',
-           'time_figure', 'video_tag', 'reel', 'spread', 'pairs_gallery', 'rounds_gallery', 'quarantine_table',
-           'preview', 'embed', 'cell_html', 'page', 'make_report']
+           'monitor_notes', 'interval_trace', 'label', 'panel_titles', 'round_axis', 'quality_figure', 'interval_of',
+           'right', 'reward_figure', 'vote_kind', 'votes_figure', 'reliability_figure', 'smooth', 'margins_figure',
+           'time_figure', 'within', 'video_tag', 'reel', 'spread', 'pairs_gallery', 'rounds_gallery',
+           'quarantine_table', 'preview', 'embed', 'cell_html', 'page', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
-import base64, html, json, math, re
+import base64, html, json, math, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
-import av, dual_ipo, nbformat, papermill, torch
+import av, dual_ipo, nbformat, torch
 import plotly.graph_objects as go
 import plotly.io as pio
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from plotly.subplots import make_subplots
 from .config import parse_config
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES, VBENCH_QUALITY, bootstrap_ci, paired_difference
+from .execute import Ended, run_notebook
 from .monitor import warnings_of
 from .pce import reliability
 from .store import Summary, read_entries, read_json, read_table, read_yaml
@@ -266,6 +267,10 @@ def interval_trace(x, low, high, color, **kwargs) -> go.Scatter:
     "A veil between two curves."
     return go.Scatter(x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", fillcolor=see_through(color), mode="lines", line=dict(width=0), hoverinfo="skip", showlegend=False, **kwargs)
 
+def label(name) -> str:
+    "A key of a JSON file as text of a figure, in which Plotly would read tags."
+    return html.escape(str(name), quote=False).replace("_", " ")
+
 def panel_titles(fig) -> go.Figure:
     "Titles of subplots to the left, over their axis."
     for note, axis in zip(fig.layout.annotations, fig.select_xaxes()): note.update(x=axis.domain[0], xanchor="left", font=dict(size=13, color=INK))
@@ -273,7 +278,7 @@ def panel_titles(fig) -> go.Figure:
 
 def round_axis(ks: list) -> dict:
     "Rounds as whole numbers; 0 is the base."
-    return dict(tickvals=ks, ticktext=["base" if k == 0 else str(k) for k in ks], range=[min(ks) - .25, max(ks) + .25])
+    return dict(tickvals=ks, ticktext=["base" if k == 0 else label(k) for k in ks], range=[min(ks) - .25, max(ks) + .25])
 
 # %% ../nbs/50_report.ipynb #49a83b71
 def quality_figure(results: Results):
@@ -287,11 +292,11 @@ def quality_figure(results: Results):
     ranges["total"] = ranges["total"] or tuple(zip(*(entries[k]["ci95"] for k in ks)))
     ends = {name: (min(ranges[name][0] if ranges[name] else ys), max(ranges[name][1] if ranges[name] else ys)) for name, ys in panels.items()}
     half = max(high - low for low, high in ends.values())*.56 + 1
-    fig = make_subplots(-(-len(panels)//3), 3, subplot_titles=[name.replace("_", " ") for name in panels], horizontal_spacing=.07, vertical_spacing=.36/-(-len(panels)//3))
+    fig = make_subplots(-(-len(panels)//3), 3, subplot_titles=[label(name) for name in panels], horizontal_spacing=.07, vertical_spacing=.36/-(-len(panels)//3))
     for i, (name, ys) in enumerate(panels.items()):
         at, color = dict(row=i//3 + 1, col=i % 3 + 1), INK if name in AGGREGATES else BLUE
         if ranges[name]: fig.add_trace(interval_trace(ks, *ranges[name], color), **at)
-        fig.add_trace(go.Scatter(x=ks, y=ys, mode="lines+markers", line=dict(color=color, width=2.2), marker=dict(size=6), name=name.replace("_", " "), showlegend=False,
+        fig.add_trace(go.Scatter(x=ks, y=ys, mode="lines+markers", line=dict(color=color, width=2.2), marker=dict(size=6), name=label(name), showlegend=False,
             hovertemplate="%{y:.1f}<extra>%{fullData.name}</extra>"), **at)
         middle = max(min(sum(ends[name])/2, 102 - half), half - 2)   # nothing is above 100 or below 0
         fig.update_xaxes(round_axis(ks), **at); fig.update_yaxes(range=[middle - half, middle + half], nticks=4, **at)
@@ -424,21 +429,30 @@ def time_figure(results: Results):
     rounds = [entry for entry in results.rounds if entry.get("seconds")]
     if not rounds: return missing("No times: no round has written its seconds.")
     stages = list(dict.fromkeys(stage for entry in reversed(rounds) for stage in entry["seconds"]))   # in the order of a whole round
-    names, fig = ["base" if entry["round"] == 0 else f"round {entry['round']}" for entry in rounds], go.Figure()
+    names, fig = ["base" if entry["round"] == 0 else label(f"round {entry['round']}") for entry in rounds], go.Figure()
     for i, stage in enumerate(stages):
-        fig.add_trace(go.Bar(y=names, x=[entry["seconds"].get(stage, 0) for entry in rounds], name=stage.replace("_", " "), orientation="h", marker=dict(color=shade(1 - i/max(1, len(stages) - 1)), line=dict(color="white", width=1.5)),
+        fig.add_trace(go.Bar(y=names, x=[entry["seconds"].get(stage, 0) for entry in rounds], name=label(stage), orientation="h", marker=dict(color=shade(1 - i/max(1, len(stages) - 1)), line=dict(color="white", width=1.5)),
             hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>"))
     return fig.update_layout(template=TEMPLATE, barmode="stack", height=110 + 46*len(rounds), xaxis=dict(title="seconds"), yaxis=dict(autorange="reversed", showgrid=False), legend=dict(traceorder="normal"))
 
 # %% ../nbs/50_report.ipynb #2ce3f7f6
+def within(
+    folder,     # of the run
+    path: str,  # relative to it, as a table gives it
+) -> Path | None:
+    "Where a clip lies, links followed; None when it is not there or outside: a table must not put a reader's files on a page."
+    try: file = Path(os.path.realpath(Path(folder)/path))
+    except (OSError, ValueError): return None   # no name of a file
+    return file if file.is_relative_to(os.path.realpath(folder)) and os.path.isfile(file) else None
+
 def video_tag(
     folder,     # of the report
     path: str,  # of the mp4, relative to it
 ) -> str:
     "A looping, muted clip; small ones keep their pixels."
-    file = Path(folder)/path
-    if not file.is_file(): return '<div class="gone">clip missing</div>'
-    with av.open(str(file)) as container: width = container.streams.video[0].width
+    file = within(folder, path)
+    if file is None: return '<div class="gone">clip missing</div>'
+    with av.open(f"file:{file}") as container: width = container.streams.video[0].width
     return f'<video class="{"small" if width <= 128 else ""}" src="{html.escape(quote(path))}" width="130" loop muted playsinline {"autoplay" if file.stat().st_size < 300_000 else "controls preload=none"}></video>'
 
 # %% ../nbs/50_report.ipynb #b0c6184b
@@ -448,7 +462,7 @@ def reel(
 ) -> str:
     "Clips of one prompt in a row, playing in step."
     inner = "".join(f'<div class="clip" style="display:inline-block;width:130px;margin-right:8px">{tag}<div class="tag">{words}</div></div>' for tag, words in clips)
-    return f'<div class="reel"><p class="prompt">{html.escape(prompt)}</p><div class="clips">{inner}</div></div>'
+    return f'<div class="reel"><p class="prompt">{html.escape(str(prompt))}</p><div class="clips">{inner}</div></div>'
 
 def spread(
     rows: list,
@@ -536,10 +550,12 @@ def embed(
     "Replace every linked clip by its bytes; each file is read once."
     seen = {}
     def data(match):
-        path = unquote(html.unescape(match[1]))
-        if path not in seen: seen[path] = base64.b64encode(preview(Path(folder)/path)).decode()
-        return f'src="data:video/mp4;base64,{seen[path]}"'
-    return re.sub(r'src="([^":]+\.mp4)"', data, page).replace("controls preload=none", "autoplay")
+        path = unquote(html.unescape(match[2]))
+        file = within(folder, path)
+        if file is None: return match[0]
+        if path not in seen: seen[path] = base64.b64encode(preview(file)).decode()
+        return f'{match[1]}src="data:video/mp4;base64,{seen[path]}"{match[3].replace("controls preload=none", "autoplay")}>'
+    return re.sub(r'(<video [^>]*)src="([^":]+\.mp4)"([^>]*)>', data, page)
 
 # %% ../nbs/50_report.ipynb #90e150b7
 SCRIPT = """
@@ -592,10 +608,12 @@ def make_report(
     "Write report.ipynb and report.html into the run folder; UserError if there is no run."
     folder = Path(folder)
     if not any((folder/name).is_file() for name in ("run.yaml", "summary.json")): raise UserError(f"{folder}: is no run folder (it has no run.yaml); check the path")
-    executed = papermill.execute_notebook(str(notebook), None, parameters=dict(run="."), kernel_name="python3", cwd=str(folder), progress_bar=False,
-        extra_arguments=["--log-level=CRITICAL"])
+    try: executed = run_notebook(notebook, None, run=str(folder.resolve()))
+    except Ended as error: raise Ended(f"{folder}: its report can't be drawn: {error}; restore or remove what is damaged", error.code) from error
     executed.metadata.pop("papermill", None)
-    for cell in executed.cells: cell.metadata.pop("papermill", None)
+    for cell in executed.cells:
+        cell.metadata.pop("papermill", None)
+        if "injected-parameters" in cell.metadata.get("tags", []): cell.source = 'run = "."'   # the report lies in the run, wherever that is moved
     with whole_file(folder/"report.ipynb") as beside: nbformat.write(executed, beside)
-    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder), "utf-8")
+    with whole_file(folder/"report.html") as beside: beside.write_text(page(executed, folder), encoding="utf-8")
     return folder/"report.html"

@@ -8,8 +8,8 @@ __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'read_json
            'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors', 'read_tensors', 'digest',
            'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree', 'mark_done', 'stage',
            'first_difference', 'portable', 'located', 'begun_anew', 'portable_config', 'note_base', 'find_base',
-           'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary', 'Progress', 'read_entries', 'Run',
-           'set_progress_file', 'report_progress', 'progress']
+           'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary', 'read_entries', 'Run', 'set_progress_file',
+           'report_progress', 'progress', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import errno, fcntl, hashlib, html, json, math, os, re, shutil, time, zlib
@@ -472,14 +472,6 @@ class Summary(Fact):
     config: dict
     rounds: list[Entry]
 
-class Progress(Fact):
-    "A progress.json."
-    round: int | None
-    stage: str
-    done: int
-    total: int
-    eta: float | None = None
-
 # %% ../nbs/02_store.ipynb #685cd0bc
 def read_entries(
     folder,          # of a run
@@ -556,7 +548,7 @@ class Run:
     def _repr_html_(self):
         scores = ("total", "quality", "semantic", "dynamic_degree")
         head = ("round", "total", "quality", "semantic", "dynamic degree", "reward accuracy")
-        def cell(x): return f"<td>{'' if x is None else x if isinstance(x, int) else f'{x:.3g}'}</td>"
+        def cell(x): return f"<td>{'' if x is None else f'{x:.3g}' if isinstance(x, float) else html.escape(str(x))}</td>"
         rows = [[e["round"], *((e.get("generator") or {}).get(s) for s in scores),
             (e.get("reward") or {}).get("accuracy")] for e in self.entries()]
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
@@ -599,3 +591,17 @@ def progress(
             last = time.monotonic()
             report_progress(stage, done, total, first, start)
     if rank0: report_progress(stage, done, total, first, start)
+
+# %% ../nbs/02_store.ipynb #72567939
+def read_progress(
+    run,         # its folder
+) -> dict | None: # {"round", "stage", "done", "total", "elapsed", "eta", "silent": seconds since}; None: nothing sound is there
+    "What the process at work on a run reported last."
+    path = Path(run)/"progress.json"
+    try: p, silent = read_json(path), time.time() - path.stat().st_mtime
+    except (UserError, OSError, RecursionError): return None
+    def number(x): return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 2**53
+    if not isinstance(p, dict) or not isinstance(p.get("stage"), str): return None
+    if not all(number(p.get(key)) for key in ("done", "total", "elapsed")): return None
+    if not all(p.get(key) is None or number(p[key]) for key in ("round", "eta")): return None
+    return dict(round=None, eta=None) | p | dict(silent=max(0., silent))

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PLAYER', 'PLAYER_STYLE', 'COLORS', 'PairPlayer', 'pair_player', 'clip_tag', 'vote_dots', 'vote_card', 'VoteBrowser',
-           'vote_browser', 'clock', 'state_of', 'state_html', 'Watch', 'watch']
+           'vote_browser', 'clock', 'state_of', 'points', 'state_html', 'Watch', 'watch']
 
 # %% ../nbs/51_widgets.ipynb #edd436df
-import html, os, threading, time
+import html, os, threading
 from pathlib import Path
 import anywidget, ipywidgets, traitlets
 from IPython.display import HTML, display
 from .core import Pair, UserError, browser_plays, video_html
-from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind
-from .store import Progress, read_entries, read_json, read_table, read_yaml
+from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind, within
+from .store import read_entries, read_progress, read_table, read_yaml
 
 # %% ../nbs/51_widgets.ipynb #ab0117c5
 PLAYER = """
@@ -88,12 +88,14 @@ def pair_player(
 
 # %% ../nbs/51_widgets.ipynb #61273a06
 def clip_tag(
-    path,   # an mp4
+    path: str,  # of an mp4, as a table of the round gives it
+    folder,     # of the round
 ) -> str:
-    "A clip for a notebook in the current folder: a link where a browser can follow and play it."
-    path = Path(path).resolve()
-    if path.is_file() and not (path.is_relative_to(Path.cwd().resolve()) and browser_plays(path, True)): return video_html(preview(path))
-    return video_tag(".", os.path.relpath(path))
+    "A clip of a run for a notebook in the current folder, a link where a browser can follow and play it; one that lies outside the run is not shown."
+    folder = Path(folder).resolve()
+    file = within(folder.parent, f"{folder.name}/{path}")
+    if file and not (file.is_relative_to(Path.cwd().resolve()) and browser_plays(file, True)): return video_html(preview(file))
+    return video_tag(".", os.path.relpath(file) if file else "")
 
 # %% ../nbs/51_widgets.ipynb #67b6ae75
 COLORS = {"A": BLUE, "B": SAND, "tie": STONE, "invalid": "white"}
@@ -102,7 +104,10 @@ def vote_dots(
     votes: list,  # K of "A", "B", "tie", "invalid", or None for invalid; first half shown as ab
 ) -> str:
     "A dot a vote, a gap between the two orders."
-    dot = lambda v: f'<span title="{v or "invalid"}" style="display:inline-block;width:11px;height:11px;border-radius:50%;margin-right:4px;border:1.5px solid {COLORS[v] if v in ("A", "B", "tie") else GREY};background:{COLORS[v or "invalid"]}"></span>'
+    def dot(vote):
+        kind = vote if vote in COLORS else "invalid"
+        return (f'<span title="{kind}" style="display:inline-block;width:11px;height:11px;border-radius:50%;margin-right:4px;'
+                f'border:1.5px solid {GREY if kind == "invalid" else COLORS[kind]};background:{COLORS[kind]}"></span>')
     half = len(votes)//2
     return "".join(map(dot, votes[:half])) + '<span style="display:inline-block;width:14px"></span>' + "".join(map(dot, votes[half:]))
 
@@ -112,11 +117,17 @@ def vote_card(
     folder,        # of the round
 ) -> HTML:
     "A judged pair: both clips, the votes, the verdict and its certainty."
-    clips = [(clip_tag(Path(folder)/row[f"path_{side.lower()}"]), f'<b style="color:{COLORS[side]}">{side}</b>') for side in "AB"]
-    verdict = {"A": "A is better", "B": "B is better", "tie": "a tie", "invalid": "too few votes can be read"}[row["label"]]
-    facts = [f"<b>{verdict}</b>, {vote_kind(row)}" if row["label"] in "AB" else f"<b>{verdict}</b>", f"p(A) = {row['p_a']:.2f}", f"{row['n_valid']} of {row['n_votes']} votes read"]
+    clips = [(clip_tag(row[f"path_{side.lower()}"], folder), f'<b style="color:{COLORS[side]}">{side}</b>') for side in "AB"]
+    verdict = {"A": "A is better", "B": "B is better", "tie": "a tie"}.get(row["label"], "too few votes can be read")
+    facts = [f"{verdict}, {vote_kind(row)}" if row["label"] in ("A", "B") else verdict, f"p(A) = {row['p_a']:.2f}"]
+    facts.append(f"{row['n_valid']} of {row['n_votes']} votes read")
     if row.get("pce") is not None: facts.append(f"PCE {row['pce']:.2f}, {'kept' if row['kept'] else 'not kept'}")
-    said = "".join(f"<p><b>{label}</b> ({path['order']})<br>{html.escape(path['text'])}</p>" for label, path in zip(row["votes"], row.get("paths") or []))
+    first, *facts = (html.escape(fact) for fact in facts)
+    facts = [f"<b>{first}</b>", *facts]
+    said = ""
+    for label, path in zip(row["votes"], row.get("paths") or []):
+        label, order, text = (html.escape(str(x)) for x in (label, path["order"], path["text"]))
+        said += f"<p><b>{label}</b> ({order})<br>{text}</p>"
     reasons = f'<details><summary>what it said</summary><div style="white-space:pre-wrap;font-size:13px">{said}</div></details>' if said else ""
     return block(reel(row["prompt"], clips), f'<div style="margin:12px 0 4px">{vote_dots(row["votes"])}</div>', f'<div class="tag" style="font-size:13px">{" · ".join(facts)}</div>', reasons)
 
@@ -175,12 +186,20 @@ def state_of(
 ) -> dict: # {"entries", "progress" or None, "finished", "silent": seconds since the last sign of life}
     "Where a run stands, from its files."
     run = Path(run)
-    entries = read_entries(run)
-    path, rounds = run/"progress.json", find(read_yaml(run/"run.yaml"), "rounds") if (run/"run.yaml").is_file() else None
-    return dict(entries=entries, progress=read_json(path, Progress) if path.is_file() else None, finished=rounds is not None and len(entries) > rounds,
-        silent=time.time() - path.stat().st_mtime if path.is_file() else None)
+    entries, progress = read_entries(run), read_progress(run)
+    config = read_yaml(run/"run.yaml") if (run/"run.yaml").is_file() else {}
+    rounds = find(config, "rounds") if isinstance(config, dict) else None
+    return dict(entries=entries, progress=progress, finished=isinstance(rounds, int) and len(entries) > rounds, silent=progress and progress["silent"])
 
 # %% ../nbs/51_widgets.ipynb #d981e137
+def points(
+    entry,   # a part of round.json
+    name: str, scale: float = 1.,
+) -> str | None:
+    "A score of 100; None when there is no number."
+    x = entry.get(name) if isinstance(entry, dict) else None
+    return f"{scale*x:.1f}" if isinstance(x, int | float) and abs(x) < 1e9 else None
+
 def state_html(
     state: dict,  # of `state_of`
 ) -> str:
@@ -191,13 +210,15 @@ def state_html(
         share = p["done"]/p["total"] if p["total"] else 1
         left = f", {clock(p['eta'])} left" if p.get("eta") is not None else ""
         at = "" if p.get("round") is None else f"round {p['round']}, "
-        parts.append(f'<p style="margin:0 0 6px">{at}<b>{html.escape(p["stage"])}</b>: {p["done"]} of {p["total"]}, {clock(p["elapsed"])}{left}</p>'
+        at, stage, said = (html.escape(str(x)) for x in (at, p["stage"], f"{p['done']} of {p['total']}, {clock(p['elapsed'])}{left}"))
+        parts.append(f'<p style="margin:0 0 6px">{at}<b>{stage}</b>: {said}</p>'
             f'<div style="max-width:520px;height:6px;border-radius:3px;background:{FAINT}"><div style="width:{share:.1%};height:6px;border-radius:3px;background:{BLUE}"></div></div>')
         if state["silent"] > 120: parts.append(f'<p style="color:{SAND}">No sign of life for {clock(state["silent"])}: a long step, or it has stopped. Starting it again goes on where it was.</p>')
     else: parts.append("<p>Not started yet.</p>")
-    points = lambda x: None if x is None else f"{x:.1f}"
-    rows = [["base" if e["round"] == 0 else e["round"], *(points((e.get("generator") or {}).get(name)) for name in ("total", "dynamic_degree")),
-        points(100*a) if (a := (e.get("reward") or {}).get("accuracy")) is not None else None] for e in state["entries"]]
+    rows = []
+    for entry in state["entries"]:
+        (g, r), k = ((entry.get(name) or {} for name in ("generator", "reward"))), entry.get("round")
+        rows.append(["base" if k == 0 else k, points(g, "total"), points(g, "dynamic_degree"), points(r, "accuracy", 100)])
     if rows: parts.append(table_html(["round", "true total", "dynamic degree", "reward accuracy, %"], rows))
     return f'<div class="dipo">{"".join(parts)}</div>'
 
@@ -217,9 +238,10 @@ class Watch:
     def look(self):
         "Until the end."
         while not self.stopped.is_set():
-            state = state_of(self.run)
-            self.live.value = state_html(state)
-            if state["finished"]: break
+            try: state = state_of(self.run)
+            except UserError: state = {}   # half a file: look again
+            if state: self.live.value = state_html(state)
+            if state.get("finished"): break
             self.stopped.wait(self.every)
         with self.turn:
             self.over, self.live.layout.display = True, "none"
