@@ -248,7 +248,7 @@ def stages(
     kept, at_once = choose_memory(g["blocks"], g["sizes"], per_gpu, .88 * (gpu.memory - still) - g["optimizer"], a.checkpointing)   # as `fit` does
     again = sum(dict(all=0, attention=g["forward"] - g["attention"], none=g["forward"])[how] for how in kept) / len(kept)
     policy = g["forward"] * (1 + back + (1 - at_once / per_gpu)) + again   # what goes through one after the other is computed twice, but for the last
-    training = still + g["optimizer"] + g["work"] + held_bytes(g["sizes"], kept, at_once)
+    training = still + g["optimizer"] + (g["work"] if set(kept) == {"all"} else 0) + held_bytes(g["sizes"], kept, at_once, again=1.25)
     step = a.batch_size * a.accumulate * (samples * (policy + g["forward"]) + real * policy)
     token, response = 2 * j["parameters"], config.reward.max_new_tokens if v.reasons else 8
     read = lambda n_tokens, n: n * n_tokens * token / (gpu.flops * share)                  # seconds
