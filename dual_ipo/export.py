@@ -171,7 +171,7 @@ def diffusers_code(
     return "\n".join([
         "import torch", f"from diffusers import {pipeline}", "from diffusers.utils import export_to_video", "",
         f"prompt = {next(iter(example_prompts(a)), 'a red ball rolls to the left')!r}",
-        f"pipe = {pipeline}.from_pretrained({shown(a.base)!r}, torch_dtype={dtype}).to('cuda')",
+        f"pipe = {pipeline}.from_pretrained({shown(a.base)!r}, dtype={dtype}).to('cuda')",
         *(f"pipe.load_lora_weights({folder!r}, weight_name={name!r}{x})" for name, x in zip(a.files(), second)),
         f"video = pipe(prompt{''.join(settings)}).frames[0]",
         f"export_to_video(video, 'video.mp4', fps={config.get('fps', 16)!r})"])
