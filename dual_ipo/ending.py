@@ -68,6 +68,7 @@ def ending(
         return ": ".join([*getattr(error, "__notes__", []), f"stopped by {cause}; {GOES_ON}"]), 128 + number
     if isinstance(error, RecursionError): return "what was given is nested too deeply; write it flat", 2
     if isinstance(error, MemoryError): return f"memory ran out; take a machine with more, then {GOES_ON}", 137
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError): error = error.__context__   # Path.resolve of a circle of links
     if isinstance(error, OSError): return trouble(error), 2
     from dual_ipo.core import UserError
     from dual_ipo.execute import Ended

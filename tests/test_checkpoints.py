@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import tiny
 from dual_ipo.checkpoints import is_finite
 from dual_ipo.config import Config
-from dual_ipo.core import UserError
+from dual_ipo.core import Pair, UserError
 from dual_ipo.cot import DIMENSIONS, check_rationales, cold_start_items
-from dual_ipo.core import Pair
 from dual_ipo.export import read_adapters
 from dual_ipo.generator import Generator
 from dual_ipo.plan import meta_generator
 from dual_ipo.reward import Judge, check_stored
+from dual_ipo.store import mark_done
 from dual_ipo.rounds import check_model
 from dual_ipo.toyworld import CHECKPOINTS
 
@@ -66,7 +66,7 @@ def test_every_form_opens_with_the_same_weights(pipelines, form):
 
 def cut(file): file.write_bytes(file.read_bytes()[:-100])
 def nothing(file): file.write_bytes(b"")
-def note(file): file.write_text(POINTER)
+def note(file): file.write_text(POINTER, "utf-8")
 def incomplete(file): file.rename(file.with_name(file.name + ".incomplete"))
 def fewer(file): save_file(dict(sorted(load_file(file).items())[1:]), file, {"format": "pt"})
 def wider(file):
@@ -154,9 +154,9 @@ def test_a_pickle_runs_nothing(tmp_path):
 def test_templates(tmp_path, template):
     copytree(CHECKPOINTS/"judge", path := tmp_path/"j")
     (path/"chat_template.jinja").unlink()
-    config = json.loads((path/"tokenizer_config.json").read_text())
-    (path/"tokenizer_config.json").write_text(json.dumps(config | dict(chat_template=template)))
-    if isinstance(template, str): (path/"chat_template.jinja").write_text(template)
+    config = json.loads((path/"tokenizer_config.json").read_text("utf-8"))
+    (path/"tokenizer_config.json").write_text(json.dumps(config | dict(chat_template=template)), "utf-8")
+    if isinstance(template, str): (path/"chat_template.jinja").write_text(template, "utf-8")
     assert "judge" in line(Judge.load, path)
 
 
@@ -181,14 +181,14 @@ def adapters(pipelines, tmp_path_factory):
 def test_generator_json(pipelines, adapters, tmp_path, facts):
     copytree(adapters/"generator", path := tmp_path/"g")
     text = facts if facts == "{" else json.dumps(facts).replace("BASE", str(pipelines/"plain"))
-    (path/"generator.json").write_text(text)
+    (path/"generator.json").write_text(text, "utf-8")
     assert line(Generator.load, path, **tiny.SETTINGS)
     if facts != dict(base="nowhere", ranks=[2]): assert "generator.json" in line(read_adapters, path) or "rank" in line(read_adapters, path)
 
 
 def test_adapters_of_another_base(pipelines, adapters, tmp_path):
     copytree(adapters/"generator", path := tmp_path/"g")
-    def based(base): (path/"generator.json").write_text(json.dumps(dict(base=str(base), ranks=[2])))
+    def based(base): (path/"generator.json").write_text(json.dumps(dict(base=str(base), ranks=[2])), "utf-8")
     based(pipelines/"cogvideox")
     assert "another architecture" in line(Generator.load, path, **tiny.SETTINGS) and "another architecture" in before_a_run(path)
     tiny.wan(num_attention_heads=4).save_pretrained(tmp_path/"wide")
@@ -207,6 +207,7 @@ def test_adapters_that_were_changed(adapters, tmp_path, change, says):
     copytree(adapters/"generator", path := tmp_path/"g")
     file = path/"pytorch_lora_weights.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})
+    mark_done(path)
     assert says in line(Generator.load, path, **tiny.SETTINGS)
     if says == "another architecture": assert "no map of Wan" in line(read_adapters, path)
 
@@ -214,7 +215,7 @@ def test_adapters_that_were_changed(adapters, tmp_path, change, says):
 @pytest.mark.parametrize("facts", [[], dict(base=3), dict(frames_per_video="x"), dict(frames_per_video=0), dict(max_pixels=-1), dict(question="long"), "{"])
 def test_judge_json(adapters, tmp_path, facts):
     copytree(adapters/"judge", path := tmp_path/"j")
-    (path/"judge.json").write_text(facts if facts == "{" else json.dumps(facts))
+    (path/"judge.json").write_text(facts if facts == "{" else json.dumps(facts), "utf-8")
     assert "judge.json" in line(Judge.load, path)
 
 
@@ -222,7 +223,7 @@ def test_judge_json(adapters, tmp_path, facts):
 def test_adapter_config(adapters, tmp_path, change):
     copytree(adapters/"judge", path := tmp_path/"j")
     file = path/"adapter/adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | change), "utf-8")
     assert line(Judge.load, path) and line(Judge.load, path, meta=True)
 
 

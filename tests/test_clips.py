@@ -259,7 +259,7 @@ def test_memory(tmp_path):
         read_mp4(sys.argv[1]); print(some, peak() - begin)"""
     long = write(tmp_path/"long.mp4", np.zeros((1024, 256, 256, 3), np.uint8))
     small = write(tmp_path/"small.mp4", np.zeros((3, 256, 256, 3), np.uint8))
-    some, whole = map(float, subprocess.run([sys.executable, "-c", code, long, small], capture_output=True, text=True, check=True).stdout.split())
+    some, whole = map(float, subprocess.run([sys.executable, "-c", code, long, small], capture_output=True, text=True, check=True, encoding="utf-8").stdout.split())
     assert some < 50 and whole < 201 + 60, (some, whole)   # MB
 
 

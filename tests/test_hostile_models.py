@@ -103,8 +103,8 @@ def test_json(good, tmp_path_factory, which, data):
     copytree(good/which, path := tmp_path_factory.mktemp("json")/"m")
     file = pick(path, data, ".json")
     for _ in range(data.draw(st.integers(1, 2))): 
-        facts = mutate(json.loads(file.read_text()), data)
-        file.write_text(json.dumps(facts))
+        facts = mutate(json.loads(file.read_text("utf-8")), data)
+        file.write_text(json.dumps(facts), "utf-8")
         if not isinstance(facts, (dict, list)): break
     TRY[which](path)
     rmtree(path)
@@ -122,7 +122,7 @@ def test_files_that_are_half_there(good, tmp_path_factory, which, data):
     if how == "empty": file.write_bytes(b"")
     if how == "folder": file.mkdir()
     if how == "bytes": file.write_bytes(data.draw(st.binary(max_size=64)))
-    if how == "note": file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    if how == "note": file.write_text("version https://git-lfs.github.com/spec/v1\n", "utf-8")
     TRY[which](path)
     rmtree(path)
 
@@ -158,7 +158,7 @@ PIECES = ["{{ messages }}", "{{ messages[0].content }}", "{% for m in messages %
 @given(parts=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6))
 def test_templates(good, tmp_path_factory, parts):
     copytree(good/"judge", path := tmp_path_factory.mktemp("template")/"m")
-    (path/"chat_template.jinja").write_text("".join(parts))
+    (path/"chat_template.jinja").write_text("".join(parts), "utf-8")
     try_judge(path)
     opened("template", lambda: check_template("".join(parts), {}, "judge"))
     rmtree(path)

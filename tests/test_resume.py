@@ -341,9 +341,9 @@ def test_links_within_a_hub_snapshot(tmp_path):
         make(blobs/f"{len(os.listdir(blobs))}")
         (snapshot/name).symlink_to(os.path.relpath(blobs/f"{len(os.listdir(blobs)) - 1}", (snapshot/name).parent))
     for side in "AB": put(f"clips/{side}.mp4", lambda path: color(path, (10, 20, 30)))
-    put("pairs.csv", lambda path: path.write_text("prompt,path_A,path_B,label\na red circle,clips/A.mp4,clips/B.mp4,A\n"))
-    put("prompts.txt", lambda path: path.write_text("a red circle\n"))
-    (tmp_path/"run.yaml").write_text(f"data: {{pairs: {home.name}/snapshots/0123abc/pairs.csv, prompts: {home.name}/snapshots/0123abc/prompts.txt}}\n")
+    put("pairs.csv", lambda path: path.write_text("prompt,path_A,path_B,label\na red circle,clips/A.mp4,clips/B.mp4,A\n", "utf-8"))
+    put("prompts.txt", lambda path: path.write_text("a red circle\n", "utf-8"))
+    (tmp_path/"run.yaml").write_text(f"data: {{pairs: {home.name}/snapshots/0123abc/pairs.csv, prompts: {home.name}/snapshots/0123abc/prompts.txt}}\n", "utf-8")
     pairs = read_pairs(read_config(tmp_path/"run.yaml").data.pairs)
     assert len(pairs[0].a.frames) == 2
     (tmp_path/"secret.mp4").write_bytes(b"secret")
