@@ -795,12 +795,13 @@ class Judge(Chooser):
         if not checkpointing or not self.base.supports_gradient_checkpointing:
             yield
             return
-        self.base.gradient_checkpointing_enable(dict(use_reentrant=False))
+        name = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"   # until transformers 5.23
+        getattr(self.base, f"{name}_checkpointing_enable")(dict(use_reentrant=False))
         self.model.train()
         try: yield
         finally:
             self.model.eval()
-            self.base.gradient_checkpointing_disable()
+            getattr(self.base, f"{name}_checkpointing_disable")()
 
     def freeze_reference(self):
         "Remember the judge as it is; needed when all weights are trained."

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FILTERS = [
     "error::DeprecationWarning", "error::FutureWarning", "error::PendingDeprecationWarning",
     r"ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:transformers\.",   # GLM's processor
+    r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",                                  # torch's compiler
     r"ignore:`is_gradient_checkpointing`:FutureWarning",                                                  # peft asks transformers
     r"ignore::DeprecationWarning:(jupyter|nbformat|nbconvert|nbclient|papermill|ipykernel|zmq|traitlets|notebook)",
 ]

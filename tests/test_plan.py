@@ -147,7 +147,7 @@ def test_a_pair_of_the_14b_takes_its_turns_on_80_gb(tmp_path):
     g, j = generator_facts(meta_generator(config)), judge_facts(config)
     of = lambda card: next(r for r in stages(config, g, j, card) if r["stage"] == "align")
     small, large = of(GPUS["H100"]), of(GPUS["H200"])
-    assert 50e9 < small["memory"] < 66e9 and large["memory"] > 80e9
+    assert small["memory"] == pytest.approx(52.4e9, rel=.05) and large["memory"] > 70e9   # measured on an H200 held to 80 GB
     kept, at_once = choose_memory(g["blocks"], g["sizes"], 2, .88*(80e9 - g["weights"]) - g["optimizer"])
     assert at_once == 1 and held_bytes(g["sizes"], kept, 2) + g["weights"] > 78e9
 
