@@ -41,7 +41,7 @@ from .kernels import activate_flash4, blocks_of, fit, has_flash4, keep
 from .losses import KtoBaseline, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
-from .rounds import HELD_OUT, Round, run_round
+from .rounds import HELD_OUT, Round, config_of, run_round
 from .store import Run, read_table, write_json
 from .toyworld import toy_prompts
 
@@ -433,7 +433,7 @@ def whole_round(
     if memory and torch.cuda.is_available(): torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.get_device_properties().total_memory)
     with tempfile.TemporaryDirectory() as folder:
         run = a_run(folder, name, steps, judge, **settings)
-        config = parse_config(run.config, "speed")
+        config = config_of(run)
         (g, j), card = facts_of(config), GPU("card", 1e15, memory or 141e9, 4e12)
         planned = {row["stage"]: row["memory"] / 1e9 for row in stages(config, g, j, card)}
         gc.collect()
