@@ -111,7 +111,7 @@ def step_loss(
     index: int = 0,                            # of the batch, for the baseline
     lambda_d: float = 1., lambda_u: float = 1.,
 ) -> tuple[Tensor, dict]:                      # (loss, metrics), all on the device: nothing waits for them
-    "L_pref + λ₁ E(y_w) + λ₂ E(y_real), DESIGN §3."
+    "L_pref + λ₁ E(y_w) + λ₂ E(y_real): Dual-IPO (2502.02088), with the terms of `20_losses`."
     batch = [[x.to(model.device) for x in part] if isinstance(part, list) else part.to(model.device) for part in batch]   # once for both passes
     t, parts = batch[1], in_parts(2*B, len(batch[1]), model.at_once)
     with model.reference() as reference: E_ref = torch.cat([model.error(*(x[part][:2*B] for x in batch), reference) for part in parts if part.start < 2*B])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COG', 'GENERATORS', 'Part', 'GeneratorPart', 'RewardPart', 'DataPart', 'ColdStartPart', 'CandidatesPart', 'AlignPart',
-           'VotesPart', 'PCEPart', 'SRPOPart', 'EvaluatePart', 'Config', 'parse_config', 'read_config',
+           'VotesPart', 'PCEPart', 'SRPOPart', 'EvaluatePart', 'Config', 'parse_config', 'read_config', 'allowed',
            'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
@@ -45,47 +45,65 @@ class Part(BaseModel):
 
 # %% ../nbs/06_config.ipynb #206984f3
 class GeneratorPart(Part):
-    path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", description="folder or hub id of a Wan 2.1, Wan 2.2 or CogVideoX text-to-video pipeline")
-    num_frames: int = Field(81, ge=1, le=1024, description="frames of every video: 4k+1 for Wan, 8k+1 for CogVideoX")
-    height: int = Field(480, ge=1, le=8192, description="pixels")
-    width: int = Field(832, ge=1, le=8192, description="pixels")
-    fps: float = Field(16., ge=.1, le=1000, description="frames per second, written into every mp4 (Wan 16, CogVideoX 8)")
-    num_inference_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
-    guidance_scale: float = Field(5., ge=0, le=1000, description="classifier-free guidance (Wan 2.1 5, CogVideoX 6)")
-    guidance_scale_2: float | None = Field(None, ge=0, le=1000, description="guidance of the low-noise expert, where there are two (Wan 2.2 A14B 3); null: guidance_scale")
-    negative_prompt: str = Field("", description="what to avoid")
-    max_sequence_length: int = Field(512, ge=1, description="text tokens (Wan 512, CogVideoX 226)")
-    lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
-    attention: Literal["auto", "native", "cudnn", "flash4"] = Field("auto", description="kernel: PyTorch's choice, cuDNN's or FlashAttention-4 (pip install 'dual-ipo[flash]'); auto: the fastest that is there for this GPU")
-    compile: bool | Literal["auto"] = Field("auto", description="compile the transformer's blocks; auto: large models on a GPU")
-    batch_size: int = Field(1, ge=1, description="videos sampled at once")
+    path: str = Field("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        description="folder or hub id of a Wan 2.1, Wan 2.2 or CogVideoX text-to-video pipeline")
+    num_frames: int = Field(81, ge=1, le=1024, description="frames of a clip: 4k+1 for Wan, 8k+1 for CogVideoX")
+    height: int = Field(480, ge=1, le=8192, description="height of a frame, pixels")
+    width: int = Field(832, ge=1, le=8192, description="width of a frame, pixels")
+    fps: float = Field(16., ge=.1, le=1000,
+        description="frames per second, written into every mp4 (Wan 2.1 16, Wan 2.2 5B 24, CogVideoX 8)")
+    num_inference_steps: int = Field(50, ge=1, le=1000, description="denoising steps of a clip")
+    guidance_scale: float = Field(5., ge=0, le=1000,
+        description="classifier-free guidance, a factor (Wan 2.1 5, CogVideoX 6)")
+    guidance_scale_2: float | None = Field(None, ge=0, le=1000,
+        description="guidance of the low-noise expert (Wan 2.2 A14B 3); null: guidance_scale, or no second expert")
+    negative_prompt: str = Field("", description="text of what to avoid")
+    max_sequence_length: int = Field(512, ge=1, description="longest prompt, text tokens (Wan 512, CogVideoX 226)")
+    lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null: train every weight")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic of the weights")
+    attention: Literal["auto", "native", "cudnn", "flash4"] = Field("auto",
+        description="kernel of attention; auto: the fastest that is there for this GPU")
+    compile: bool | Literal["auto"] = Field("auto",
+        description="compile the transformer's blocks; auto: large models on a GPU")
+    batch_size: int = Field(1, ge=1, description="clips sampled at once")
 
 # %% ../nbs/06_config.ipynb #1ce312ad
 class RewardPart(Part):
-    path: str = Field("Qwen/Qwen3-VL-8B-Instruct", description="folder or hub id of a vision-language model that takes several images")
-    frames_per_video: int = Field(8, ge=2, description="frames of each video that the judge sees")
-    max_pixels: int | None = Field(200704, ge=1024, description="pixels of a frame at most; larger ones are scaled down before the judge sees them; null: as the processor has it")
-    question: Literal["explained", "short"] = Field("explained", description="explained: clips are named, frames have their times, the form is shown by an example; short: for judges that know the form, such as the toy's")
-    dimensions: list[str] = Field(["alignment", "motion", "consistency", "quality"], min_length=1, description="what it reasons about")
-    lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null trains every weight")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic")
-    temperature: float = Field(.7, ge=0, le=100, description="of the votes")
-    top_p: float = Field(.95, ge=1e-6, le=1, description="of the votes")
+    path: str = Field("Qwen/Qwen3-VL-8B-Instruct",
+        description="folder or hub id of a vision-language model that takes several images")
+    frames_per_video: int = Field(8, ge=2, description="frames of each clip that the judge sees")
+    max_pixels: int | None = Field(200704, ge=1024,
+        description="largest frame that the judge sees, pixels of area; null: as its processor has it")
+    question: Literal["explained", "short"] = Field("explained",
+        description="explained: frames have times and the form an example; short: for judges that know the form")
+    dimensions: list[str] = Field(["alignment", "motion", "consistency", "quality"], min_length=1,
+        description="what it reasons about, a list of words")
+    lora_rank: int | None = Field(64, ge=1, description="rank of the adapter; null: train every weight")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="arithmetic of the weights")
+    temperature: float = Field(.7, ge=0, le=100, description="of the votes, by which logits are divided")
+    top_p: float = Field(.95, ge=1e-6, le=1,
+        description="of the votes: the share of probability that tokens are drawn from")
     max_new_tokens: int = Field(512, ge=1, description="longest response, tokens")
-    max_thinking_tokens: int = Field(2048, ge=0, description="tokens of a thinking block before the response, for judges whose template cannot switch it off")
+    max_thinking_tokens: int = Field(2048, ge=0,
+        description="longest thinking before a response, tokens, where a template cannot switch it off")
     min_readable: float = Field(.5, ge=0, le=1, description="stop where a smaller share of its answers can be read")
-    batch_size: int = Field(8, ge=1, description="responses written and clips graded at once; halved by itself where memory ends")
-    checkpointing: bool | Literal["auto"] = Field("auto", description="in training, compute activations twice to save memory; auto: judges of 1B parameters and more on a GPU")
-    backend: Literal["transformers", "vllm"] = Field("transformers", description="what writes the responses; vllm has to be installed, and needs room beside the judge")
+    batch_size: int = Field(8, ge=1,
+        description="responses written and clips graded at once; halved by itself where memory ends")
+    checkpointing: bool | Literal["auto"] = Field("auto",
+        description="compute activations twice to train in less memory; auto: from 1B parameters on a GPU")
+    backend: Literal["transformers", "vllm"] = Field("transformers",
+        description="what writes the responses; vllm has to be installed, and needs room beside the judge")
 
 # %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):
-    prompts: str = Field("prompts.txt", description="txt (a line each), csv (column prompt) or jsonl (key prompt)")
-    eval_prompts: str = Field("eval_prompts.txt", description="prompts that are never trained on")
-    pairs: str | None = Field("pairs.csv", description="human pairs: columns prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's; null: none, the judge starts as it is")
-    real_clips: str | None = Field(None, description="folder or csv (columns path, prompt) of real clips with captions; needed if align.lambda_real > 0")
-    max_bad_share: float = Field(.05, ge=0, le=1, description="stop if more of the clips than this are unreadable")
+    prompts: str = Field("prompts.txt",
+        description="training prompts: txt (a line each), csv (column prompt) or jsonl (key prompt)")
+    eval_prompts: str = Field("eval_prompts.txt", description="prompts that are never trained on, in the same forms")
+    pairs: str | None = Field("pairs.csv",
+        description="human pairs: prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's; null: none")
+    real_clips: str | None = Field(None,
+        description="real clips: a folder, or a csv of path, prompt; needed if align.lambda_real > 0")
+    max_bad_share: float = Field(.05, ge=0, le=1, description="stop if a larger share of the clips is unreadable")
 
 # %% ../nbs/06_config.ipynb #f366bb12
 class ColdStartPart(Part):
@@ -95,46 +113,70 @@ class ColdStartPart(Part):
 
 class CandidatesPart(Part):
     prompts_per_round: int = Field(1000, ge=1, description="prompts sampled in each round")
-    per_prompt: int = Field(8, ge=2, description="candidates for each")
-    scorer: str | None = Field(None, description="package.module:function(videos, prompts) -> scores, whose total ranks them; null: the judge")
-    pairing: Literal["best_worst", "random"] = Field("best_worst", description="which two become a pair")
-    min_margin: float = Field(0., ge=0, le=1e6, description="judge scores must differ by more than this (grades are 1 to 5)")
-    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps of candidates; null: the generator's. This and the next four make cheaper candidates, the first four cheaper fresh clips too: ask `dual-ipo gate` first whether their labels are the same. The toy loses nothing with half of its steps, one of its two architectures a tenth of its gain with a third")
-    num_frames: int | None = Field(None, ge=1, le=1024, description="frames of candidates, which `align` then learns from; null: the generator's. The toy loses a third of its gain with half of them")
-    guidance_stop: float | None = Field(None, ge=.001, le=1, description="share of the denoising steps, from the first, that are guided; the others take one pass instead of two; null: all. In the toy 0.4 of half the steps loses nothing of the total, but fidelity of shape")
-    cache: float | None = Field(None, ge=1e-6, le=1000, description="first-block cache: reuse the other blocks' outputs while the first block's changes by less than this share; null: never")
-    preview_steps: int | None = Field(None, ge=1, le=1000, description="sample all in this many steps first, and in full only those that the judge puts first and last; null: no previews")
-    keep: int = Field(2, ge=1, description="with previews: how many from the top and how many from the bottom are sampled in full")
+    per_prompt: int = Field(8, ge=2, description="candidates for each prompt (nbs/studies/ablations.ipynb)")
+    scorer: str | None = Field(None,
+        description="package.module:function(videos, prompts) -> scores whose total ranks them; null: the judge")
+    pairing: Literal["best_worst", "random"] = Field("best_worst",
+        description="which two become a pair (nbs/studies/ablations.ipynb)")
+    min_margin: float = Field(0., ge=0, le=1e6,
+        description="judge scores must differ by more than this, grade points (grades are 1 to 5)")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000,
+        description="denoising steps of candidates; null: generator's (ask `dual-ipo gate`; nbs/studies/dials.ipynb)")
+    num_frames: int | None = Field(None, ge=1, le=1024,
+        description="frames of candidates, which align learns from; null: generator's (nbs/studies/dials.ipynb)")
+    guidance_stop: float | None = Field(None, ge=.001, le=1,
+        description="share of the denoising steps, from the first, with guidance; null: all (nbs/studies/dials.ipynb)")
+    cache: float | None = Field(None, ge=1e-6, le=1000,
+        description="reuse the other blocks while the first one's output changes by less than this share; null: never")
+    preview_steps: int | None = Field(None, ge=1, le=1000,
+        description="denoising steps of previews; only the judge's ends are sampled in full; null: no previews")
+    keep: int = Field(2, ge=1,
+        description="with previews: how many from the top and how many from the bottom are sampled in full")
 
     @model_validator(mode="after")
     def fewer(self):
-        if self.cache and self.guidance_stop: raise ValueError("guidance_stop: the cache of a guided step does not fit one that isn't; set one of the two to null")
-        if self.preview_steps and 2*self.keep >= self.per_prompt: raise ValueError(f"keep: {self.keep} from the top and as many from the bottom are all {self.per_prompt} candidates; lower it or set preview_steps to null")
+        if self.cache and self.guidance_stop:
+            raise ValueError("guidance_stop: the cache of a guided step does not fit one that isn't; "
+                             "set one of the two to null")
+        if self.preview_steps and 2*self.keep >= self.per_prompt:
+            raise ValueError(f"keep: {self.keep} from the top and as many from the bottom are all {self.per_prompt} "
+                             "candidates; lower it or set preview_steps to null")
         return self
 
 class AlignPart(Part):
-    objective: Literal["dpo", "kto"] = Field("dpo", description="Diffusion-DPO or Diffusion-KTO")
+    objective: Literal["dpo", "kto"] = Field("dpo",
+        description="preference loss: Diffusion-DPO or Diffusion-KTO (nbs/studies/rounds.ipynb)")
     steps: int = Field(200, ge=1, description="updates per round")
-    batch_size: int = Field(64, ge=1, description="pairs per update, over all GPUs")
+    batch_size: int = Field(64, ge=1, description="pairs per batch, over all GPUs")
     accumulate: int = Field(1, ge=1, description="batches per update")
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate")
-    beta: float = Field(2000., ge=0, le=1e7, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
-    lambda_win: float = Field(.1, ge=0, le=1e6, description="weight of the NLL on winners; on the toy, where it is 1 beside a beta of 300, worth 0.8 points of 12")
-    lambda_real: float = Field(0., ge=0, le=1e6, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
+    beta: float = Field(2000., ge=0, le=1e7,
+        description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: only the NLL terms")
+    lambda_win: float = Field(.1, ge=0, le=1e6,
+        description="weight of the NLL on winners (nbs/studies/ablations.ipynb)")
+    lambda_real: float = Field(0., ge=0, le=1e6,
+        description="weight of the NLL on real clips, which takes data.real_clips (nbs/studies/baselines.ipynb)")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     decay: bool = Field(True, description="from there linearly to zero at the end of the round; false: constant")
-    checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto",
+        description="what is computed twice: nothing, all but attention, everything; auto: as little as memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
 
 class VotesPart(Part):
-    k: int = Field(8, le=10_000, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
-    pairs: int = Field(1000, ge=1, description="pseudo-labelled pairs per round; on the toy three times as many, in batches twice as large, held the judge 5.8 instead of 4.6 points ahead of one that stays")
-    clips: Literal["fresh", "candidates"] = Field("fresh", description="what is voted on: clips sampled for it, or the next round's candidates, sampled ahead of it from the same new generator, so that a fifth fewer clips are made; the last round always makes fresh ones. In the toy the generator loses nothing by it, Wan's judge neither, CogVideoX's half of its lead")
-    reasons: bool = Field(True, description="reason about every dimension before the verdict; false: the verdict alone")
-    by: Literal["answers", "grades"] = Field("answers", description="what makes a pseudo-label: the most frequent answer, or the grades that the reasons give on average")
-    scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels, for studies of what fresh human labels would give; null: the votes")
-    min_gap: float = Field(.25, ge=0, le=1e6, description="by grades: A and B must differ by more than this, all dimensions together")
-    early: bool = Field(False, description="stop writing about a pair whose label is decided; takes by: answers and pce.use: none, since grades and certainty need every path")
+    k: int = Field(8, le=10_000,
+        description="reasoning paths per pair, even, from 2: half see them swapped (nbs/studies/certainty.ipynb)")
+    pairs: int = Field(1000, ge=1, description="pairs voted on per round (nbs/studies/co_evolution.ipynb)")
+    clips: Literal["fresh", "candidates"] = Field("fresh",
+        description="what is voted on: clips made for it, or the next round's candidates (nbs/studies/dials.ipynb)")
+    reasons: bool = Field(True,
+        description="reason about every dimension before the verdict; false: the verdict alone")
+    by: Literal["answers", "grades"] = Field("answers",
+        description="what makes a pseudo-label: the most frequent answer, or the mean of the grades in the reasons")
+    scorer: str | None = Field(None, description="as candidates.scorer: its totals decide the labels; null: the votes")
+    min_gap: float = Field(.25, ge=0, le=1e6,
+        description="by grades: A and B must differ by more than this, grade points, all dimensions together")
+    early: bool = Field(False,
+        description="stop writing about a pair whose label is decided; takes by: answers and pce.use: none")
 
     @field_validator("k")
     @classmethod
@@ -144,35 +186,44 @@ class VotesPart(Part):
 
     @model_validator(mode="after")
     def reasoned(self):
-        if self.by == "grades" and not self.reasons: raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
+        if self.by == "grades" and not self.reasons:
+            raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
         return self
 
 class PCEPart(Part):
-    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes", description="how P(R > Q) is taken, in the paper's three forms, or votes: the share of the votes for the label, which in the toy studies is better calibrated and tells right labels from wrong best")
-    threshold: float = Field(.5, ge=0, le=1, description="pseudo-labels at or below it are dropped")
-    use: Literal["both", "filter", "weight", "none"] = Field("both", description="what certainty decides: which labels are kept, their weight, both or neither")
+    form: Literal["bradley_terry", "paths", "normal", "votes"] = Field("votes",
+        description="certainty: the paper's P(R > Q) in three forms, or a vote share (nbs/studies/certainty.ipynb)")
+    threshold: float = Field(.5, ge=0, le=1,
+        description="pseudo-labels of this certainty or less are dropped, where use says filter or both")
+    use: Literal["both", "filter", "weight", "none"] = Field("both",
+        description="what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = Field(1., ge=1e-6, le=1e6, description="temperature of bradley_terry, nats")
 
 class SRPOPart(Part):
     steps: int = Field(100, ge=0, description="updates per round; 0: the judge stays as the cold start made it")
     batch_size: int = Field(32, ge=1, description="pairs of responses per update")
     lr: float = Field(5e-6, gt=0, le=1, description="learning rate")
-    beta: float = Field(.1, ge=0, le=1e6, description="β_r, nats; 0: no preference, only the NLL terms")
-    lambda_win: float = Field(1., ge=0, le=1e6, description="weight of the NLL on the preferred responses, which keeps their form")
-    lambda_human: float = Field(1., ge=0, le=1e6, description="weight of the NLL on the human pairs, which keeps what they taught; in the toy's tuning 1 did better than 0.5")
+    beta: float = Field(.1, ge=0, le=1e6, description="β_r, per nat; 0: no preference, only the NLL terms")
+    lambda_win: float = Field(1., ge=0, le=1e6,
+        description="weight of the NLL on the preferred responses, which keeps their form (nbs/studies/judge.ipynb)")
+    lambda_human: float = Field(1., ge=0, le=1e6,
+        description="weight of the NLL on the human pairs, which keeps what they taught (nbs/studies/judge.ipynb)")
 
 class EvaluatePart(Part):
-    measure: str | None = Field(None, description="package.module:function(videos, prompts) -> scores; null: human pairs only")
+    measure: str | None = Field(None,
+        description="package.module:function(videos, prompts) -> scores; null: human pairs only")
     prompts: int = Field(100, ge=2, description="evaluation prompts")
-    videos_per_prompt: int = Field(2, ge=2, description="videos of each, always of the same seeds")
+    videos_per_prompt: int = Field(2, ge=2, description="clips of each, always from the same noise")
 
 # %% ../nbs/06_config.ipynb #fe3d3507
 class Config(Part):
     "Everything that decides a run's results."
-    seed: int = Field(0, description="names all randomness")
-    rounds: int = Field(3, ge=1, description="the paper's 3; 5 for Wan")
-    deterministic: bool = Field(False, description="on a GPU: kernels that add up in the same order every time, where PyTorch has them, at the price of slower ones; on a CPU they always do")
-    stop: bool = Field(False, description="end the run after the round in which monitor.should_stop advises to keep the one before")
+    seed: int = Field(0, description="names all randomness, a whole number")
+    rounds: int = Field(3, ge=1, description="rounds of the loop (the paper's 3; 5 for Wan)")
+    deterministic: bool = Field(False,
+        description="on a GPU: sums in the same order every time, at the price of slower kernels; on a CPU always")
+    stop: bool = Field(False,
+        description="end where monitor.should_stop says to keep the round before (nbs/studies/stopping.ipynb)")
     generator: GeneratorPart = GeneratorPart()
     reward: RewardPart = RewardPart()
     data: DataPart = DataPart()
@@ -187,9 +238,15 @@ class Config(Part):
     @model_validator(mode="after")
     def whole_votes(self):
         c, n = self.candidates, self.candidates.prompts_per_round*(self.candidates.per_prompt//2)
-        if self.votes.clips == "candidates" and c.preview_steps: raise ValueError("votes.clips: with previews the judge chooses among the candidates before it votes on them; set it to fresh, or candidates.preview_steps to null")
-        if self.votes.clips == "candidates" and self.votes.pairs > n: raise ValueError(f"votes.pairs: the candidates of a round make {n} pairs; lower it to that, or set votes.clips to fresh")
-        if self.votes.early and (self.votes.by != "answers" or self.pce.use != "none"): raise ValueError("votes.early: grades and certainty need every path; set votes.by to answers and pce.use to none, or early to false")
+        if self.votes.clips == "candidates" and c.preview_steps:
+            raise ValueError("votes.clips: with previews the judge chooses among the candidates before it votes on "
+                             "them; set it to fresh, or candidates.preview_steps to null")
+        if self.votes.clips == "candidates" and self.votes.pairs > n:
+            raise ValueError(f"votes.pairs: the candidates of a round make {n} pairs; lower it to that, "
+                             "or set votes.clips to fresh")
+        if self.votes.early and (self.votes.by != "answers" or self.pce.use != "none"):
+            raise ValueError("votes.early: grades and certainty need every path; set votes.by to answers and "
+                             "pce.use to none, or early to false")
         return self
 
 # %% ../nbs/06_config.ipynb #2b6dcf2f
@@ -201,7 +258,8 @@ def parse_config(
     try: return Config.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = f"{' '.join('.'.join(map(str, first['loc'])).split()):.100}", first["msg"].removeprefix("Value error, ")
+        key = f"{' '.join('.'.join(map(str, first['loc'])).split()):.100}"
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             part = Config
             for name in first["loc"][:-1]: part = part.model_fields[name].annotation
@@ -220,10 +278,27 @@ def read_config(
     def here(p):   # a file in a hub snapshot is a link to where its neighbours are not
         at = p and path.parent / p
         return at and str(at.parent.resolve() / at.name if at.is_file() else at.resolve())
-    for key in ("prompts", "eval_prompts", "pairs", "real_clips"): setattr(config.data, key, here(getattr(config.data, key)))
+    for key in ("prompts", "eval_prompts", "pairs", "real_clips"):
+        setattr(config.data, key, here(getattr(config.data, key)))
     for part in (config.generator, config.reward):
         if os.path.isdir(path.parent / part.path): part.path = here(part.path)
     return config
+
+# %% ../nbs/06_config.ipynb #dc4b028c
+def allowed(
+    field,   # of a `Part`
+) -> str:    # in brackets, a space before them; "" where any value will do
+    "What the check of a key lets through, in words."
+    choices = [*get_args(field.annotation)]
+    for kind in choices[:]: choices += get_args(kind)
+    words = [choice for choice in choices if isinstance(choice, str)]
+    if bool in choices: words = ["true", "false", *words]
+    if words: return f" [{', '.join(words)}]"
+    rules = {type(rule).__name__.lower(): rule for rule in field.metadata}
+    bounds = {key: f"{getattr(rule, key):g}" for key, rule in rules.items() if key in ("ge", "gt", "le")}
+    low = bounds.get("ge") or "above " + bounds["gt"] if bounds.keys() & {"ge", "gt"} else ""
+    if "le" in bounds: return f" [{low} to {bounds['le']}]" if low else f" [at most {bounds['le']}]"
+    return f" [{low}]" if low.startswith("above") else f" [{low} or more]" if low else ""
 
 # %% ../nbs/06_config.ipynb #b58d5307
 def commented_yaml(
@@ -239,8 +314,9 @@ def commented_yaml(
         for name, field in type(part).model_fields.items():
             x = getattr(part, name)
             if isinstance(x, Part): yield from ["", f"{name}:", *lines(x, "  ")]
-            else: yield f"{indent}{name}: {value(x)}".ljust(48) + f"  # {field.description}"
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in ["A Dual-IPO run. Paths are relative to this file.", *head.splitlines()])
+            else: yield f"{indent}{name}: {value(x)}".ljust(48) + f"  # {field.description}{allowed(field)}"
+    above = ["A Dual-IPO run. Paths are relative to this file.", *head.splitlines()]
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in above)
     return comment + "\n".join(lines(config or Config(), "")) + "\n"
 
 # %% ../nbs/06_config.ipynb #d0e77b5f
@@ -249,7 +325,8 @@ GENERATORS = {   # name → what differs from the defaults
     "wan2.1-1.3b": dict(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-14b": dict(path="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     "wan2.2-ti2v-5b": dict(path="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=121, height=704, width=1280, fps=24.),
-    "wan2.2-t2v-a14b": dict(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", guidance_scale=4., guidance_scale_2=3., num_inference_steps=40),
+    "wan2.2-t2v-a14b": dict(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", guidance_scale=4., guidance_scale_2=3.,
+                            num_inference_steps=40),
     "cogvideox-2b": COG | dict(path="THUDM/CogVideoX-2b"),
     "cogvideox-5b": COG | dict(path="THUDM/CogVideoX-5b"),
     "cogvideox1.5-5b": COG | dict(path="THUDM/CogVideoX1.5-5B", num_frames=81, height=768, width=1360, fps=16.)}
@@ -259,6 +336,8 @@ def config_for(
     judge: str | None = None,         # folder or hub id; None: the default
 ) -> Config:
     "The config that a model wants; UserError for one that is not known."
-    if generator not in GENERATORS: raise UserError(f"--generator {generator}: is not known; choose one of {', '.join(GENERATORS)}, or edit generator.path")
+    if generator not in GENERATORS:
+        raise UserError(f"--generator {generator}: is not known; choose one of {', '.join(GENERATORS)}, "
+                        "or edit generator.path")
     beta = 5000. if generator.startswith("cog") else 2000.
     return Config(generator=GENERATORS[generator], reward=dict(path=judge) if judge else {}, align=dict(beta=beta))

@@ -416,7 +416,7 @@ class Generator(Weights):
         text: list[Tensor],     # B embeddings from `encode_prompts`
         model=None,             # the transformer, wrapped or frozen; None: ours
     ) -> Tensor:                # [B] fp32
-        "E(y; θ, t, ε), DESIGN §3: the mean square error of the predicted velocity. Of two experts the one in turn is asked, whatever t is."
+        "E(y; θ, t, ε) of `20_losses`: the mean square error of the velocity; of two experts the one in turn is asked."
         model, t = self.transformer if model is None else model, t.to(self.device)
         noisy, target = self.add_noise(*(x.to(self.device, torch.float32) for x in (latents, eps)), t)
         v = self.predict(model, noisy.to(self.transformer.dtype), t, self.pad(text).to(self.transformer.dtype))

@@ -18,7 +18,7 @@ def dpo_loss(
     E_w_ref: Tensor, E_l_ref: Tensor,  # [B] fp32, the same t and ε under the reference
     beta: float,                       # 5000 for CogVideoX, 2000 for Wan
 ) -> tuple[Tensor, dict]:              # (loss [B], {"logit", "accuracy", "margin_w", "margin_l"}, each [B], detached)
-    "Diffusion-DPO, DESIGN §3: −log σ(−β/2 [(E_w − E_w^ref) − (E_l − E_l^ref)])."
+    "Diffusion-DPO (Wallace et al., 2311.12908, eq. 14): −log σ(−β/2 [(E_w − E_w^ref) − (E_l − E_l^ref)])."
     margin_w, margin_l = E_w - E_w_ref, E_l - E_l_ref
     logit = -beta/2*(margin_w - margin_l)
     stats = {"logit": logit, "accuracy": (logit > 0).float(), "margin_w": margin_w, "margin_l": margin_l}
@@ -33,7 +33,7 @@ def kto_loss(
     lambda_d: float = 1.,       # λ_D, weight of desirable videos
     lambda_u: float = 1.,       # λ_U, of undesirable ones
 ) -> tuple[Tensor, dict]:       # (loss [B], {"reward", "accuracy"}, each [B], detached)
-    "Diffusion-KTO, DESIGN §3: λ_y − λ_y σ(±β(r − z)) with r = −(E − E^ref)."
+    "KTO (Ethayarajh et al., 2402.01306) of errors: λ_y − λ_y σ(±β(r − z)) with r = −(E − E^ref)."
     reward = -(E - E_ref)
     sign = torch.where(desirable, 1., -1.)
     weight = torch.where(desirable, lambda_d, lambda_u)
@@ -44,7 +44,7 @@ def kto_loss(
 def kto_z(
     E: Tensor, E_ref: Tensor,  # [B] errors, winners and losers alike
 ) -> Tensor:                   # scalar ≥ 0, detached
-    "z = max(0, mean of −(E − E^ref)), DESIGN §3."
+    "z = max(0, mean of −(E − E^ref)): the baseline of KTO (Ethayarajh et al., 2402.01306)."
     return (E_ref - E).detach().mean().clamp(min=0)
 
 # %% ../nbs/20_losses.ipynb #b66c11b4

@@ -32,7 +32,7 @@ def srpo_loss(
     weight: Tensor,                  # [B] PCE, 0..1
     beta: float,                     # β_r
 ) -> tuple:                          # (loss [B], logit [B])
-    "L_SRPO, DESIGN §3; with weight 1 it is DPO."
+    "SRPO: DPO on responses (Rafailov et al., 2305.18290), weighted by certainty (Dual-IPO, 2502.02088)."
     logit = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     return -weight * F.logsigmoid(logit), logit
 

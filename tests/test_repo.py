@@ -62,6 +62,13 @@ def test_rounds_have_one_parameters_cell(notebook):
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs/studies").glob("*.ipynb")), ids=lambda p: p.name)
+def test_studies_answer_first(notebook):
+    title, answer = json.loads(notebook.read_text("utf-8"))["cells"][:2]
+    text = "".join(answer["source"])
+    assert "".join(title["source"]).startswith("# ") and text.startswith("## Answer\n") and len(text) < 1800
+
+
 @pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")
 def test_readme_is_the_index():
     from nbconvert import MarkdownExporter
