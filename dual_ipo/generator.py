@@ -192,6 +192,10 @@ class Weights:
         "The expert in turn: what learns, and what `error` asks."
         return self.experts[self.turn]
 
+    def blocks_of(self, transformer) -> nn.ModuleList:
+        "The repeated blocks of a transformer of this kind; the adapter says where they are."
+        return transformer.get_submodule(self.blocks)
+
     def prepare(self, k: int):
         "Give expert `k` what it has learned, and make it ready to learn more."
         expert = self.experts[k].eval().requires_grad_(False)
@@ -201,7 +205,7 @@ class Weights:
             expert.requires_grad_(True)
             if self.dtype != torch.float32: mixed_precision(expert, self.dtype)
         use_attention(expert, self.attention)
-        if self.compiled: compile_blocks(expert)
+        if self.compiled: compile_blocks(self.blocks_of(expert))
 
     def adapt(self, k: int):
         "Put what expert `k` has learned beside its weights, with a fresh adapter on top; its start is named by the round, and where there are two by the expert."
@@ -281,7 +285,7 @@ class Weights:
         self.frozen = copy.deepcopy(self.transformer).requires_grad_(False)
         if self.dtype != torch.float32: mixed_precision(self.frozen, self.dtype)
         if self.compiled:
-            compile_blocks(self.frozen)
+            compile_blocks(self.blocks_of(self.frozen))
             keep_nothing(self.frozen)
 
     @property
@@ -320,7 +324,7 @@ class Weights:
 
 # %% ../nbs/22_generator.ipynb #d264e7c1
 class Generator(Weights):
-    "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict` and `vae_layout`."
+    "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict`, `vae_layout` and `blocks`."
     vae_dtype = None   # None: as the rest
     cache = None       # threshold of a first-block cache while sampling, lossy; None: none
     at_once = None     # videos that go through together in training, see `kernels.fit`; None: all of a batch
@@ -461,12 +465,16 @@ class CogVideoX(Generator):
     "CogVideoX 2B, 5B and 1.5."
     pipeline, size_multiple, clean = CogVideoXPipeline, 8, staticmethod(str)
     parts = dict(transformer="CogVideoXTransformer3DModel", vae="AutoencoderKLCogVideoX")
+    blocks = "transformer_blocks"   # of the transformer, see `Weights.blocks_of`
     shares = [1.]   # see Wan's
     vae_layout = staticmethod(lambda latents: latents.transpose(1, 2))   # from [B, T, C, H, W]
     latents_at_once = 2   # of an even number its VAE makes frames that nobody asked for
 
     @property
     def patch_size(self): return self.pipe.transformer.config.patch_size
+
+    @property
+    def text_width(self): return self.pipe.transformer.config.text_embed_dim
 
     @property
     def latent_dtype(self): return self.dtype
@@ -528,11 +536,15 @@ class Wan(Generator):
     "Wan 2.1, and Wan 2.2: the 5B from text alone, and the A14B, whose `transformer` denoises down to t = 1000·boundary_ratio and whose `transformer_2` goes on from there."
     pipeline, size_multiple, clean = WanPipeline, 16, staticmethod(prompt_clean)
     parts = dict(transformer="WanTransformer3DModel", transformer_2="WanTransformer3DModel", vae="AutoencoderKLWan")
+    blocks = "blocks"
     vae_dtype = latent_dtype = torch.float32
     vae_layout = staticmethod(lambda latents: latents)   # as the VAE has them: [B, C, T, H, W]
 
     @property
     def patch_size(self): return self.pipe.transformer.config.patch_size[1]
+
+    @property
+    def text_width(self): return self.pipe.transformer.config.text_dim
 
     @property
     def shift(self):

@@ -24,7 +24,7 @@ from .config import Config
 from .core import Pair, UserError, Video
 from .cot import clip_item, pair_item
 from .generator import Generator, meta_generator
-from .kernels import block_bytes, blocks_of, choose_memory, held_bytes, kept_bytes, together
+from .kernels import block_bytes, choose_memory, held_bytes, kept_bytes, together
 from .reward import LARGE, Judge
 from .srpo import AT_ONCE
 
@@ -116,15 +116,14 @@ def generator_facts(
         g.shorten(num_frames)
         return whole | dict(short=generator_facts(g)["short"])
     y = torch.empty(1, *g.latent_shape, device="meta")
-    width = g.transformer.config.get("text_dim") or g.transformer.config.text_embed_dim
-    call = lambda: g.error(y, g.timesteps(1, "plan"), y, [torch.empty(g.max_sequence_length, width, device="meta")])
+    call = lambda: g.error(y, g.timesteps(1, "plan"), y, [torch.empty(g.max_sequence_length, g.text_width, device="meta")])
     vae = g.pipe.vae
     latents = g.vae_layout(y).to(vae.dtype)  # [1, C, T, H, W]
     clip = torch.empty(1, 3, g.num_frames, g.height, g.width, device="meta", dtype=vae.dtype)
     size = lambda module: sum(p.nbytes for p in module.parameters())
     weights = size(g.transformer) if g.lora_rank else 4 * sum(p.numel() for p in g.transformer.parameters())   # `mixed_precision` has made them smaller
     trained = [p for p in g.transformer.parameters() if p.requires_grad]
-    blocks, hidden = len(blocks_of(g.transformer)), g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
+    blocks, hidden = len(g.blocks_of(g.transformer)), g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
     tokens = latents[0, 0].numel() // g.patch_size**2
     found = dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=blocks,
                 sizes=sizes_of(g, call), attention=4 * tokens**2 * hidden * blocks,

@@ -37,7 +37,7 @@ from .core import Pair, Video, generator, noise, seed_of
 from .cot import DIMENSIONS, clip_prompt, pair_item, pair_prompt, pair_response
 from .data import write_pairs
 from .generator import CogVideoX, Generator, Wan
-from .kernels import activate_flash4, blocks_of, fit, has_flash4, keep
+from .kernels import activate_flash4, fit, has_flash4, keep
 from .losses import KtoBaseline, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
@@ -133,7 +133,7 @@ def attention_flops(g: Generator) -> tuple:  # (FLOP of attention, of the rest) 
     linear = lambda: g.error(y, g.timesteps(1, "count"), y, [torch.empty(text, 4096, device="meta")])
     with fused_attention(), g.reference(): rest = flops(linear)
     own = 4 * tokens**2 * d + 4 * tokens * text * d if isinstance(g, Wan) else 4 * (tokens + text)**2 * d
-    return own * len(blocks_of(g.transformer)), rest
+    return own * len(g.blocks_of(g.transformer)), rest
 
 # %% ../nbs/91_speed.ipynb #b3361334
 @contextmanager
@@ -216,7 +216,7 @@ def training(
     g.freeze_reference()
     with g.alone(), attention_kernel("flash") if "flash" in recipe else nullcontext():
         if recipe != "ours":
-            keep(g.transformer, ["none"] * len(blocks_of(g.transformer)))
+            keep(g.transformer, blocks := g.blocks_of(g.transformer), ["none"] * len(blocks))
             chosen, loss = f"{'flash' if 'flash' in recipe else 'default'} attention, every block checkpointed, four passes", lambda batch: peers_loss(g, batch)
         else:
             chosen = fit(g, checkpointing, 2, a_batch(g, 1)[3][0])
