@@ -15,7 +15,8 @@ from .store import Run, Summary, is_done, read_entries, read_json, read_progress
 from .terminal import one_line
 
 # %% ../nbs/40_results.ipynb #95e36ad2
-HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic degree", "reward accuracy", "static judge", "seconds")
+HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic degree",
+        "reward accuracy", "static judge", "seconds")
 
 def number(
     x: float | None,
@@ -118,7 +119,8 @@ def state_of(
     entries, progress = read_entries(run), read_progress(run)
     config = read_yaml(run/"run.yaml") if (run/"run.yaml").is_file() else {}
     rounds = config.get("rounds") if isinstance(config, dict) else None
-    return dict(entries=entries, progress=progress, finished=isinstance(rounds, int) and len(entries) > rounds, silent=progress and progress["silent"])
+    finished = isinstance(rounds, int) and len(entries) > rounds
+    return dict(entries=entries, progress=progress, finished=finished, silent=progress and progress["silent"])
 
 # %% ../nbs/40_results.ipynb #c2907137
 def at_work(
@@ -126,7 +128,8 @@ def at_work(
 ) -> tuple[str, str, str]:       # ("round 2, ", "align", "40 of 120, 0:31, 1:02 left")
     "What a run is doing, in words."
     left = f", {clock(p['eta'])} left" if p.get("eta") is not None else ""
-    return "" if p.get("round") is None else f"round {p['round']}, ", p["stage"], f"{p['done']} of {p['total']}, {clock(p['elapsed'])}{left}"
+    at = "" if p.get("round") is None else f"round {p['round']}, "
+    return at, p["stage"], f"{p['done']} of {p['total']}, {clock(p['elapsed'])}{left}"
 
 # %% ../nbs/40_results.ipynb #cd87f8f1
 def status(
@@ -164,7 +167,8 @@ def state_html(
     if state["finished"]: parts.append("<p><b>Finished.</b></p>")
     elif p:
         at, stage, said = map(html.escape, at_work(p))
-        parts.append(f'<p style="margin:0 0 6px">{at}<b>{stage}</b>: {said}</p>{bar_html(p["done"]/p["total"] if p["total"] else 1)}')
+        bar = bar_html(p["done"]/p["total"] if p["total"] else 1)
+        parts.append(f'<p style="margin:0 0 6px">{at}<b>{stage}</b>: {said}</p>{bar}')
         if state["silent"] > 120:
             parts.append(f'<p style="color:{SAND}">No sign of life for {clock(state["silent"])}: a long step, or it has stopped. '
                 "Starting it again goes on where it was.</p>")
