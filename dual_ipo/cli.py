@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAR', 'ROUND', 'count', 'share', 'price', 'bars', 'where', 'execute_round', 'stops', 'keep_freed_memory', 'run_all',
-           'table', 'status', 'demo_config', 'write_toy_input', 'old_and_new', 'between', 'Parser', 'check_names',
-           'parser', 'start_demo', 'write_config', 'start_run', 'named_after', 'command']
+           'old_and_new', 'between', 'Parser', 'check_names', 'parser', 'start_demo', 'write_config', 'start_run',
+           'named_after', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 import dual_ipo
-from .config import GENERATORS, Config, commented_yaml, config_for, parse_config, read_config
-from .core import UserError, Video
-from .ending import CODES, GOES_ON, main, one_line
+from .config import GENERATORS, commented_yaml, config_for, read_config
+from .core import UserError
 from .execute import Ended, run_notebook
 from .monitor import should_stop
-from .store import Run, Summary, is_done, read_json, read_progress, read_table, stage
+from .results import headline, read_results, status, table_text
+from .store import Run, is_done, read_progress, read_table
+from .terminal import CODES, GOES_ON, one_line
 
 # %% ../nbs/60_cli.ipynb #4a16bead
 BAR = "{desc:32} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
@@ -114,75 +115,6 @@ def run_all(
             if run.config["stop"] and stops(run, k): break
     return make_report(run.path)
 
-# %% ../nbs/60_cli.ipynb #af5c5ec6
-def table(
-    summary: dict,  # summary.json
-) -> str:
-    "The headline table."
-    head = ["round", "true total", "quality", "semantic", "dynamic", "reward acc.", "static", "seconds"]
-    rows = []
-    for e in summary["rounds"]:
-        g, w = e.get("generator") or {}, e.get("reward") or {}
-        cells = [g.get(k) for k in ("total", "quality", "semantic", "dynamic_degree")] + [w.get(k) and 100 * w[k] for k in ("accuracy", "accuracy_static")]
-        rows.append([str(e["round"]), *["-" if c is None else f"{c:.1f}" for c in cells], f"{sum(e.get('seconds', {}).values()):.0f}"])
-    return "\n".join("".join(f"{c:>12}" for c in row) for row in [head, *rows])
-
-# %% ../nbs/60_cli.ipynb #9dd6e102
-def status(
-    path,  # a run folder
-) -> str:
-    "Where a run stands, in a few lines."
-    run = Run.load(path)
-    rounds = parse_config(run.config, str(run.path / "run.yaml")).rounds
-    done = sum(is_done(run.round(k)) for k in range(rounds + 1))
-    lines = [one_line(f"{path}: {done} of {rounds + 1} rounds done (0 is the cold start)")]
-    if done <= rounds and (p := read_progress(run.path)):
-        eta = f", {p['eta']:.0f} s left in this stage" if p.get("eta") else ""
-        lines.append(one_line(f"round {p['round']}: {p['stage']} {p['done']}/{p['total']}{eta}, {p['silent']:.0f} s ago"))
-    if (run.path / "summary.json").exists(): lines.append(table(read_json(run.path / "summary.json", Summary)))
-    return "\n".join(lines)
-
-# %% ../nbs/60_cli.ipynb #5d16fe49
-def demo_config(
-    arch: str,       # "wan" or "cogvideox"
-    objective: str,  # "dpo" or "kto"
-    rounds: int, seed: int,
-) -> Config:
-    "The demo's settings."
-    from dual_ipo.toyworld import CHECKPOINTS, FPS, FRAMES, SIZE
-    return Config(
-        seed=seed, rounds=rounds, deterministic=True,
-        generator=dict(path=str(CHECKPOINTS / f"{arch}-small"), num_frames=FRAMES, height=SIZE, width=SIZE, fps=FPS, num_inference_steps=10, guidance_scale=2.,
-                       max_sequence_length=16, lora_rank=None, batch_size=48, dtype="float32"),
-        reward=dict(path=str(CHECKPOINTS / "judge"), frames_per_video=5, max_pixels=None, question="short", lora_rank=None, max_new_tokens=96, batch_size=256, dtype="float32"),
-        data=dict(prompts="input/prompts.txt", eval_prompts="input/eval_prompts.txt", pairs="input/pairs.csv", real_clips="input/real.csv"),
-        cold_start=dict(steps=700, batch_size=4, lr=1e-3), candidates=dict(prompts_per_round=64), votes=dict(pairs=80, by="grades"),
-        align=dict(objective=objective, steps=30, batch_size=48, lr=5e-5, beta=300., lambda_win=1., lambda_real=5., checkpointing="none"),
-        pce=dict(use="weight", form="votes"), srpo=dict(steps=32, batch_size=8, lr=1e-4, lambda_human=1.), evaluate=dict(measure="dual_ipo.toyworld:measure", prompts=72))
-
-# %% ../nbs/60_cli.ipynb #02731725
-def write_toy_input(
-    folder: Path,
-    config: Config,
-    pairs: int = 1000,   # that the annotator labels
-    real: int = 256,     # clips for the NLL
-    curated: bool = False,  # they are clean
-    flipped: float = 0., # share of the labels that are wrong on purpose
-    words: tuple = (),   # training prompts and real clips name one of these; none: the balanced pool
-):
-    "What a user of the toy world would bring: prompts, human pairs, real clips."
-    from dual_ipo import toyworld as toy
-    from dual_ipo.data import save_videos, write_pairs
-    with stage(folder) as todo:
-        if not todo: return
-        fits = lambda prompt: not words or set(words) & set(prompt.split())
-        (folder / "prompts.txt").write_text("\n".join(filter(fits, toy.toy_prompts(288, "train", config.seed))) + "\n", "utf-8")
-        (folder / "eval_prompts.txt").write_text("\n".join(toy.toy_prompts(144, "eval", config.seed)) + "\n", "utf-8")
-        write_pairs(folder, toy.human_pairs(pairs, config.seed, flipped))
-        shown = [(i, clip, p) for i, (clip, p) in enumerate(zip(*toy.real_clips(real, config.seed, curated))) if fits(p)]
-        save_videos([(folder / f"real/{i:04d}.mp4", Video(clip, toy.FPS)) for i, clip, _ in shown])
-        (folder / "real.csv").write_text("path,prompt\n" + "".join(f"real/{i:04d}.mp4,{p}\n" for i, _, p in shown), "utf-8")
-
 # %% ../nbs/60_cli.ipynb #254f4e98
 def old_and_new(
     text: str,   # OLD=NEW
@@ -256,8 +188,8 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/60_cli.ipynb #06d7faec
 def start_demo(args) -> Run:
     "The demo's run with its input."
+    from dual_ipo.demo import demo_config, write_toy_input
     from dual_ipo.toyworld import CHECKPOINTS
-
     for name in (f"{args.arch}-small", "judge"):
         if not (CHECKPOINTS / name / "training.json").is_file(): raise UserError(f"{CHECKPOINTS / name}: the toy checkpoint is not there; make it with the notebooks in nbs/toy")
     out = args.out or Path("runs") / f"demo-{args.arch}-{args.objective}-{args.seed}"
@@ -324,4 +256,4 @@ def command(args):
         return print(make_report(Run.load(args.run).path))
     run = start_demo(args) if args.command == "demo" else start_run(args)
     page = run_all(run)
-    print(table(read_json(run.path / "summary.json", Summary)), f"\n\nreport: {page}")
+    print(table_text(*headline(read_results(run.path).rounds)), f"\n\nreport: {page}")

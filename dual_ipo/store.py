@@ -12,7 +12,7 @@ __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'read_json
            'report_progress', 'progress', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
-import errno, fcntl, hashlib, html, json, math, os, re, shutil, time, zlib
+import errno, fcntl, hashlib, json, math, os, re, shutil, time, zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -544,15 +544,6 @@ class Run:
     def entries(self) -> list[dict]:
         "What each finished round reported (`round.json`), in order."
         return read_entries(self.path)
-
-    def _repr_html_(self):
-        scores = ("total", "quality", "semantic", "dynamic_degree")
-        head = ("round", "total", "quality", "semantic", "dynamic degree", "reward accuracy")
-        def cell(x): return f"<td>{'' if x is None else f'{x:.3g}' if isinstance(x, float) else html.escape(str(x))}</td>"
-        rows = [[e["round"], *((e.get("generator") or {}).get(s) for s in scores),
-            (e.get("reward") or {}).get("accuracy")] for e in self.entries()]
-        body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-        return f"<p><b>{html.escape(str(self.path))}</b></p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 
 # %% ../nbs/02_store.ipynb #8271dfbc
 _progress = {"path": None, "round": None}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAYER', 'PLAYER_STYLE', 'COLORS', 'PairPlayer', 'pair_player', 'clip_tag', 'vote_dots', 'vote_card', 'VoteBrowser',
-           'vote_browser', 'clock', 'state_of', 'points', 'state_html', 'Watch', 'watch']
+           'vote_browser', 'Watch', 'watch']
 
 # %% ../nbs/51_widgets.ipynb #edd436df
 import html, os, threading
@@ -12,8 +12,9 @@ from pathlib import Path
 import anywidget, ipywidgets, traitlets
 from IPython.display import HTML, display
 from .core import Pair, UserError, browser_plays, video_html
-from .report import BLUE, FAINT, GREY, INK, SAND, STONE, KINDS, block, find, preview, reel, style, table_html, video_tag, vote_kind, within
-from .store import read_entries, read_progress, read_table, read_yaml
+from .report import KINDS, block, preview, reel, style, video_tag, vote_kind, within
+from .results import BLUE, FAINT, GREY, INK, SAND, STONE, state_html, state_of
+from .store import read_table
 
 # %% ../nbs/51_widgets.ipynb #ab0117c5
 PLAYER = """
@@ -173,54 +174,6 @@ def vote_browser(
     folder = Path(run)/f"round_{round:02d}"
     if not (folder/"votes.parquet").is_file(): raise UserError(f"{folder}/votes.parquet: no votes there; wait for the round, or name another")
     return VoteBrowser(read_table(folder/"votes.parquet"), folder)
-
-# %% ../nbs/51_widgets.ipynb #1b111a7b
-def clock(seconds: float) -> str:
-    "1:02:03 or 2:03."
-    m, s = divmod(int(seconds), 60)
-    return f"{m//60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
-
-# %% ../nbs/51_widgets.ipynb #4c299cff
-def state_of(
-    run,   # run folder
-) -> dict: # {"entries", "progress" or None, "finished", "silent": seconds since the last sign of life}
-    "Where a run stands, from its files."
-    run = Path(run)
-    entries, progress = read_entries(run), read_progress(run)
-    config = read_yaml(run/"run.yaml") if (run/"run.yaml").is_file() else {}
-    rounds = find(config, "rounds") if isinstance(config, dict) else None
-    return dict(entries=entries, progress=progress, finished=isinstance(rounds, int) and len(entries) > rounds, silent=progress and progress["silent"])
-
-# %% ../nbs/51_widgets.ipynb #d981e137
-def points(
-    entry,   # a part of round.json
-    name: str, scale: float = 1.,
-) -> str | None:
-    "A score of 100; None when there is no number."
-    x = entry.get(name) if isinstance(entry, dict) else None
-    return f"{scale*x:.1f}" if isinstance(x, int | float) and abs(x) < 1e9 else None
-
-def state_html(
-    state: dict,  # of `state_of`
-) -> str:
-    "A bar for the stage that is at work, a table of the rounds that are done."
-    p, parts = state["progress"], []
-    if state["finished"]: parts.append("<p><b>Finished.</b></p>")
-    elif p:
-        share = p["done"]/p["total"] if p["total"] else 1
-        left = f", {clock(p['eta'])} left" if p.get("eta") is not None else ""
-        at = "" if p.get("round") is None else f"round {p['round']}, "
-        at, stage, said = (html.escape(str(x)) for x in (at, p["stage"], f"{p['done']} of {p['total']}, {clock(p['elapsed'])}{left}"))
-        parts.append(f'<p style="margin:0 0 6px">{at}<b>{stage}</b>: {said}</p>'
-            f'<div style="max-width:520px;height:6px;border-radius:3px;background:{FAINT}"><div style="width:{share:.1%};height:6px;border-radius:3px;background:{BLUE}"></div></div>')
-        if state["silent"] > 120: parts.append(f'<p style="color:{SAND}">No sign of life for {clock(state["silent"])}: a long step, or it has stopped. Starting it again goes on where it was.</p>')
-    else: parts.append("<p>Not started yet.</p>")
-    rows = []
-    for entry in state["entries"]:
-        (g, r), k = ((entry.get(name) or {} for name in ("generator", "reward"))), entry.get("round")
-        rows.append(["base" if k == 0 else k, points(g, "total"), points(g, "dynamic_degree"), points(r, "accuracy", 100)])
-    if rows: parts.append(table_html(["round", "true total", "dynamic degree", "reward accuracy, %"], rows))
-    return f'<div class="dipo">{"".join(parts)}</div>'
 
 # %% ../nbs/51_widgets.ipynb #350ae276
 class Watch:

@@ -17,7 +17,7 @@ from dual_ipo.core import Pair, UserError
 from dual_ipo.cot import DIMENSIONS, check_rationales, cold_start_items
 from dual_ipo.export import read_adapters
 from dual_ipo.generator import Generator
-from dual_ipo.plan import meta_generator
+from dual_ipo.generator import meta_generator
 from dual_ipo.reward import Judge, check_stored
 from dual_ipo.store import mark_done
 from dual_ipo.rounds import check_model

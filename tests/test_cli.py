@@ -5,7 +5,9 @@ import pytest
 import yaml
 
 from dual_ipo import cli
-from dual_ipo.cli import demo_config, main, run_all, write_toy_input
+from dual_ipo.cli import run_all
+from dual_ipo.demo import demo_config, write_toy_input
+from dual_ipo.ending import main
 from dual_ipo.config import Config, parse_config
 from dual_ipo.core import UserError
 from dual_ipo.store import Run, mark_done, write_json, write_table

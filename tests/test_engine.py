@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from dual_ipo.core import Pair, UserError, Video, noise
-from dual_ipo.cli import demo_config
+from dual_ipo.demo import demo_config
 from dual_ipo.cot import pair_item
 from dual_ipo.engine import Engine
 from dual_ipo.reward import Judge

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dual_ipo.core import UserError, generator, write_mp4
-from dual_ipo.evaluate import (VBENCH, accuracy, accuracy_with_ties, bootstrap_ci, export_vbench, paired_difference, read_vbench, reward_accuracy, score_videos,
-    summarise, tie_threshold, vbench_name, vbench_scores)
+from dual_ipo.evaluate import VBENCH, export_vbench, read_vbench, reward_accuracy, score_videos, summarise, vbench_name, vbench_scores
+from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 
 
 def trial(i, P=30, N=6):

@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from huggingface_hub.errors import LocalTokenNotFoundError
 import tiny
 from dual_ipo import export as module
-from dual_ipo.cli import main
+from dual_ipo.ending import main
 from dual_ipo.core import UserError, noise
 from dual_ipo.export import Adapter, card, export
 from dual_ipo.generator import Generator

@@ -1,6 +1,7 @@
 "Cheaper candidates: what is asked of them, and that a run makes them."
 import pytest, torch, yaml
-from dual_ipo.cli import demo_config, main, write_toy_input
+from dual_ipo.demo import demo_config, write_toy_input
+from dual_ipo.ending import main
 from dual_ipo.core import UserError
 from dual_ipo.config import parse_config
 from dual_ipo.gate import agreement, gate, with_candidates

@@ -436,7 +436,7 @@ def test_one_video_at_a_time_has_the_same_gradient(paths, kind, lora_rank, kept,
     "As all at once, for pairs, real clips and every metric; whatever the blocks keep; and all margins are exactly 0 at the start."
     g = Generator.load(paths[kind], lora_rank=lora_rank, **tiny.SETTINGS)
     g.freeze_reference()
-    if kept: keep(g.transformer, [kept]*2)
+    if kept: keep(g.transformer, g.blocks_of(g.transformer), [kept]*2)
     y, eps = noise((5, *g.latent_shape), "y"), noise((5, *g.latent_shape), "eps")
     x = y, g.timesteps(5, "t"), torch.cat([eps[:2], eps[:2], eps[4:]]), g.encode_prompts([*PROMPTS[:2]]*2 + PROMPTS[2:])
     def step(size):

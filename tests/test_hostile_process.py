@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from dual_ipo import cli
 from dual_ipo.core import Judgement, Pair, UserError, Video, write_mp4
-from dual_ipo.ending import main, one_line
+from dual_ipo.ending import main
+from dual_ipo.terminal import one_line
 from dual_ipo.execute import run_notebook
-from dual_ipo.report import Results, embed, monitor_notes, pairs_gallery, quarantine_table, read_results, rounds_table, time_figure, title
-from dual_ipo.store import Run, read_progress, write_json, write_table
-from dual_ipo.widgets import state_html, state_of, vote_card
+from dual_ipo.report import embed, monitor_notes, pairs_gallery, quarantine_table, rounds_table, time_figure, title
+from dual_ipo.results import Results, read_results, state_html, state_of
+from dual_ipo.store import read_progress, write_json, write_table
+from dual_ipo.widgets import vote_card
 from synthetic import synthetic_run
 
 HOSTILE = float(os.environ.get("HOSTILE", 1))
@@ -140,7 +142,7 @@ def test_pairs_of_others(made, data):
         write_table(Path(other)/"quarantine.parquet", [dict(path=names[0], reason=names[1])])
         harmless(quarantine_table(Results(Path(other), {}, [])).data)
         write_json(Path(other)/"round_00/round.json", dict(round=names[0], generator=dict(total=names[1]), reward=dict(accuracy=None)))
-        with suppress(UserError): harmless(Run(other, {})._repr_html_())
+        with suppress(UserError): harmless(read_results(other)._repr_html_())
     clip = Video(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 8)
     clip.mp4 = lambda: b"mp4"
     count("pairs")
@@ -182,7 +184,7 @@ def test_command_lines(made, words):
     "Whatever is typed: an exit code and at most a line."
     here, said = Path.cwd(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        for name in ("run_all", "write_toy_input"): patch.setattr(cli, name, lambda *_: (_ for _ in ()).throw(UserError("not now")))
+        for name in ("cli.run_all", "demo.write_toy_input"): patch.setattr(f"dual_ipo.{name}", lambda *_: (_ for _ in ()).throw(UserError("not now")))
         patch.setattr("dual_ipo.report.run_notebook", lambda *_, **__: (_ for _ in ()).throw(UserError("not now")))
         patch.chdir(folder)
         (Path(folder)/"file").write_text("x", "utf-8")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dual_ipo import rounds
 from dual_ipo.align import encode_once
 from dual_ipo.candidates import read_latents
-from dual_ipo.cli import main
+from dual_ipo.ending import main
 from dual_ipo.config import Config, read_config
 from dual_ipo.core import Pair, UserError, VideoFile, read_mp4
 from dual_ipo.data import PairRow, PairTable, read_clips, read_pairs

@@ -18,14 +18,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dual_ipo.cli import status, table
+from dual_ipo.results import status
 from dual_ipo.config import Config, commented_yaml, parse_config, read_config
 from dual_ipo.core import Pair, UserError, Video
 from dual_ipo.data import parse_rationale, read_clips, read_pairs, write_pairs
 from dual_ipo.evaluate import load_measure, score_videos, summarise
 from dual_ipo.monitor import warnings_of
 from dual_ipo.prompts import read_csv, read_prompts
-from dual_ipo.report import in_words, monitor_notes, read_results, rounds_table, title
+from dual_ipo.report import in_words, monitor_notes, rounds_table, title
+from dual_ipo.results import read_results
 from dual_ipo.store import (Run, intact, read_entries, read_json, read_progress, read_table, read_tensors, read_yaml, stage,
                             whole, write_json, write_table, write_tensors, write_yaml)
 
@@ -307,7 +308,7 @@ def test_accents_under_another_locale(tmp_path):
 
 def test_the_command_under_another_locale(tmp_path):
     "Names and what is printed are UTF-8 too."
-    code, path = "import sys\nfrom dual_ipo.cli import main\nsys.exit(main())", str(tmp_path/"plan-中.yaml")
+    code, path = "import sys\nfrom dual_ipo.ending import main\nsys.exit(main())", str(tmp_path/"plan-中.yaml")
     ascii_only = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     said = subprocess.run([sys.executable, "-c", code, "init", path], env=ascii_only, capture_output=True,
         encoding="utf-8", cwd=ROOT)
@@ -598,13 +599,12 @@ def run(folder):
 
 def everything(path):
     "What shows a run."
-    run = Run.load(path)
     results = read_results(path)
-    return run._repr_html_(), warnings_of(read_entries(path)), status(path), [f(results) for f in (in_words, title,
+    return results._repr_html_(), warnings_of(read_entries(path)), status(path), [f(results) for f in (in_words, title,
         rounds_table, monitor_notes)]
 
 
-def test_a_run_is_shown(run): assert "70.0" in everything(run.path)[2] and "align 3/9" in everything(run.path)[2]
+def test_a_run_is_shown(run): assert "70.0" in everything(run.path)[2] and "align: 3 of 9" in everything(run.path)[2]
 
 
 @tries(150)

@@ -6,7 +6,7 @@ import pytest, tiny, torch
 import dual_ipo.kernels as kernels
 from dual_ipo.core import UserError, noise
 from dual_ipo.generator import Generator
-from dual_ipo.kernels import blocks_of, block_bytes, choose_attention, choose_kept, choose_memory, fit, held_bytes, keep, with_kernel
+from dual_ipo.kernels import block_bytes, choose_attention, choose_kept, choose_memory, fit, held_bytes, keep, with_kernel
 from dual_ipo.losses import dpo_loss
 from test_generator import batch, learn, paths   # noqa: F401, a fixture
 from torch.nn.attention import SDPBackend
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def gradients(g, x, kept):
-    if kept: keep(g.transformer, kept)
+    if kept: keep(g.transformer, g.blocks_of(g.transformer), kept)
     else: g.transformer.disable_gradient_checkpointing()
     g.transformer.zero_grad()
     E = g.error(*x)
@@ -27,7 +27,7 @@ def gradients(g, x, kept):
 def test_whatever_is_kept_the_gradients_are_the_same(paths, kind, lora_rank, dtype):
     g = Generator.load(paths[kind], lora_rank=lora_rank, dtype=dtype, **tiny.SETTINGS)
     learn(g)
-    x, n = batch(g), len(blocks_of(g.transformer))
+    x, n = batch(g), len(g.blocks_of(g.transformer))
     E, plain = gradients(g, x, None)
     assert any(grad.any() for grad in plain)
     for kept in (["attention"]*n, ["none"]*n, ["all"]*n, ["all", "attention"], ["none", "all"]):
@@ -37,7 +37,7 @@ def test_whatever_is_kept_the_gradients_are_the_same(paths, kind, lora_rank, dty
 
 def test_attention_is_computed_once_when_it_is_kept(paths, monkeypatch):
     g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS)
-    x, n, calls = batch(g), len(blocks_of(g.transformer)), []
+    x, n, calls = batch(g), len(g.blocks_of(g.transformer)), []
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "scaled_dot_product" in str(func) and "backward" not in str(func): calls.append(str(func))
@@ -125,7 +125,7 @@ def test_the_kernel_reaches_every_pass_of_both_architectures(paths, kind):
         g.freeze_reference()
         x = batch(g)
         with Kernels() as seen:
-            gradients(g, x, ["none"]*len(blocks_of(g.transformer)))
+            gradients(g, x, ["none"]*len(g.blocks_of(g.transformer)))
             with g.reference() as reference: g.error(*x, reference)
         assert (seen.math == 0 < seen.flash) if kernel == SDPBackend.FLASH_ATTENTION else (seen.flash == 0 < seen.math)
     assert len({type(m.processor) for m in g.transformer.modules() if hasattr(m, "processor")}) == 1   # or each block would be compiled by itself

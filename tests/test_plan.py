@@ -5,11 +5,12 @@ import shutil
 import pytest
 import tiny
 
-from dual_ipo.cli import main
+from dual_ipo.ending import main
 from dual_ipo.config import Config
 from dual_ipo.core import UserError
 from dual_ipo.kernels import choose_memory, held_bytes
-from dual_ipo.plan import GPUS, advice, changed, generator_facts, judge_facts, meta_generator, plan, quicker, remedy, stages
+from dual_ipo.generator import meta_generator
+from dual_ipo.plan import GPUS, advice, changed, generator_facts, judge_facts, plan, quicker, remedy, stages
 from dual_ipo.toyworld import CHECKPOINTS
 from dual_ipo.speed import COG_VAE, REAL
 
@@ -79,7 +80,7 @@ def test_all_weights_in_bf16_are_planned(tmp_path, kind):
 
 def test_pipelines_that_are_not_supported_are_refused_before_anything_is_computed(tmp_path):
     "By their config files alone."
-    from dual_ipo.cli import demo_config, write_toy_input
+    from dual_ipo.demo import demo_config, write_toy_input
     from dual_ipo.rounds import check_input
     config = demo_config("wan", "dpo", 1, 0)
     write_toy_input(tmp_path/"data", config, pairs=4, real=2)
@@ -154,7 +155,7 @@ def test_a_pair_of_the_14b_takes_its_turns_on_80_gb(tmp_path):
 
 def test_command(tmp_path, capsys):
     import yaml
-    from dual_ipo.cli import demo_config
+    from dual_ipo.demo import demo_config
     path = tmp_path/"run.yaml"
     path.write_text(yaml.safe_dump(demo_config("cogvideox", "kto", 3, 0).model_dump()), "utf-8")
     assert main(["plan", str(path), "--gpu", "RTX4090", "--count", "2", "--price", "1.5"]) == 0
@@ -166,7 +167,7 @@ def test_command(tmp_path, capsys):
 
 
 def test_out_of_memory_is_one_line(tmp_path):
-    from dual_ipo.cli import demo_config
+    from dual_ipo.demo import demo_config
     from dual_ipo.rounds import Round
     from dual_ipo.store import Run
     import torch

@@ -12,11 +12,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dual_ipo import cli, ending, execute, report
-from dual_ipo.cli import demo_config, execute_round, main
+from dual_ipo import cli, execute, report
+from dual_ipo.cli import execute_round
+from dual_ipo.demo import demo_config
+from dual_ipo.ending import main
 from dual_ipo.core import UserError
 from dual_ipo.execute import Ended, run_notebook
 from dual_ipo.store import Run, write_json
+from dual_ipo.terminal import stoppable
 from synthetic import synthetic_run
 
 EVIL = "open({mark!r}, 'a').write(__name__)\n"
@@ -30,10 +33,10 @@ while True:
 COMMAND = """
 import sys
 from pathlib import Path
-from dual_ipo import cli
+from dual_ipo import cli, ending
 cli.ROUND = Path(sys.argv.pop(1))
 cli.start_run = lambda args: cli.Run.load(args.out)
-sys.exit(cli.main())
+sys.exit(ending.main())
 """
 
 
@@ -111,7 +114,7 @@ def test_the_kernel_dies_with_a_parent_that_is_killed(run, tmp_path):
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ending.stoppable(): os.kill(os.getpid(), signal.SIGHUP)
+        with stoppable(): os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally: signal.signal(signal.SIGHUP, before)
 

@@ -7,8 +7,9 @@ import pytest
 
 from chromium import CHROMIUM, Page
 from dual_ipo.core import UserError
-from dual_ipo.report import (make_report, margins_figure, monitor_notes, pairs_gallery, quality_figure, quarantine_table, read_results, reliability_figure,
-    reward_figure, rounds_gallery, rounds_table, time_figure, title, votes_figure)
+from dual_ipo.report import (make_report, margins_figure, monitor_notes, pairs_gallery, quality_figure, quarantine_table,
+    reliability_figure, reward_figure, rounds_gallery, rounds_table, time_figure, title, votes_figure)
+from dual_ipo.results import read_results
 from dual_ipo.store import read_table, write_table
 from synthetic import synthetic_run
 

@@ -19,7 +19,7 @@ from dual_ipo import core, store
 from dual_ipo import training as training_module
 from dual_ipo.align import align, encode_once
 from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
-from dual_ipo.cli import main
+from dual_ipo.ending import main
 from dual_ipo.config import Config, read_config
 from dual_ipo.core import Pair, UserError, Video, VideoFile, write_mp4
 from dual_ipo.cot import Item

@@ -16,14 +16,16 @@ import torch
 import yaml
 
 import tiny
-from dual_ipo.cli import demo_config, main, start_run, write_toy_input
+from dual_ipo.cli import start_run
+from dual_ipo.demo import demo_config, write_toy_input
+from dual_ipo.ending import main
 from dual_ipo.config import parse_config
 from dual_ipo.core import UserError, Video
 from dual_ipo.rounds import run_round
 from dual_ipo.store import Run, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
 
-COMMAND = [sys.executable, "-c", "from dual_ipo.cli import main; raise SystemExit(main())"]
+COMMAND = [sys.executable, "-c", "from dual_ipo.ending import main; raise SystemExit(main())"]
 
 
 def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
@@ -191,7 +193,8 @@ def test_a_gpu_ends_with_the_same_weights_twice(tmp_path):
 
 def test_a_run_without_human_pairs(given, tmp_path):
     "The judge starts as it is and learns from its votes alone; nobody claims that it agrees with people."
-    from dual_ipo.report import in_words, read_results
+    from dual_ipo.report import in_words
+    from dual_ipo.results import read_results
     for name, measure in (("measured", "dual_ipo.toyworld:measure"), ("blind", None)):
         data = small_config("wan", lora_rank=4)
         data["data"]["pairs"], data["evaluate"]["measure"] = None, measure

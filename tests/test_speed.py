@@ -23,7 +23,7 @@ def test_the_peers_recipe_has_our_gradient(small, name):
         torch.manual_seed(0)
         g = speed.real_generator(name, "cpu", 4, torch.float32)
         batch = [[x.float() for x in part] if isinstance(part, list) else part for part in speed.a_batch(g, 2)]
-        if recipe == "peers": speed.keep(g.transformer, ["none"]*2)
+        if recipe == "peers": speed.keep(g.transformer, g.blocks_of(g.transformer), ["none"]*2)
         with torch.no_grad():
             for n, p in g.transformer.named_parameters():
                 if "lora_B" in n: p.copy_(.1*speed.noise(p.shape, n))
