@@ -113,18 +113,27 @@ class CandidatesPart(Part):
         return self
 
 class AlignPart(Part):
-    objective: Literal["dpo", "kto"] = Field("dpo", description="Diffusion-DPO or Diffusion-KTO")
+    objective: str = Field("dpo", description="dpo, kto, or a class of one's own as package.module:Class")
     steps: int = Field(200, ge=1, description="updates per round")
     batch_size: int = Field(64, ge=1, description="pairs per update, over all GPUs")
     accumulate: int = Field(1, ge=1, description="batches per update")
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate")
     beta: float = Field(2000., ge=0, le=1e7, description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: none, only the NLL terms")
+    lambda_d: float = Field(1., ge=0, le=1e6, description="of kto: λ_D, weight of winners")
+    lambda_u: float = Field(1., ge=0, le=1e6, description="of kto: λ_U, weight of losers")
+    window: int = Field(64, ge=1, description="of kto: videos over which its baseline is a mean")
     lambda_win: float = Field(.1, ge=0, le=1e6, description="weight of the NLL on winners; on the toy, where it is 1 beside a beta of 300, worth 0.8 points of 12")
     lambda_real: float = Field(0., ge=0, le=1e6, description="weight of the NLL on real clips, which takes data.real_clips; a small one holds the generator over many rounds (5 beside a beta of 300 on the toy); a large one is fine-tuning, worth it where these clips are better than what the model makes")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     decay: bool = Field(True, description="from there linearly to zero at the end of the round; false: constant")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="what is computed twice to save memory: nothing, all but attention, everything; auto: as little as the GPU's memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
+
+    @field_validator("objective")
+    @classmethod
+    def named(cls, name):
+        if name not in ("dpo", "kto") and ":" not in name: raise ValueError("give dpo, kto, or package.module:Class")
+        return name
 
 class VotesPart(Part):
     k: int = Field(8, le=10_000, description="reasoning paths per pair, half of them with the videos swapped; in the toy studies 1 is right in 0.62 of the pairs, 8 in 0.67")
