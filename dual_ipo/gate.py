@@ -39,8 +39,8 @@ def scored_candidates(
             began = clock()
             score = lambda rows, where: [sum(g) / len(g) for g in grades_of(judge, [(row["prompt"], where / row["clip"]) for row in rows], config.reward.dimensions)]
             def sampled(where, sampling, only=None):
-                return sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate", batch_size=config.generator.batch_size,
-                                         what=folder.name, only=only, sampling=sampling)
+                return sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate",
+                                         batch_size=config.generator.batch_size, what=folder.name, only=only, sampling=sampling)
             if c.preview_steps:
                 rows = sampled(folder / "previews", preview_sampling(config))
                 only = both_ends(rows, score(rows, folder / "previews"), c.keep)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from .checkpoints import (LORA_FILES, check_config, check_finite, check_fits, check_pointers, check_weights, in_a_line, opening,
                                   read_loras, unpadded, variant_of)
 from .core import UserError, generator, noise
-from .kernels import choose_attention, choose_compile, compile_blocks, flash4, keep_nothing, together, use_attention, whole_bytes
+from .kernels import (choose_attention, choose_compile, compile_blocks, flash4, keep_nothing, together, use_attention,
+                              whole_bytes)
 from .store import find_base, is_done, mark_done, note_base, write_json
 from .training import low_adapters, mixed_precision
 
@@ -309,7 +310,7 @@ class Weights:
             for part in (*parts, *(idle if self.roomy else [])): part.to(self.device)
 
     def attending(self):
-        "While sampling and training, backward passes included: the attention kernel that was chosen, see `kernels.flash4`."
+        "While sampling and training, backward passes included: the chosen attention kernel, see `kernels.flash4`."
         return flash4(self.attention == "flash4")
 
     @contextmanager
@@ -358,7 +359,7 @@ class Generator(Weights):
         **weights,                                              # see `Weights`
     ):
         self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
-        self.sampling = Sampling(num_inference_steps, num_frames, guidance_scale, guidance_scale_2)   # unless `sample` is told another
+        self.sampling = Sampling(num_inference_steps, num_frames, guidance_scale, guidance_scale_2)   # by default
         self.negative_prompt, self.negative = negative_prompt, None
         self.max_sequence_length, self.pipe = max_sequence_length, pipe
         pipe.set_progress_bar_config(disable=True)
@@ -367,7 +368,8 @@ class Generator(Weights):
 
     def check_frames(self, num_frames):
         "UserError if the model can't make, encode and learn from clips of so many frames."
-        if num_frames > self.num_frames: raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.num_frames}; lower it")
+        if num_frames > self.num_frames:
+            raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.num_frames}; lower it")
         t = self.pipe.vae_scale_factor_temporal*self.latents_at_once
         if num_frames % t != 1: raise UserError(f"num_frames: {num_frames} is not {t}k+1; use {max(0, round((num_frames - 1)/t))*t + 1}")
 
@@ -422,7 +424,8 @@ class Generator(Weights):
     ) -> Tensor:          # scaled latents, the posterior's mean
         "The latents that stand for these videos; UserError if there are none."
         wanted, found = (self.num_frames, 3, self.height, self.width), tuple(videos.shape[1:])
-        if found[1:] != wanted[1:]: raise UserError(f"a clip of (T, C, H, W) = {found} doesn't fit a generator of {wanted}; convert it")
+        if found[1:] != wanted[1:]:
+            raise UserError(f"a clip of (T, C, H, W) = {found} doesn't fit a generator of {wanted}; convert it")
         self.check_frames(found[0])
         x = (videos.to(self.device, torch.float32)/127.5 - 1).transpose(1, 2)
         return self.scale(self.pipe.vae.encode(x.to(self.pipe.vae.dtype)).latent_dist.mode().float())
@@ -452,7 +455,8 @@ class Generator(Weights):
         sampling = sampling or self.sampling
         self.check_frames(sampling.num_frames)
         if text is None: text = dict(zip(unique := list(dict.fromkeys(prompts)), self.encode_prompts(unique)))
-        embedded, parts = [text[p] for p in prompts], [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+        embedded = [text[p] for p in prompts]
+        parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
         with self.reference() if self.untouched else nullcontext():   # an adapter that adds nothing need not be computed
             made = [self.sample_batch(embedded[part], keys[part], sampling) for part in parts]
         return tuple(torch.cat(x) for x in zip(*made))
@@ -477,8 +481,8 @@ class Generator(Weights):
             videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
                 latents=torch.stack([self.start(key, s.num_frames) for key in keys]).to(self.device, self.latent_dtype),
                 generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
-                height=self.height, width=self.width, num_frames=s.num_frames, num_inference_steps=s.num_inference_steps,
-                output_type="pt", callback_on_step_end=catch, **s.guidance).frames
+                height=self.height, width=self.width, num_frames=s.num_frames,
+                num_inference_steps=s.num_inference_steps, output_type="pt", callback_on_step_end=catch, **s.guidance).frames
         return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
 # %% ../nbs/21_generator.ipynb #ad6c38d3
@@ -512,7 +516,8 @@ class CogVideoX(Generator):
         "UserError if this isn't a model we train rightly."
         config, wanted = self.pipe.scheduler.config, self.pipe.transformer.config.max_text_seq_length
         if self.pipe.transformer.config.in_channels != self.pipe.vae.config.latent_channels: raise UserError("transformer: takes more than noisy latents, as models that start from an image or a clip; use one that starts from text alone")
-        if self.sampling.guidance_scale_2 is not None: raise UserError("guidance_scale_2: this model has no second expert; set it to null")
+        if self.sampling.guidance_scale_2 is not None:
+            raise UserError("guidance_scale_2: this model has no second expert; set it to null")
         if config.prediction_type != "v_prediction": raise UserError(f"scheduler: prediction_type {config.prediction_type} is not v_prediction, as CogVideoX has")
         if self.max_sequence_length != wanted: raise UserError(f"max_sequence_length: this CogVideoX was made for {wanted}; use {wanted}")
 
@@ -580,7 +585,8 @@ class Wan(Generator):
         if pairs != [(pipe.vae.config.z_dim,)*2]*len(pairs) or pipe.transformer.config.image_dim: raise UserError("transformer: takes more than noisy latents, as models that start from an image or a clip; use one that starts from text alone")
         if two != (config.boundary_ratio is not None): raise UserError("boundary_ratio: belongs to a pipeline of two experts, transformer and transformer_2, and to no other; use a Wan whose model_index.json has both or neither")
         if two and config.expand_timesteps: raise UserError("expand_timesteps: no Wan of two experts has a timestep for every token; use Wan 2.2 A14B or 5B as published")
-        if not two and self.sampling.guidance_scale_2 is not None: raise UserError("guidance_scale_2: this model has no second expert; set it to null")
+        if not two and self.sampling.guidance_scale_2 is not None:
+            raise UserError("guidance_scale_2: this model has no second expert; set it to null")
         if pipe.scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction": raise UserError("scheduler: prediction_type is not flow_prediction, as Wan has")
 
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from torch.nn.attention import (SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, register_flash_attention_impl,
-                                restore_flash_attention_impl, sdpa_kernel)
+from torch.nn.attention import (SDPBackend, activate_flash_attention_impl, current_flash_attention_impl,
+                                register_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .core import UserError
@@ -241,7 +241,7 @@ def fit(
     text,                    # embedding of a prompt
     shape: tuple,            # of one clip's latents
 ) -> tuple[int, str]:        # (videos that go through at once, what was chosen, for the log)
-    "Set up the transformer's checkpointing; on a GPU one block is measured, and `auto` keeps what fits, elsewhere everything."
+    "Set up checkpointing; on a GPU one block is measured, and `auto` keeps what fits, elsewhere everything."
     transformer, n = model.transformer, len(blocks_of(model.transformer))
     kept, at_once = [KEPT.get(checkpointing, "all")]*n, samples
     if model.device.type == "cuda":
@@ -251,4 +251,5 @@ def fit(
     if kept != ["all"]*n: keep(transformer, kept)
     said = ", ".join(f"{kept.count(what)} keep {said}" for what, said in (("all", "all activations"), ("attention", "their attention"), ("none", "their input")) if what in kept)
     parts = "" if at_once == samples else f"; {at_once} of {samples} videos at once"
-    return at_once, f"{model.attention} attention, {'compiled' if model.compiled else 'uncompiled'} blocks; of {n} blocks {said}{parts}"
+    blocks = "compiled" if model.compiled else "uncompiled"
+    return at_once, f"{model.attention} attention, {blocks} blocks; of {n} blocks {said}{parts}"

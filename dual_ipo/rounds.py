@@ -294,19 +294,22 @@ def candidate_sampling(config: Config) -> Sampling:
 
 def preview_sampling(config: Config) -> Sampling:
     "How it wants their previews sampled."
-    return replace(candidate_sampling(config), num_inference_steps=config.candidates.preview_steps, guidance_stop=None, cache=None)
+    few = config.candidates.preview_steps
+    return replace(candidate_sampling(config), num_inference_steps=few, guidance_stop=None, cache=None)
 
 def sample_cheaply(r: Round, generator, *args, **settings) -> list:
     "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
-    return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size, sampling=candidate_sampling(r.config), **settings)
+    return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size,
+                             sampling=candidate_sampling(r.config), **settings)
 
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
     "Sample all candidates in few steps, and keep those that the judge puts first and last."
     c = r.config.candidates
     with r.stage("previews", resumes=True) as todo:
         if todo:
-            rows = sample_candidates(r.generator(r.before("generator")), prompts, c.per_prompt, r.folder / "previews", r.config.seed, r.k,
-                                     batch_size=r.config.generator.batch_size, what="previews", sampling=preview_sampling(r.config))
+            rows = sample_candidates(r.generator(r.before("generator")), prompts, c.per_prompt, r.folder / "previews",
+                                     r.config.seed, r.k, batch_size=r.config.generator.batch_size, what="previews",
+                                     sampling=preview_sampling(r.config))
             write_table(r.folder / "previews.parquet", grade(r, rows, "previews", "previews/grades"))
     scored = read_table(r.folder / "previews.parquet")
     return both_ends(scored, [row["score"] for row in scored], c.keep)
@@ -389,8 +392,9 @@ def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a r
     a = r.config.align
     with r.stage("align", resumes=True) as todo:
         if todo:
-            model, settings = r.generator(r.before("generator")), a.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
-            try: align(objective_of(a.objective, a.model_dump()), model, pairs, r.folder / "candidates", r.folder / "align", real=real,
+            model, objective = r.generator(r.before("generator")), objective_of(a.objective, a.model_dump())
+            settings = a.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
+            try: align(objective, model, pairs, r.folder / "candidates", r.folder / "align", real=real,
                        num_frames=r.config.candidates.num_frames, seed=r.config.seed, round=r.k, **settings)
             except TrainingAnomaly as anomaly: write_json(r.folder / "align/anomaly.json", dict(reason=str(anomaly)))
             model.save(r.folder / "generator")
