@@ -144,14 +144,17 @@ class CandidatesPart(Part):
         return self
 
 class AlignPart(Part):
-    objective: Literal["dpo", "kto"] = Field("dpo",
-        description="preference loss: Diffusion-DPO or Diffusion-KTO (nbs/studies/rounds.ipynb)")
+    objective: str = Field("dpo",
+        description="preference loss: dpo, kto, or a class of one's own as package.module:Class (nbs/studies/rounds.ipynb)")
     steps: int = Field(200, ge=1, description="updates per round")
     batch_size: int = Field(64, ge=1, description="pairs per batch, over all GPUs")
     accumulate: int = Field(1, ge=1, description="batches per update")
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate")
     beta: float = Field(2000., ge=0, le=1e7,
         description="strength of the preference loss (Wan 2000, CogVideoX 5000); 0: only the NLL terms")
+    lambda_d: float = Field(1., ge=0, le=1e6, description="of kto: λ_D, weight of winners")
+    lambda_u: float = Field(1., ge=0, le=1e6, description="of kto: λ_U, weight of losers")
+    window: int = Field(64, ge=1, description="of kto: videos over which its baseline is a mean")
     lambda_win: float = Field(.1, ge=0, le=1e6,
         description="weight of the NLL on winners (nbs/studies/ablations.ipynb)")
     lambda_real: float = Field(0., ge=0, le=1e6,
@@ -161,6 +164,12 @@ class AlignPart(Part):
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto",
         description="what is computed twice: nothing, all but attention, everything; auto: as little as memory allows")
     save_every: int = Field(20, ge=1, description="updates between checkpoints")
+
+    @field_validator("objective")
+    @classmethod
+    def named(cls, name):
+        if name not in ("dpo", "kto") and ":" not in name: raise ValueError("give dpo, kto, or package.module:Class")
+        return name
 
 class VotesPart(Part):
     k: int = Field(8, le=10_000,

@@ -14,7 +14,7 @@ import torch
 from .candidates import best_worst, both_ends, sample_candidates
 from .config import Config
 from .core import Pair, UserError, VideoFile
-from .rounds import cheaper, grades_of, load_generator, load_judge, shorter, voting_of
+from .rounds import candidate_sampling, grades_of, load_generator, load_judge, preview_sampling, voting_of
 from .stats import mean_ci
 from .store import read_json, read_table, stage, write_json, write_table
 
@@ -38,13 +38,13 @@ def scored_candidates(
             clock = time.time if model.device.type == "cuda" else time.process_time   # on a CPU others may be at work
             began = clock()
             score = lambda rows, where: [sum(g) / len(g) for g in grades_of(judge, [(row["prompt"], where / row["clip"]) for row in rows], config.reward.dimensions)]
-            sampled = lambda where, only=None: sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate", batch_size=config.generator.batch_size, what=folder.name, only=only)
+            def sampled(where, sampling, only=None):
+                return sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate",
+                                         batch_size=config.generator.batch_size, what=folder.name, only=only, sampling=sampling)
             if c.preview_steps:
-                shorter(config, model).num_inference_steps = c.preview_steps
-                rows = sampled(folder / "previews")
+                rows = sampled(folder / "previews", preview_sampling(config))
                 only = both_ends(rows, score(rows, folder / "previews"), c.keep)
-            cheaper(config, model)
-            rows = sampled(folder, only)
+            rows = sampled(folder, candidate_sampling(config), only)
             write_table(at, [row | dict(score=x) for row, x in zip(rows, score(rows, folder))])
             write_json(folder / "seconds.json", dict(seconds=clock() - began))
     return read_table(at)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['add_lora', 'stack_lora', 'split_lora', 'Learned', 'layers_of', 'put_beside', 'fold_lora', 'read_checkpoint',
-           'pipeline_class', 'adapter_of', 'class_of', 'check_pipeline', 'Weights', 'Generator', 'CogVideoX', 'Wan',
-           'meta_part', 'meta_generator']
+           'pipeline_class', 'adapter_of', 'class_of', 'check_pipeline', 'Weights', 'Sampling', 'Generator',
+           'CogVideoX', 'Wan', 'meta_part', 'meta_generator']
 
 # %% ../nbs/22_generator.ipynb #2010b063
 import copy, math, shutil
 from contextlib import ExitStack, contextmanager, nullcontext
 from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -28,7 +29,8 @@ from .checkpoints import (LORA_FILES, check_config, check_finite, check_fits, ch
                                   read_loras, unpadded, variant_of)
 from .config import Config
 from .core import UserError, generator, noise
-from .kernels import choose_attention, choose_compile, compile_blocks, keep_nothing, together, use_attention, whole_bytes
+from .kernels import (choose_attention, choose_compile, compile_blocks, flash4, keep_nothing, together, use_attention,
+                              whole_bytes)
 from .store import find_base, is_done, mark_done, note_base, write_json
 from .training import low_adapters, mixed_precision
 
@@ -313,6 +315,10 @@ class Weights:
         finally:
             for part in (*parts, *(idle if self.roomy else [])): part.to(self.device)
 
+    def attending(self):
+        "While sampling and training, backward passes included: the chosen attention kernel, see `kernels.flash4`."
+        return flash4(self.attention == "flash4")
+
     @contextmanager
     def swapping(self):
         "While sampling, where the device can't hold all experts, the pipeline finds there the one it calls."
@@ -322,37 +328,54 @@ class Weights:
             for hook in hooks: hook.remove()
             self.place(self.turn)
 
+# %% ../nbs/22_generator.ipynb #dfdfdb99
+@dataclass(frozen=True)
+class Sampling:
+    "How clips are sampled; `dataclasses.replace` makes another."
+    num_inference_steps: int                # denoising steps
+    num_frames: int                         # of a clip, no more than the generator's
+    guidance_scale: float                   # classifier-free guidance; up to 1: none
+    guidance_scale_2: float | None = None   # of the low-noise expert, where there are two; None: guidance_scale
+    guidance_stop: float | None = None      # share of the steps that are guided, from the first, lossy; None: all
+    cache: float | None = None              # threshold of a first-block cache, lossy; None: none
+
+    @property
+    def guidance(self) -> dict:
+        "The pipeline's arguments; of one expert it takes no second scale."
+        second = {} if self.guidance_scale_2 is None else dict(guidance_scale_2=self.guidance_scale_2)
+        return dict(guidance_scale=self.guidance_scale) | second
+
+    @property
+    def guided_steps(self) -> int | None:
+        "After how many steps guidance ends; None: it doesn't, or there is none."
+        if not self.guidance_stop or self.guidance_scale <= 1: return None
+        return max(1, round(self.guidance_stop*self.num_inference_steps))
+
 # %% ../nbs/22_generator.ipynb #d264e7c1
 class Generator(Weights):
     "A text-to-video diffusion model. `CogVideoX` and `Wan` add `encode_prompts`, `scale`, `timesteps`, `add_noise`, `predict`, `vae_layout` and `blocks`."
     vae_dtype = None   # None: as the rest
-    cache = None       # threshold of a first-block cache while sampling, lossy; None: none
-    at_once = None     # videos that go through together in training, see `kernels.fit`; None: all of a batch
-    guidance_stop = None   # share of the denoising steps that are guided while sampling, from the first; lossy; None: all
     latents_at_once = 1   # frames of latents that the VAE decodes together, after the first
 
     def __init__(self, pipe, *,
-        num_frames: int, height: int, width: int, fps: float,                       # of every video
-        num_inference_steps: int, guidance_scale: float, negative_prompt: str = "", # of sampling
-        max_sequence_length: int,                                                   # tokens of a text, padding included
-        guidance_scale_2: float | None = None,                                      # of the low-noise expert, where there are two; None: guidance_scale
-        **weights,                                                                  # see `Weights`
+        num_frames: int, height: int, width: int, fps: float,   # of a whole video
+        num_inference_steps: int, guidance_scale: float, guidance_scale_2: float | None = None,   # see `Sampling`
+        negative_prompt: str = "",
+        max_sequence_length: int,                               # tokens of a text, padding included
+        **weights,                                              # see `Weights`
     ):
-        self.num_frames, self.height, self.width, self.fps, self.most_frames = num_frames, height, width, fps, num_frames
-        self.num_inference_steps, self.guidance_scale, self.negative_prompt = num_inference_steps, guidance_scale, negative_prompt
-        self.guidance_scale_2 = guidance_scale_2
-        self.max_sequence_length, self.pipe, self.negative = max_sequence_length, pipe, None
+        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self.sampling = Sampling(num_inference_steps, num_frames, guidance_scale, guidance_scale_2)   # by default
+        self.negative_prompt, self.negative = negative_prompt, None
+        self.max_sequence_length, self.pipe = max_sequence_length, pipe
         pipe.set_progress_bar_config(disable=True)
         self.check_model(); self.check_shapes(); self.check_prompts([negative_prompt], "negative_prompt")
         super().__init__(pipe, **weights)
 
-    @property
-    def guidance(self):
-        "The pipeline's arguments; of one expert it takes no second scale."
-        return dict(guidance_scale=self.guidance_scale) | ({} if self.guidance_scale_2 is None else dict(guidance_scale_2=self.guidance_scale_2))
-
     def check_frames(self, num_frames):
-        "UserError if the model can't make videos of so many frames."
+        "UserError if the model can't make, encode and learn from clips of so many frames."
+        if num_frames > self.num_frames:
+            raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.num_frames}; lower it")
         t = self.pipe.vae_scale_factor_temporal*self.latents_at_once
         if num_frames % t != 1: raise UserError(f"num_frames: {num_frames} is not {t}k+1; use {max(0, round((num_frames - 1)/t))*t + 1}")
 
@@ -363,22 +386,17 @@ class Generator(Weights):
         for key, size in (("height", self.height), ("width", self.width)):
             if size < 1 or size % multiple: raise UserError(f"{key}: {size} is not a multiple of {multiple}; use {max(1, round(size/multiple))*multiple}")
 
-    def shorten(self,
-        num_frames: int,   # no more than the model was loaded with
-    ):
-        "Make, encode and learn from clips of so many frames from now on. UserError if it can't."
-        if num_frames > self.most_frames: raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.most_frames}; lower it")
-        self.check_frames(num_frames)
-        self.num_frames = num_frames
-
     @property
     def latent_shape(self):
-        "Of one clip, see `shape_of`."
+        "Of a whole clip, see `shape_of`."
         return self.shape_of(self.num_frames)
 
-    def start(self, key):
+    def start(self,
+        key: tuple,        # its name
+        num_frames: int,   # of the clip
+    ) -> Tensor:
         "The noise that a clip starts from; a shorter one takes the first of it."
-        return noise(self.shape_of(self.most_frames), *key)[tuple(slice(n) for n in self.latent_shape)]
+        return noise(self.latent_shape, *key)[tuple(slice(n) for n in self.shape_of(num_frames))]
 
     def check_prompts(self,
         prompts: list[str],
@@ -408,11 +426,13 @@ class Generator(Weights):
 
     @torch.no_grad()
     def encode_videos(self,
-        videos: Tensor,   # uint8 [B, T, 3, H, W] of exactly this generator's shape
+        videos: Tensor,   # uint8 [B, T, 3, H, W] of this generator's height and width, and no more frames than it makes
     ) -> Tensor:          # scaled latents, the posterior's mean
-        "The latents that stand for these videos."
-        wanted = (self.num_frames, 3, self.height, self.width)
-        if videos.shape[1:] != wanted: raise UserError(f"a clip of (T, C, H, W) = {tuple(videos.shape[1:])} doesn't fit a generator of {wanted}; convert it")
+        "The latents that stand for these videos; UserError if there are none."
+        wanted, found = (self.num_frames, 3, self.height, self.width), tuple(videos.shape[1:])
+        if found[1:] != wanted[1:]:
+            raise UserError(f"a clip of (T, C, H, W) = {found} doesn't fit a generator of {wanted}; convert it")
+        self.check_frames(found[0])
         x = (videos.to(self.device, torch.float32)/127.5 - 1).transpose(1, 2)
         return self.scale(self.pipe.vae.encode(x.to(self.pipe.vae.dtype)).latent_dist.mode().float())
 
@@ -435,29 +455,40 @@ class Generator(Weights):
         keys: list[tuple],          # one name of the noise per prompt, such as (seed, round, prompt, candidate)
         text: dict | None = None,   # prompt → its embedding, if it is known already
         batch_size: int = 16,
+        sampling: Sampling | None = None,   # None: as the generator was loaded
     ) -> tuple[Tensor, Tensor]:     # (scaled latents on the CPU in `dtype`, uint8 videos [B, T, 3, H, W])
         "Make one video per prompt with the diffusers pipeline."
+        sampling = sampling or self.sampling
+        self.check_frames(sampling.num_frames)
         if text is None: text = dict(zip(unique := list(dict.fromkeys(prompts)), self.encode_prompts(unique)))
+        embedded = [text[p] for p in prompts]
+        parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
         with self.reference() if self.untouched else nullcontext():   # an adapter that adds nothing need not be computed
-            parts = [self.sample_batch([text[p] for p in prompts[i:i+batch_size]], keys[i:i+batch_size]) for i in range(0, len(prompts), batch_size)]
-        return tuple(torch.cat(x) for x in zip(*parts))
+            made = [self.sample_batch(embedded[part], keys[part], sampling) for part in parts]
+        return tuple(torch.cat(x) for x in zip(*made))
 
-    def sample_batch(self, text, keys):
+    @contextmanager
+    def caching(self, threshold: float | None):
+        "While sampling, where there is a threshold: blocks whose input hardly changes are not computed again."
+        cached = self.experts if threshold else []
+        for expert in cached: expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        try: yield
+        finally:
+            for expert in cached: expert.disable_cache()
+
+    def sample_batch(self, text: list[Tensor], keys: list[tuple], sampling: Sampling):
         "One call of the pipeline, which does everything; a callback sees the last latents on their way to the VAE, and ends guidance."
-        text, last = self.pad(text), {}
-        for expert in self.experts if self.cache else []: expert.enable_cache(FirstBlockCacheConfig(threshold=self.cache))
+        s, text, last = sampling, self.pad(text), {}
         if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
-        guided = max(1, round(self.guidance_stop*self.num_inference_steps)) if self.guidance_stop and self.guidance_scale > 1 else None   # steps
-        with self.swapping(), ExitStack() as unguided:
+        with self.attending(), self.caching(s.cache), self.swapping(), ExitStack() as unguided:
             def catch(pipe, i, t, tensors):
-                if i + 1 == guided: unguided.enter_context(self.without_guidance())
+                if i + 1 == s.guided_steps: unguided.enter_context(self.without_guidance())
                 return last.update(tensors) or {}
             videos = self.pipe(prompt_embeds=text, negative_prompt_embeds=self.pad(self.negative).expand_as(text),
-                latents=torch.stack([self.start(key) for key in keys]).to(self.device, self.latent_dtype),
+                latents=torch.stack([self.start(key, s.num_frames) for key in keys]).to(self.device, self.latent_dtype),
                 generator=[generator("sampler", *key) for key in keys],   # for schedulers that add noise on the way
-                height=self.height, width=self.width, num_frames=self.num_frames, num_inference_steps=self.num_inference_steps,
-                output_type="pt", callback_on_step_end=catch, **self.guidance).frames
-        for expert in self.experts if self.cache else []: expert.disable_cache()
+                height=self.height, width=self.width, num_frames=s.num_frames,
+                num_inference_steps=s.num_inference_steps, output_type="pt", callback_on_step_end=catch, **s.guidance).frames
         return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
 # %% ../nbs/22_generator.ipynb #ad6c38d3
@@ -479,20 +510,24 @@ class CogVideoX(Generator):
     @property
     def latent_dtype(self): return self.dtype
 
-    def front_frames(self, num_frames):
-        "Latent frames that CogVideoX1.5 wants in front, to come in twos."
-        return -((num_frames - 1)//self.pipe.vae_scale_factor_temporal + 1) % (self.transformer.config.patch_size_t or 1)
+    def front_frames(self,
+        n: int,   # frames of latents, as the VAE makes them
+    ) -> int:
+        "Latent frames that CogVideoX1.5 wants in front of them, to come in twos."
+        return -n % (self.transformer.config.patch_size_t or 1)
 
     def shape_of(self, num_frames):
         "[T, C, H, W]"
         s, t = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
-        return (num_frames - 1)//t + 1 + self.front_frames(num_frames), self.transformer.config.in_channels, self.height//s, self.width//s
+        n = (num_frames - 1)//t + 1
+        return n + self.front_frames(n), self.transformer.config.in_channels, self.height//s, self.width//s
 
     def check_model(self):
         "UserError if this isn't a model we train rightly."
         config, wanted = self.pipe.scheduler.config, self.pipe.transformer.config.max_text_seq_length
         if self.pipe.transformer.config.in_channels != self.pipe.vae.config.latent_channels: raise UserError("transformer: takes more than noisy latents, as models that start from an image or a clip; use one that starts from text alone")
-        if self.guidance_scale_2 is not None: raise UserError("guidance_scale_2: this model has no second expert; set it to null")
+        if self.sampling.guidance_scale_2 is not None:
+            raise UserError("guidance_scale_2: this model has no second expert; set it to null")
         if config.prediction_type != "v_prediction": raise UserError(f"scheduler: prediction_type {config.prediction_type} is not v_prediction, as CogVideoX has")
         if self.max_sequence_length != wanted: raise UserError(f"max_sequence_length: this CogVideoX was made for {wanted}; use {wanted}")
 
@@ -505,7 +540,7 @@ class CogVideoX(Generator):
     ) -> Tensor:     # [B, T, C, H, W]
         "z·scaling_factor, and the first frame again in front where the model wants an even number."
         z = self.pipe.vae.config.scaling_factor*z.transpose(1, 2)
-        return torch.cat([z[:, :1].expand(-1, self.front_frames(self.num_frames), -1, -1, -1), z], 1)
+        return torch.cat([z[:, :1].expand(-1, self.front_frames(z.shape[1]), -1, -1, -1), z], 1)
 
     @contextmanager
     def without_guidance(self):
@@ -564,7 +599,8 @@ class Wan(Generator):
         if pairs != [(pipe.vae.config.z_dim,)*2]*len(pairs) or pipe.transformer.config.image_dim: raise UserError("transformer: takes more than noisy latents, as models that start from an image or a clip; use one that starts from text alone")
         if two != (config.boundary_ratio is not None): raise UserError("boundary_ratio: belongs to a pipeline of two experts, transformer and transformer_2, and to no other; use a Wan whose model_index.json has both or neither")
         if two and config.expand_timesteps: raise UserError("expand_timesteps: no Wan of two experts has a timestep for every token; use Wan 2.2 A14B or 5B as published")
-        if not two and self.guidance_scale_2 is not None: raise UserError("guidance_scale_2: this model has no second expert; set it to null")
+        if not two and self.sampling.guidance_scale_2 is not None:
+            raise UserError("guidance_scale_2: this model has no second expert; set it to null")
         if pipe.scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction": raise UserError("scheduler: prediction_type is not flow_prediction, as Wan has")
 
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:

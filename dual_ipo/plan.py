@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GPU', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', 'JUDGING', 'STAGES', 'flops', 'forward_shapes',
            'backward_shapes', 'fused_attention', 'as_compiled', 'sizes_of', 'saved_bytes', 'Live', 'live_bytes',
-           'generator_facts', 'judge_facts', 'text_facts', 'judge_memory', 'stages', 'remedies', 'changed', 'remedy',
-           'quicker', 'advice', 'facts_of', 'plan_rows', 'plan', 'fitted', 'out_of_memory']
+           'generator_facts', 'clip_facts', 'judge_facts', 'text_facts', 'judge_memory', 'stages', 'remedies',
+           'changed', 'remedy', 'quicker', 'advice', 'facts_of', 'plan_rows', 'plan', 'fitted', 'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
 import weakref
@@ -109,27 +109,31 @@ def live_bytes(run) -> int:
 def generator_facts(
     g: Generator,                    # on the meta device
     num_frames: int | None = None,   # of the clips that are learned from, if they are shorter
-) -> dict:                           # FLOP and bytes, of one video or one training sample; "short": the same of a shorter clip
+) -> dict:                           # as `clip_facts`; "short": the same of a shorter clip
+    "What a whole clip takes, and one that is learned from."
+    whole = clip_facts(g, g.num_frames)
+    return whole | dict(short=clip_facts(g, num_frames) if num_frames else whole)
+
+def clip_facts(
+    g: Generator,      # on the meta device
+    num_frames: int,
+) -> dict:             # FLOP and bytes, of one video or one training sample
     "What one forward pass, one decoding, one encoding and one backward pass take."
-    if num_frames:
-        whole = generator_facts(g)
-        g.shorten(num_frames)
-        return whole | dict(short=generator_facts(g)["short"])
-    y = torch.empty(1, *g.latent_shape, device="meta")
+    g.check_frames(num_frames)
+    y = torch.empty(1, *g.shape_of(num_frames), device="meta")
     call = lambda: g.error(y, g.timesteps(1, "plan"), y, [torch.empty(g.max_sequence_length, g.text_width, device="meta")])
     vae = g.pipe.vae
     latents = g.vae_layout(y).to(vae.dtype)  # [1, C, T, H, W]
-    clip = torch.empty(1, 3, g.num_frames, g.height, g.width, device="meta", dtype=vae.dtype)
+    clip = torch.empty(1, 3, num_frames, g.height, g.width, device="meta", dtype=vae.dtype)
     size = lambda module: sum(p.nbytes for p in module.parameters())
     weights = size(g.transformer) if g.lora_rank else 4 * sum(p.numel() for p in g.transformer.parameters())   # `mixed_precision` has made them smaller
     trained = [p for p in g.transformer.parameters() if p.requires_grad]
     blocks, hidden = len(g.blocks_of(g.transformer)), g.transformer.config.num_attention_heads * g.transformer.config.attention_head_dim
     tokens = latents[0, 0].numel() // g.patch_size**2
-    found = dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=blocks,
+    return dict(forward=flops(call), decode=flops(lambda: vae.decode(latents)), encode=flops(lambda: vae.encode(clip)), blocks=blocks,
                 sizes=sizes_of(g, call), attention=4 * tokens**2 * hidden * blocks,
                 work=live_bytes(call), decode_work=live_bytes(lambda: vae.decode(latents)), weights=weights, idle=weights * (len(g.experts) - 1), others=size(g.pipe.text_encoder) + size(vae),
                 optimizer=sum(p.numel() for p in trained) * (4 + 8 + (0 if g.lora_rank else 4)), reference=0 if g.lora_rank else weights, lora=bool(g.lora_rank), tokens=tokens)
-    return found | dict(short=found)
 
 # %% ../nbs/32_plan.ipynb #432a84ad
 def judge_facts(

@@ -170,7 +170,7 @@ def title(results: Results) -> HTML:
     config, rounds = results.config, results.rounds
     objective, total = find(config, "objective"), find(config, "rounds")
     name = config.get("arch") or Path((config.get("generator") or {}).get("path", "")).name
-    parts = [name, objective and f"Diffusion-{objective.upper()}", f"{max(0, len(rounds) - 1)} of {total or '?'} rounds", f"seed {find(config, 'seed')}"]
+    parts = [name, objective and f"Diffusion-{objective.rpartition(':')[2].upper()}", f"{max(0, len(rounds) - 1)} of {total or '?'} rounds", f"seed {find(config, 'seed')}"]
     figures = []
     if len(rounds) > 1 and rounds[0].get("generator") and rounds[-1].get("generator"):
         for name, label in (("total", "true total"), ("quality", "quality"), ("semantic", "semantic"), ("dynamic_degree", "dynamic degree")):

@@ -37,7 +37,6 @@ from .checkpoints import (check_config, check_finite, check_pointers, check_weig
                                   unpadded, variant_of)
 from .core import Judgement, Pair, UserError, Video, frames_of, seed_of
 from .cot import DIMENSIONS, TAGS, THINK, Item, clip_item, frame_labels, frame_list, grade_stems, pair_item, reply_at
-from .kernels import others_attention
 from .store import find_base, note_base, read_json, read_tensors, write_json
 from .templates import SECONDS, check_template, within
 from .training import Room, low_adapters, mixed_precision
@@ -287,7 +286,7 @@ class VLM:
         x = self.inputs(items)
         at = self.positions(x)
         if cut: x, at = {k: v[:, :-cut] if k in PER_TOKEN else v for k, v in x.items()}, at[..., :-cut]
-        with others_attention(): out = self.model(**x, position_ids=at, use_cache=True, logits_to_keep=1)
+        out = self.model(**x, position_ids=at, use_cache=True, logits_to_keep=1)
         return Read(getattr(out, self.cache_name), out.logits[:, -1].float(), x["attention_mask"], at[..., -1:])
 
     @torch.no_grad()
@@ -296,7 +295,7 @@ class VLM:
         n = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         read.mask = torch.cat([read.mask, mask], 1)
         x = dict(input_ids=ids, attention_mask=read.mask, position_ids=read.last + n)
-        with others_attention(): out = self.model(**x, **{self.cache_name: read.cache}, use_cache=True)
+        out = self.model(**x, **{self.cache_name: read.cache}, use_cache=True)
         read.last = read.last + mask.sum(1, keepdim=True)
         return out.logits.float()
 

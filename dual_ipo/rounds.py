@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'config_of', 'check_there', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of',
-           'Round', 'check_prompts', 'shorter', 'check_model', 'root_of', 'clip_names', 'content_of', 'check_same',
-           'read_input', 'check_input', 'prompts_of_round', 'annotated', 'start_judge', 'human_items', 'cheaper',
-           'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth', 'grades_of', 'grade',
-           'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh', 'earlier_judge', 'relative',
-           'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of', 'asked_together', 'evaluate_judge',
-           'finish', 'run_round']
+           'Round', 'check_prompts', 'check_model', 'root_of', 'clip_names', 'content_of', 'check_same', 'read_input',
+           'check_input', 'prompts_of_round', 'annotated', 'start_judge', 'human_items', 'candidate_sampling',
+           'preview_sampling', 'sample_cheaply', 'previews', 'sample', 'read_candidates', 'totals', 'with_truth',
+           'grades_of', 'grade', 'rank', 'update_generator', 'clip_pairs', 'next_candidates', 'sample_fresh',
+           'earlier_judge', 'relative', 'relabelled', 'label', 'update_judge', 'evaluate_generator', 'truth_of',
+           'asked_together', 'evaluate_judge', 'finish', 'run_round']
 
 # %% ../nbs/33_rounds.ipynb #41c16068
 import gc
@@ -30,8 +30,9 @@ from .core import Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
-from .generator import Generator, meta_generator
+from .generator import Generator, Sampling, meta_generator
 from .kernels import whole_bytes
+from .losses import objective_of
 from .monitor import needs_srpo
 from .plan import out_of_memory
 from .prompts import read_prompts
@@ -159,14 +160,10 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
     if config.align.lambda_real and not data.real_clips: raise UserError("data.real_clips: is empty, but align.lambda_real > 0; give real clips or set it to 0")
 
 # %% ../nbs/33_rounds.ipynb #1a21f792
-def shorter(config: Config, model: Generator) -> Generator:
-    "The generator with clips as long as `candidates` wants them."
-    model.shorten(config.candidates.num_frames or config.generator.num_frames)
-    return model
-
 def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
     "UserError where the generator can't do what it is asked to: shapes, and texts that are too long. Its config files and tokenizer tell."
-    data, model = config.data, shorter(config, meta_generator(config, must=True))
+    data, model = config.data, meta_generator(config, must=True)
+    model.check_frames(candidate_sampling(config).num_frames)
     model.check_prompts(prompts, f"{data.prompts}: prompt")
     model.check_prompts(eval_prompts, f"{data.eval_prompts}: prompt")
     if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
@@ -233,6 +230,7 @@ def check_input(
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
     check_model(config, prompts, eval_prompts, real)
+    objective_of(config.align.objective, config.align.model_dump())
     part, g = config.reward, config.generator
     judge = Judge.load(part.path, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, meta=True)
     judge.max_thinking_tokens = part.max_thinking_tokens
@@ -288,24 +286,30 @@ def human_items(r: Round, pairs: PairTable) -> list:  # of Item
     return cold_start_items([replace(pair, rationale=json.loads(rationale)) for pair, rationale in taught], r.config.reward.dimensions)
 
 # %% ../nbs/33_rounds.ipynb #7b4ea874
-def cheaper(config: Config, model: Generator) -> Generator:
-    "The generator as `candidates` wants it sampled."
-    c = config.candidates
-    model.num_inference_steps, model.cache, model.guidance_stop = c.num_inference_steps or config.generator.num_inference_steps, c.cache, c.guidance_stop
-    return shorter(config, model)
+def candidate_sampling(config: Config) -> Sampling:
+    "How the config wants candidates sampled."
+    g, c = config.generator, config.candidates
+    return Sampling(c.num_inference_steps or g.num_inference_steps, c.num_frames or g.num_frames,
+                    g.guidance_scale, g.guidance_scale_2, c.guidance_stop, c.cache)
+
+def preview_sampling(config: Config) -> Sampling:
+    "How it wants their previews sampled."
+    few = config.candidates.preview_steps
+    return replace(candidate_sampling(config), num_inference_steps=few, guidance_stop=None, cache=None)
 
 def sample_cheaply(r: Round, generator, *args, **settings) -> list:
     "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
-    return sample_candidates(cheaper(r.config, r.generator(generator)), *args, batch_size=r.config.generator.batch_size, **settings)
+    return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size,
+                             sampling=candidate_sampling(r.config), **settings)
 
 def previews(r: Round, prompts: list) -> dict:  # prompt → candidates to sample in full
     "Sample all candidates in few steps, and keep those that the judge puts first and last."
     c = r.config.candidates
     with r.stage("previews", resumes=True) as todo:
         if todo:
-            model = shorter(r.config, r.generator(r.before("generator")))
-            model.num_inference_steps = c.preview_steps
-            rows = sample_candidates(model, prompts, c.per_prompt, r.folder / "previews", r.config.seed, r.k, batch_size=r.config.generator.batch_size, what="previews")
+            rows = sample_candidates(r.generator(r.before("generator")), prompts, c.per_prompt, r.folder / "previews",
+                                     r.config.seed, r.k, batch_size=r.config.generator.batch_size, what="previews",
+                                     sampling=preview_sampling(r.config))
             write_table(r.folder / "previews.parquet", grade(r, rows, "previews", "previews/grades"))
     scored = read_table(r.folder / "previews.parquet")
     return both_ends(scored, [row["score"] for row in scored], c.keep)
@@ -384,13 +388,14 @@ def rank(r: Round, rows: list) -> list:  # of pairs
 
 # %% ../nbs/33_rounds.ipynb #4a4d66bc
 def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a row a step
-    "Diffusion-DPO or -KTO with NLL on winners and real clips."
-    a = r.config.align.model_dump()
-    if not a["lambda_real"]: real = []
+    "The objective of `align`, with NLL on winners and real clips."
+    a = r.config.align
     with r.stage("align", resumes=True) as todo:
         if todo:
-            model = shorter(r.config, r.generator(r.before("generator")))
-            try: align(model, pairs, r.folder / "candidates", r.folder / "align", real=real, seed=r.config.seed, round=r.k, **a)
+            model, objective = r.generator(r.before("generator")), objective_of(a.objective, a.model_dump())
+            settings = a.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
+            try: align(objective, model, pairs, r.folder / "candidates", r.folder / "align", real=real,
+                       num_frames=r.config.candidates.num_frames, seed=r.config.seed, round=r.k, **settings)
             except TrainingAnomaly as anomaly: write_json(r.folder / "align/anomaly.json", dict(reason=str(anomaly)))
             model.save(r.folder / "generator")
     return read_table(r.folder / "align/history.parquet") if (r.folder / "align/history.parquet").exists() else []

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.attention import SDPBackend, current_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from .align import step_loss
@@ -37,8 +38,8 @@ from .core import Pair, Video, generator, noise, seed_of
 from .cot import DIMENSIONS, clip_prompt, pair_item, pair_prompt, pair_response
 from .data import write_pairs
 from .generator import CogVideoX, Generator, Wan
-from .kernels import activate_flash4, fit, has_flash4, keep
-from .losses import KtoBaseline, dpo_loss
+from .kernels import fit, flash4, has_flash4, keep
+from .losses import Dpo, Kto, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
 from .rounds import HELD_OUT, Round, config_of, run_round
@@ -139,9 +140,8 @@ def attention_flops(g: Generator) -> tuple:  # (FLOP of attention, of the rest) 
 @contextmanager
 def attention_kernel(name: str):   # "flash" (FlashAttention-2, PyTorch's own), "cudnn" or "flash4"
     "PyTorch's attention by this kernel, where it takes the numbers; elsewhere, as in a VAE of fp32, by one that does."
-    if name == "flash4": activate_flash4()
-    elif current_flash_attention_impl(): restore_flash_attention_impl()
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]): yield
+    first = SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION
+    with flash4(name == "flash4"), sdpa_kernel([first, SDPBackend.EFFICIENT_ATTENTION]): yield
 
 def ceilings(
     name: str,
@@ -214,15 +214,14 @@ def training(
     "Time and memory of a step on one pair."
     g = real_generator(name, DEVICE, lora_rank, **dict(attention="native", compile=False) if recipe != "ours" else settings)
     g.freeze_reference()
-    with g.alone(), attention_kernel("flash") if "flash" in recipe else nullcontext():
+    with g.alone(), g.attending(), attention_kernel("flash") if "flash" in recipe else nullcontext():
         if recipe != "ours":
             keep(g.transformer, blocks := g.blocks_of(g.transformer), ["none"] * len(blocks))
             chosen, loss = f"{'flash' if 'flash' in recipe else 'default'} attention, every block checkpointed, four passes", lambda batch: peers_loss(g, batch)
         else:
-            chosen = fit(g, checkpointing, 2, a_batch(g, 1)[3][0])
-            baseline = KtoBaseline(64, lambda x: x, []) if objective == "kto" else None
-            index = iter(range(10**6))
-            loss = lambda batch: step_loss(g, g.transformer, batch, 1, 2000., .1, 0., baseline, next(index))[0]
+            at_once, chosen = fit(g, checkpointing, 2, a_batch(g, 1)[3][0], g.latent_shape)
+            learned, index = Kto(2000.) if objective == "kto" else Dpo(2000.), iter(range(10**6))
+            def loss(batch): return step_loss(learned, g, g.transformer, batch, 1, .1, 0., next(index), at_once)[0]
         batch = a_batch(g, 2)
         with g.reference() as reference: E_ref = g.error(*batch, reference)
         logit = (g.error(*batch).detach() - E_ref).abs().max().item()
@@ -253,11 +252,11 @@ def sampling(
     text = [noise((g.max_sequence_length, 4096), "text").bfloat16()]
     decode = g.pipe.vae.decode
     def clip(k, decoded):
-        g.num_inference_steps = k
+        sampling = replace(g.sampling, num_inference_steps=k)
         blank = torch.zeros(1, 3, 1, 8, 8, device=DEVICE)
         if not decoded: g.pipe.vae.decode = lambda z, return_dict=True: SimpleNamespace(sample=blank) if return_dict else (blank,)
         try:
-            with g.reference() if recipe == "ours" else torch.no_grad(), attention_kernel("flash") if "flash" in recipe else nullcontext(): return g.sample_batch(text, [("clip", k)])
+            with g.reference() if recipe == "ours" else torch.no_grad(), attention_kernel("flash") if "flash" in recipe else nullcontext(): return g.sample_batch(text, [("clip", k)], sampling)
         finally: g.pipe.vae.decode = decode
     few, many = (seconds(lambda: clip(k, False), n) for k in steps)
     whole = seconds(lambda: clip(steps[0], True), n)
@@ -414,7 +413,8 @@ def a_run(
     held = [p for p in prompts if seed_of("held out", 0, p) < HELD_OUT * 2**63]
     asked = [held[i // 4] if i % 4 == 3 else prompts[i] for i in range(human)]
     write_pairs(folder, [Pair(p, clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i, p in enumerate(asked)])
-    own = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "guidance_scale", "max_sequence_length")}
+    own = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "max_sequence_length")}
+    own["guidance_scale"] = g.sampling.guidance_scale
     files = {key: str(folder / file) for key, file in dict(prompts="prompts.txt", eval_prompts="eval_prompts.txt", pairs="pairs.csv").items()}
     small = dict(generator=own | dict(path=str(folder / "generator"), num_inference_steps=steps), reward=dict(path=str(judge)), data=files, cold_start=dict(steps=1),
                  candidates=dict(prompts_per_round=few, per_prompt=3), align=dict(steps=2, batch_size=2, warmup=1), votes=dict(pairs=2), srpo=dict(steps=1, batch_size=8),

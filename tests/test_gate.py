@@ -1,4 +1,6 @@
 "Cheaper candidates: what is asked of them, and that a run makes them."
+from dataclasses import replace
+
 import pytest, torch, yaml
 from dual_ipo.demo import demo_config, write_toy_input
 from dual_ipo.ending import main
@@ -18,10 +20,8 @@ def test_a_cache_changes_little_and_is_gone_afterwards():
     g = Generator.load(TOY.generator.path, **TOY.generator.model_dump(exclude={"path", "batch_size", "dtype"}))
     keys = [("cache", i) for i in range(len(PROMPTS))]
     plain, _ = g.sample(PROMPTS, keys)
-    g.cache = .2
-    cached, _ = g.sample(PROMPTS, keys)
+    cached, _ = g.sample(PROMPTS, keys, sampling=replace(g.sampling, cache=.2))
     assert 0 < (cached - plain).abs().mean() < .5*plain.abs().mean()
-    g.cache = None
     assert (g.sample(PROMPTS, keys)[0] == plain).all()
 
 
@@ -35,29 +35,24 @@ def test_without_guidance_a_step_is_one_pass_and_the_rest_is_the_same(arch):
     watch = g.transformer.proj_out.register_forward_hook(lambda m, args, out: passes.append(len(out)//len(PROMPTS)))
     for stop, wanted in ((1., 20), (.5, 15), (.01, 11), (None, 20)):
         passes.clear()
-        g.guidance_stop = stop
-        clip = g.sample(PROMPTS, keys)[0]
+        clip = g.sample(PROMPTS, keys, sampling=replace(g.sampling, guidance_stop=stop))[0]
         assert sum(passes) == wanted and (stop in (1., None)) == bool((clip == plain).all())
     watch.remove()
-    g.num_inference_steps, scale = 2, g.guidance_scale
+    short = replace(g.sampling, num_inference_steps=2)
     seen, original = [], type(g.pipe.scheduler).step
     def spy(scheduler, out, t, latents, *args, **kwargs):
         seen.append((out.clone(), latents.clone()))
         return original(scheduler, out, t, latents, *args, **kwargs)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(type(g.pipe.scheduler), "step", spy)
-        g.guidance_stop = .5
-        g.sample(PROMPTS, keys)
+        g.sample(PROMPTS, keys, sampling=replace(short, guidance_stop=.5))
     (_, _), (out, latents) = seen
-    g.guidance_stop = None
     t = g.pipe.scheduler.timesteps[1].expand(len(PROMPTS))
     with torch.no_grad(): theirs = g.predict(g.transformer, latents.to(g.transformer.dtype), t, g.pad(g.encode_prompts(PROMPTS)))
     torch.testing.assert_close(out, theirs.to(out.dtype), rtol=1e-4, atol=1e-4)
-    assert g.guidance_scale == scale > 1
-    g.guidance_scale = 1.   # where nothing is guided nothing ends
-    unguided = g.sample(PROMPTS, keys)[0]
-    g.guidance_stop = .5
-    assert (g.sample(PROMPTS, keys)[0] == unguided).all()
+    assert g.sampling.guidance_scale > 1
+    unguided = replace(short, guidance_scale=1.)   # where nothing is guided nothing ends
+    assert (g.sample(PROMPTS, keys, sampling=unguided)[0] == g.sample(PROMPTS, keys, sampling=replace(unguided, guidance_stop=.5))[0]).all()
 
 
 def test_previews_choose_what_is_sampled_in_full(tmp_path):

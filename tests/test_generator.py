@@ -1,5 +1,6 @@
 "The adapters against diffusers itself, and what must survive kills and more processes."
 import hashlib, json, math, os, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
@@ -9,7 +10,7 @@ from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
 from dual_ipo.core import UserError, generator, noise
 from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
 from dual_ipo.kernels import keep, kept_bytes
-from dual_ipo.losses import KtoBaseline
+from dual_ipo.losses import Dpo, Kto, objective_of
 from dual_ipo.speed import REAL, real_generator
 from dual_ipo.store import read_json, read_table, read_tensors
 
@@ -115,7 +116,7 @@ def test_videos_come_back_through_the_vae(paths, kind):
     with torch.no_grad():
         z = vae.encode((videos/127.5 - 1).transpose(1, 2)).latent_dist.mean
         if kind.startswith("wan"): theirs = latents*torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1) + torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        else: theirs = latents[:, g.front_frames(9):].permute(0, 2, 1, 3, 4)/vae.config.scaling_factor
+        else: theirs = latents[:, g.front_frames(3):].permute(0, 2, 1, 3, 4)/vae.config.scaling_factor
     torch.testing.assert_close(theirs, z)
     assert latents.shape[1:] == g.latent_shape
 
@@ -266,14 +267,11 @@ def test_guidance_and_cache_reach_both_experts(paths):
     g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS | dict(num_inference_steps=10, guidance_scale_2=2.))
     plain, passes = g.sample(PROMPTS, KEYS)[0], []
     hooks = [m.register_forward_hook(lambda m, args, out, k=k: passes.append(k)) for k, m in enumerate(g.experts)]
-    g.guidance_stop = .8
-    early = g.sample(PROMPTS, KEYS)[0]
+    early = g.sample(PROMPTS, KEYS, sampling=replace(g.sampling, guidance_stop=.8))[0]
     high = sum(t >= 875 for t in g.pipe.scheduler.timesteps)
     assert passes.count(0) == 2*high and passes.count(1) == 2*(8 - high) + 2 and not torch.equal(plain, early)
     for hook in hooks: hook.remove()
-    g.guidance_stop, g.cache = None, .5
-    assert not torch.equal(g.sample(PROMPTS, KEYS)[0], plain)
-    g.cache = None
+    assert not torch.equal(g.sample(PROMPTS, KEYS, sampling=replace(g.sampling, cache=.5))[0], plain)
     assert torch.equal(g.sample(PROMPTS, KEYS)[0], plain)
 
 def test_a_timestep_for_every_token(paths):
@@ -297,21 +295,16 @@ def test_settings_that_do_not_fit(paths, change, words):
 def test_a_shorter_clip(paths):
     "From the first of the same noise; the pipeline's own, and as long as it says: CogVideoX's VAE makes 8 frames of the 2 latents that 5 would have."
     g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
-    whole = g.start(KEYS[0])
-    g.shorten(5)
-    latents, videos = g.sample(PROMPTS[:1], KEYS[:1])
-    assert torch.equal(g.start(KEYS[0]), whole[:, :2]) and latents.shape[2] == 2 and videos.shape[1] == 5
-    g.shorten(9)
+    def sample(g, n): return g.sample(PROMPTS[:1], KEYS[:1], sampling=replace(g.sampling, num_frames=n))
+    latents, videos = sample(g, 5)
+    assert torch.equal(g.start(KEYS[0], 5), g.start(KEYS[0], 9)[:, :2]) and latents.shape[2] == 2 and videos.shape[1] == 5
     assert g.sample(PROMPTS[:1], KEYS[:1])[1].shape[1] == 9
-    with pytest.raises(UserError, match="13 is more than a whole clip's 9"): g.shorten(13)
-    assert g.num_frames == 9
+    with pytest.raises(UserError, match="13 is more than a whole clip's 9"): sample(g, 13)
     for name in ("cogvideox 2b", "cogvideox 1.5"):
         long = Generator.load(paths[name], **tiny.SETTINGS | dict(num_frames=17))
-        with pytest.raises(UserError, match="5 is not 8k.1"): long.shorten(5)
-        assert long.num_frames == 17
-        long.shorten(9)
-        latents, videos = long.sample(PROMPTS[:1], KEYS[:1])
-        assert videos.shape[1] == 9 and latents.shape[1:] == long.latent_shape and long.encode_videos(videos).shape[1:] == long.latent_shape
+        with pytest.raises(UserError, match="5 is not 8k.1"): sample(long, 5)
+        latents, videos = sample(long, 9)
+        assert videos.shape[1] == 9 and latents.shape[1:] == long.shape_of(9) == long.encode_videos(videos).shape[1:]
 
 def test_other_checkpoints(paths, tmp_path):
     def line(path):
@@ -364,16 +357,16 @@ from dual_ipo.training import ranks; ranks()
 import dual_ipo.align
 from dual_ipo.align import align
 from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
+from dual_ipo.losses import objective_of
 from dual_ipo.store import write_json
 path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
+objective = objective_of(keywords.pop("objective"), dict(beta=2000, window=16))
 g = Generator.load(path, lora_rank=2, **settings)
 if sys.argv[7:]:   # videos that go through at once
     fit = dual_ipo.align.fit
-    def few(model, *args):
-        said, model.at_once = fit(model, *args), int(sys.argv[7])
-        return said
+    def few(*args): return int(sys.argv[7]), fit(*args)[1]
     dual_ipo.align.fit = few
-align(g, pairs, folder + "/candidates", sys.argv[6], **keywords)
+align(objective, g, pairs, folder + "/candidates", sys.argv[6], **keywords)
 if ranks().is_main_process: g.save(sys.argv[6] + "/generator")
 """
 
@@ -383,11 +376,11 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once
     g = Generator.load(path, lora_rank=2, **tiny.SETTINGS)
     rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", seed=0, round=1)
     pairs = make_pairs(rows, list(range(6)))
-    keywords = dict(objective=objective, steps=3, lr=1e-2, beta=2000, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1, accumulate=2, kto_window=16,
+    keywords = dict(steps=3, lr=1e-2, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1, accumulate=2,
         real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])
-    history = align(g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
+    history = align(objective_of(objective, dict(beta=2000, window=16)), g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", ALIGN]
-    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords), tmp_path/"two", *at_once],
+    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords | dict(objective=objective)), tmp_path/"two", *at_once],
         capture_output=True, encoding="utf-8", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
@@ -408,7 +401,7 @@ def learned(paths, tmp_path_factory):
 def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path, objective, monkeypatch):
     "Each on its own side of the noise, as many steps as it has of it; killed in the second and started again, the weights are the same to the last bit."
     folder, pairs = learned
-    keywords = dict(objective=objective, steps=10, lr=1e-2, beta=2000, lambda_win=.1, lambda_real=0., batch_size=2, seed=0, round=1, save_every=2)
+    keywords = dict(steps=10, lr=1e-2, lambda_win=.1, lambda_real=0., batch_size=2, seed=0, round=1, save_every=2)
     def trained(where, life=None):
         g = Generator.load(paths["wan 2.2 a14b"], lora_rank=2, **tiny.SETTINGS)
         asked, error = [], g.error
@@ -417,7 +410,7 @@ def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path
             if life and len(asked) > life: raise KeyboardInterrupt
             return error(latents, t, *rest)
         monkeypatch.setattr(g, "error", watched)
-        return g, asked, align(g, pairs, folder, where, **keywords)
+        return g, asked, align(objective_of(objective, dict(beta=2000)), g, pairs, folder, where, **keywords)
     whole, asked, history = trained(tmp_path/"whole")
     assert [turn for turn, _, _ in asked] == [0]*2*3 + [1]*2*7 and all(low >= 875 if turn == 0 else high < 875 for turn, low, high in asked)
     assert [row["step"] for row in history] == list(range(10)) and read_table(tmp_path/"whole"/"history.parquet") == history
@@ -440,9 +433,9 @@ def test_one_video_at_a_time_has_the_same_gradient(paths, kind, lora_rank, kept,
     y, eps = noise((5, *g.latent_shape), "y"), noise((5, *g.latent_shape), "eps")
     x = y, g.timesteps(5, "t"), torch.cat([eps[:2], eps[:2], eps[4:]]), g.encode_prompts([*PROMPTS[:2]]*2 + PROMPTS[2:])
     def step(size):
-        g.at_once = size
         g.transformer.zero_grad()
-        loss, metrics = step_loss(g, g.transformer, x, 2, 20., .3, .7, KtoBaseline(8) if objective == "kto" else None)
+        learned = Kto(20., window=8) if objective == "kto" else Dpo(20.)
+        loss, metrics = step_loss(learned, g, g.transformer, x, 2, .3, .7, at_once=size)
         loss.backward()
         return loss.detach(), metrics, [p.grad.clone() for p in g.transformer.parameters() if p.requires_grad]
     for size in (1, 2): assert step(size)[1]["margin_w"] == step(size)[1]["margin_l"] == 0

@@ -1,5 +1,5 @@
 "What makes it faster must not change what is computed."
-import math, shutil, sys
+import math, shutil, subprocess, sys
 from types import ModuleType
 
 import pytest, tiny, torch
@@ -55,7 +55,8 @@ def test_attention_is_computed_once_when_it_is_kept(paths, monkeypatch):
 def test_compiled_and_checkpointed_in_bf16_every_logit_starts_at_zero(paths, kind, lora_rank):
     g = Generator.load(paths[kind], lora_rank=lora_rank, dtype=torch.bfloat16, compile=True, **tiny.SETTINGS)
     g.freeze_reference()
-    assert fit(g, "selective", 3, batch(g)[3][0]).startswith("native attention, compiled blocks; of 2 blocks 2 keep their attention")
+    at_once, said = fit(g, "selective", 3, batch(g)[3][0], g.latent_shape)
+    assert at_once == 3 and said.startswith("native attention, compiled blocks; of 2 blocks 2 keep their attention")
     x = batch(g)
     with g.reference() as reference: E_ref = g.error(*x, reference)
     E = g.error(*x)
@@ -156,23 +157,67 @@ def test_pytorch_gets_of_flash4_what_it_expects(monkeypatch):
     assert _fa4_import_module("dual_ipo.kernels") is kernels
 
 
-def test_a_judge_writes_without_flash4(monkeypatch):
-    flags = lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
-    before = flags()
-    with kernels.others_attention(): assert flags() == before
-    monkeypatch.setattr(kernels, "current_flash_attention_impl", lambda: "FA4")
-    with kernels.others_attention(): assert flags() == (False, True, True)
-    assert flags() == before
+@pytest.fixture
+def switch(monkeypatch):
+    "PyTorch's switch of the flash kernel, without the packages: what is on, the newest last."
+    on = [None]
+    def activate(name):
+        on.append(name)
+    monkeypatch.setattr(kernels, "current_flash_attention_impl", lambda: on[-1])
+    monkeypatch.setattr(kernels, "register_flash_attention_impl", lambda name, register_fn: None)
+    monkeypatch.setattr(kernels, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(kernels, "restore_flash_attention_impl", lambda: on.append(None))
+    return on
+
+
+def test_flash4_is_on_within_and_gone_afterwards(switch):
+    with kernels.flash4():
+        assert switch[-1] == "FA4"
+        with kernels.flash4(): pass
+        assert switch == [None, "FA4"]   # the inner one did nothing
+    assert switch == [None, "FA4", None]
+    with kernels.flash4(False): assert switch[-1] is None
+    with pytest.raises(KeyboardInterrupt), kernels.flash4(): raise KeyboardInterrupt
+    assert switch[-1] is None
+    switch.append("FA3")   # somebody's own
+    with kernels.flash4(): assert switch[-1] == "FA4"
+    assert switch[-1] == "FA3"
+
+
+@pytest.mark.parametrize("attention", ["flash4", "native"])
+def test_flash4_is_on_while_a_generator_samples_and_learns_and_no_longer(paths, tmp_path, switch, monkeypatch, attention):
+    "In every pass of the transformer, forward and backward; never outside."
+    from dual_ipo.align import align
+    from dual_ipo.candidates import make_pairs, sample_candidates
+    from dual_ipo.losses import Dpo
+    g, seen = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS), []
+    g.attention = attention   # its processors stay: what is asked is when the switch is on
+    g.transformer.proj_out.register_forward_hook(lambda m, args, out: seen.append(switch[-1]))
+    g.transformer.proj_out.weight.requires_grad_(False)
+    layer = next(m for m in g.transformer.modules() if hasattr(m, "lora_B")).lora_B["default"]
+    layer.register_full_backward_hook(lambda m, theirs, ours: seen.append(switch[-1]))
+    rows = sample_candidates(g, ["a red circle", "a blue square"], 2, tmp_path/"candidates", 0, 1)
+    n = len(seen)
+    assert n and switch[-1] is None
+    align(Dpo(300.), g, make_pairs(rows, [1., 0., 1., 0.]), tmp_path/"candidates", tmp_path/"align", steps=1, lr=1e-4,
+          lambda_win=1., lambda_real=0., batch_size=2, seed=0, round=1)
+    assert len(seen) == n + 3 and set(seen) == {"FA4" if attention == "flash4" else None} and switch[-1] is None
+
+
+def test_the_judge_imports_nothing_of_the_generators():
+    done = subprocess.run([sys.executable, "-c", "import dual_ipo.reward, sys; print([m for m in ('kernels', 'generator') if 'dual_ipo.' + m in sys.modules])"],
+                          capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and kernels.has_flash4()), reason="takes an H100 or H200 and flash-attn-4")
 def test_flash4_computes_what_the_others_do():
-    kernels.activate_flash4()
     q, k, v = (noise((2, 300, 4, 64), name).cuda().bfloat16().transpose(1, 2).requires_grad_() for name in "qkv")
     def both(kernel):
         with torch.nn.attention.sdpa_kernel(kernel): out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return out, *torch.autograd.grad(out.float().pow(2).sum(), (q, k, v))
-    for ours, theirs in zip(both(SDPBackend.FLASH_ATTENTION), both(SDPBackend.CUDNN_ATTENTION)): torch.testing.assert_close(ours, theirs, rtol=.05, atol=.05)
+    with kernels.flash4(): found = both(SDPBackend.FLASH_ATTENTION)
+    for ours, theirs in zip(found, both(SDPBackend.CUDNN_ATTENTION)): torch.testing.assert_close(ours, theirs, rtol=.05, atol=.05)
 
 
 def test_an_adapter_that_adds_nothing_is_left_out(paths):

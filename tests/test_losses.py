@@ -3,7 +3,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
-from dual_ipo.losses import KtoBaseline, dpo_loss, kto_loss, kto_z
+from dual_ipo.losses import Kto, dpo_loss, kto_loss, kto_z
 
 trl = pytest.importorskip("trl", reason="trl is a development requirement")
 
@@ -56,6 +56,6 @@ def test_kto_is_trl(errors):
     torch.testing.assert_close(*(torch.autograd.grad(loss, errors)[0] for loss in (ours, theirs)))
 
 def test_kto_baseline_leaves_out_what_is_not_finite():
-    baseline = KtoBaseline(window=4)
-    z = baseline(torch.tensor([.1]), torch.tensor([.2]), 0)
-    assert baseline(torch.tensor([torch.nan]), torch.tensor([.2]), 1) == z > 0
+    kto = Kto(2000., window=4)
+    z = kto.z(torch.tensor([.1]), torch.tensor([.2]), 0)
+    assert kto.z(torch.tensor([torch.nan]), torch.tensor([.2]), 1) == z > 0

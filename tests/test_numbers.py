@@ -11,7 +11,7 @@ NUMBERED = sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
 NUMBERS = {path.stem[3:]: int(path.stem[:2]) for path in NUMBERED}   # of every module
 TOY, LAB = 80, 90           # the tens of the toy world and of the lab
 MAY = {"cli"}               # its `demo` runs the toy world
-OPEN = {("reward", "kernels")}   # until FlashAttention-4 is on inside the generator alone
+OPEN = set()
 
 
 def imported(source):

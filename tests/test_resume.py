@@ -25,6 +25,7 @@ from dual_ipo.core import Pair, UserError, Video, VideoFile, write_mp4
 from dual_ipo.cot import Item
 from dual_ipo.data import PairRow, PairTable, inside, read_pairs
 from dual_ipo.generator import Generator
+from dual_ipo.losses import Dpo, Kto
 from dual_ipo.reward import Judge
 from dual_ipo.rounds import Round, annotated, content_of, clip_names, check_same, config_of, evaluate_judge, grades_of, human_items, label, run_round
 from dual_ipo.srpo import cold_start, pseudo_label, srpo
@@ -215,26 +216,26 @@ def learned(tmp_path_factory):
     def load(): return Generator.load(at/"base", lora_rank=2, **tiny.SETTINGS)
     g = load()
     rows = sample_candidates(g, ["a red circle moves left", "a blue square moves up"], 2, at/"candidates", 0, 1)
-    asked = dict(steps=4, lr=1e-4, beta=300., lambda_win=1., lambda_real=1., batch_size=2, seed=0, round=1, save_every=2,
+    asked = dict(objective=Dpo(300.), steps=4, lr=1e-4, lambda_win=1., lambda_real=1., batch_size=2, seed=0, round=1, save_every=2,
                  real=[(row["prompt"], at/"candidates"/row["clip"]) for row in rows[:2]])
     pairs, save = make_pairs(rows, [1., 0., 1., 0.]), training_module.save_checkpoint
     training_module.save_checkpoint = dies(save, 1)
-    try: align(g, pairs, at/"candidates", at/"align", **asked)
+    try: align(model=g, pairs=pairs, candidates=at/"candidates", folder=at/"align", **asked)
     except Killed: pass
     finally: training_module.save_checkpoint = save
     return at, load, pairs, asked
 
 
-@pytest.mark.parametrize("change, said", [(dict(lr=1e-3), "lr: 0.0001 there"), (dict(beta=3e4), "beta: 300.0 there, 30000.0 here"), (dict(batch_size=1), "batch_size: 2"), (dict(objective="kto"), "objective: dpo"),
+@pytest.mark.parametrize("change, said", [(dict(lr=1e-3), "lr: 0.0001 there"), (dict(objective=Dpo(3e4)), "beta: 300.0 there, 30000.0 here"), (dict(batch_size=1), "batch_size: 2"), (dict(objective=Kto(300.)), "objective: dpo"),
     (dict(lambda_win=0.), "lambda_win: 1.0"), (dict(lambda_real=2.), "lambda_real: 1.0"), (dict(round=2), "round: 1"), (dict(real_batch_size=2), "real_batch_size: 1"), (dict(real="other"), "real_clips: "), (dict(pairs="other"), "pairs: ")])
 def test_an_alignment_is_not_resumed_as_another(learned, tmp_path, change, said):
     at, load, pairs, asked = learned
     shutil.copytree(at/"align", tmp_path/"align")
     if change.get("real"): change = dict(real=asked["real"][::-1])
     if change.pop("pairs", None): pairs = [pairs[0] | {f"{key}_{side}": pairs[0][f"{key}_{other}"] for key in ("name", "clip", "latents") for side, other in ("wl", "lw")}, pairs[1]]
-    with pytest.raises(UserError, match=said) as error: align(load(), pairs, at/"candidates", tmp_path/"align", **asked | change)
+    with pytest.raises(UserError, match=said) as error: align(model=load(), pairs=pairs, candidates=at/"candidates", folder=tmp_path/"align", **asked | change)
     assert len(str(error.value).splitlines()) == 1
-    assert len(align(load(), learned[2], at/"candidates", tmp_path/"align", **asked)) == 4
+    assert len(align(model=load(), pairs=learned[2], candidates=at/"candidates", folder=tmp_path/"align", **asked)) == 4
 
 
 def blank_judge():

@@ -3,6 +3,7 @@ import json
 import pytest, torch
 import dual_ipo.speed as speed
 from dual_ipo.align import step_loss
+from dual_ipo.losses import Dpo
 from dual_ipo.store import read_json
 from dual_ipo.toyworld import CHECKPOINTS
 
@@ -27,7 +28,7 @@ def test_the_peers_recipe_has_our_gradient(small, name):
         with torch.no_grad():
             for n, p in g.transformer.named_parameters():
                 if "lora_B" in n: p.copy_(.1*speed.noise(p.shape, n))
-        loss = speed.peers_loss(g, batch) if recipe == "peers" else step_loss(g, g.transformer, batch, 1, 2000., 0., 0.)[0]
+        loss = speed.peers_loss(g, batch) if recipe == "peers" else step_loss(Dpo(2000.), g, g.transformer, batch, 1, 0., 0.)[0]
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in g.transformer.parameters() if p.requires_grad]))
     assert grads[0].abs().sum() > 0
