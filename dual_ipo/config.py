@@ -85,6 +85,7 @@ class DataPart(Part):
     eval_prompts: str = Field("eval_prompts.txt", description="prompts that are never trained on")
     pairs: str | None = Field("pairs.csv", description="human pairs: columns prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's; null: none, the judge starts as it is")
     real_clips: str | None = Field(None, description="folder or csv (columns path, prompt) of real clips with captions; needed if align.lambda_real > 0")
+    held_out: float = Field(.1, ge=0, le=.9, description="share of the prompts of the human pairs, 0 to 0.9: their pairs measure the judge and never teach it")
     max_bad_share: float = Field(.05, ge=0, le=1, description="stop if more of the clips than this are unreadable")
 
 # %% ../nbs/06_config.ipynb #f366bb12
