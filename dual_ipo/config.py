@@ -103,6 +103,8 @@ class DataPart(Part):
         description="human pairs: prompt, path_A, path_B, label (A, B, same), or VideoGen-RewardBench's; null: none")
     real_clips: str | None = Field(None,
         description="real clips: a folder, or a csv of path, prompt; needed if align.lambda_real > 0")
+    held_out: float = Field(.1, ge=0, le=.9,
+        description="share of the human pairs' prompts whose pairs measure the judge and never teach it")
     max_bad_share: float = Field(.05, ge=0, le=1, description="stop if a larger share of the clips is unreadable")
 
 # %% ../nbs/06_config.ipynb #f366bb12

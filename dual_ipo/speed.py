@@ -42,7 +42,7 @@ from .kernels import fit, flash4, has_flash4, keep
 from .losses import Dpo, Kto, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
-from .rounds import HELD_OUT, Round, config_of, run_round
+from .rounds import Round, config_of, run_round
 from .store import Run, read_table, write_json
 from .toyworld import toy_prompts
 
@@ -410,7 +410,8 @@ def a_run(
     (folder / "prompts.txt").write_text("\n".join(prompts[:4]) + "\n", "utf-8")
     (folder / "eval_prompts.txt").write_text("\n".join(toy_prompts(144, "eval", 1001)[:few]) + "\n", "utf-8")
     clips = [a_video("clip", i, shape=shape, fps=g.fps) for i in range(4)]
-    held = [p for p in prompts if seed_of("held out", 0, p) < HELD_OUT * 2**63]
+    share = settings.get("data", {}).get("held_out", parse_config({}, "speed").data.held_out)
+    held = [p for p in prompts if seed_of("held out", 0, p) < share * 2**63]
     asked = [held[i // 4] if i % 4 == 3 else prompts[i] for i in range(human)]
     write_pairs(folder, [Pair(p, clips[i % 4], clips[(i + 1) % 4], label="AB"[i % 2], pair_id=str(i)) for i, p in enumerate(asked)])
     own = {key: getattr(g, key) for key in ("num_frames", "height", "width", "fps", "max_sequence_length")}

@@ -1,4 +1,6 @@
 "Whole runs: the demo does what it says, an interrupted run ends as an undisturbed one, a user's own input works."
+import ast
+import inspect
 import json
 import os
 import random
@@ -16,13 +18,14 @@ import torch
 import yaml
 
 import tiny
-from dual_ipo.cli import start_run
+from dual_ipo import rounds
+from dual_ipo.cli import ROUND, start_run
 from dual_ipo.demo import demo_config, write_toy_input
 from dual_ipo.ending import main
 from dual_ipo.config import parse_config
 from dual_ipo.core import UserError, Video
 from dual_ipo.rounds import run_round
-from dual_ipo.store import Run, read_json, read_table
+from dual_ipo.store import Run, mark_done, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
 
 COMMAND = [sys.executable, "-c", "from dual_ipo.ending import main; raise SystemExit(main())"]
@@ -46,6 +49,47 @@ def given(tmp_path_factory):
     for arch, make in dict(wan=tiny.wan, cogvideox=tiny.cogvideox).items(): make().save_pretrained(folder/arch)
     shutil.copytree(CHECKPOINTS/"judge", folder/"judge")
     return folder
+
+
+def called(source):
+    "The names that are called, in order."
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call.func.id for call in sorted(calls, key=lambda call: (call.lineno, call.end_col_offset))]
+
+
+def round_notebook():
+    "The code of the round notebook below its parameters."
+    cells = [cell for cell in read_json(ROUND)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", []))
+
+
+def test_the_loop_is_written_once(given, tmp_path, monkeypatch):
+    "`run_round` and the notebook of a round go through the same stages in the same order, and neither names one."
+    own, run, seen = called(inspect.getsource(rounds.stages)), Run.open(tmp_path/"run", small_config()), []
+    for source in (inspect.getsource(run_round), round_notebook()): assert "stages" in called(source) and not {*called(source)} & {*own}
+    left = dict(read_input=([], [], [], []), truth_of=([], None), evaluate_judge={}, finish={})
+    def noted(name):
+        def stage(*args):
+            seen.append(name)
+            return left.get(name, [])
+        return stage
+    for name in own: monkeypatch.setattr(rounds, name, noted(name))
+    for k in (0, 1):
+        run_round(run, k)
+        first, seen[:] = seen[:], []
+        exec(round_notebook(), dict(run=str(run.path), round=k))
+        assert seen == first == [name for name in own if name in seen]
+        mark_done(run.round(k))
+        seen.clear()
+    assert {*own} == {*first, "start_judge"}
+
+
+def test_human_pairs_are_held_out_as_the_config_says(given, tmp_path):
+    data = small_config("wan", lora_rank=4)
+    data["data"]["held_out"], data["cold_start"]["steps"], data["evaluate"]["measure"] = .5, 2, None
+    run = start_run(Namespace(config=write(given, "held.yaml", data), out=tmp_path/"run"))
+    n = run_round(run, 0)["reward"]["n_pairs"]
+    assert 6 <= n <= 18 and n + len(read_table(tmp_path/"run/round_00/annotated.parquet")) == 24
 
 
 def write(folder, name, data):
