@@ -61,7 +61,7 @@ def test_wan_22_is_planned_from_its_config_files(tmp_path):
     assert memory(two, small)["candidates"] == memory(one, large)["candidates"] and memory(two, large)["align"] == memory(one, large)["align"]
     assert "a round" in plan(config)
     config.generator.guidance_scale_2 = 2.
-    assert meta_generator(config).guidance_scale_2 == 2.
+    assert meta_generator(config).sampling.guidance_scale_2 == 2.
 
 
 @pytest.mark.parametrize("kind", ["wan unipc", "wan 2.2 a14b", "cogvideox 5b"])
