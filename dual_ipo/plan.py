@@ -184,14 +184,15 @@ def judge_memory(
     writing = questions * (j["pair"] * (j["cache"] + j["work"]) + k * (j["pair"] + part.max_new_tokens) * j["cache"])
     scoring = questions * k * ((j["pair"] + response) * j["cache"] + response * j["vocabulary"] * 10)
     twice = part.checkpointing is True or part.checkpointing == "auto" and j["parameters"] >= LARGE
-    def learning(rows):
-        kept = j["layers"] * j["boundary"] + 1.5 * j["block"] if twice else j["layers"] * j["block"]
-        return j["training"] + rows * ((j["pair"] + response) * kept + response * j["vocabulary"] * 16)
+    def learning(rows, at_most=None):   # rows of one pass, where an update has two
+        kept, again = (j["boundary"], 1.5 * j["block"]) if twice else (j["block"], 0)
+        tokens = j["pair"] + response
+        return j["training"] + rows * (tokens * j["layers"] * kept + response * j["vocabulary"] * 16) + (at_most or rows) * tokens * again
     def at_once(responses, batch): return min(max(1, AT_ONCE // (responses * (j["pair"] + response) * j["width"])), batch)
     examples = at_once(2, config.srpo.batch_size)
     return {"grading": j["weights"] + reading(min(part.batch_size, 64), j["clip"]), "voting": j["weights"] + writing,
             "certainty": 2 * j["weights"] + scoring, "cold start": learning(at_once(1, config.cold_start.batch_size)),
-            "srpo": learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2)) + j["past"]}
+            "srpo": learning(examples * (3 if config.srpo.lambda_human and config.data.pairs else 2), examples * 2) + j["past"]}
 
 # %% ../nbs/32_plan.ipynb #a09b729a
 def stages(
