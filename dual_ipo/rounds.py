@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of',
-           'Round', 'add_seconds', 'stage_of', 'staged', 'history_of', 'check_prompts', 'check_model', 'read_files',
-           'root_of', 'clip_names', 'content_of', 'check_same', 'check_given_clips', 'read_input', 'check_judge_of',
-           'check_input', 'annotated', 'write_annotated', 'start_judge', 'human_items', 'evaluate_generator',
-           'truth_of', 'asked_together', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge',
-           'finish', 'prompts_of_round', 'candidate_sampling', 'preview_sampling', 'sample_cheaply', 'read_candidates',
-           'totals', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank',
-           'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh',
-           'earlier_judge', 'table_path', 'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages',
-           'run_round', 'glance']
+           'Round', 'add_seconds', 'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling',
+           'preview_sampling', 'check_model', 'read_files', 'root_of', 'clip_names', 'content_of', 'check_same',
+           'check_given_clips', 'read_input', 'check_judge_of', 'check_input', 'annotated', 'write_annotated',
+           'start_judge', 'human_items', 'evaluate_generator', 'truth_of', 'asked_together', 'grades_of',
+           'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'finish', 'prompts_of_round',
+           'sample_cheaply', 'read_candidates', 'totals', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
+           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
+           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
+           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -199,6 +199,18 @@ def check_prompts(config: Config, prompts: list, eval_prompts: list):
         raise UserError(f"{data.eval_prompts}: {has}; add some or lower it")
     if config.align.lambda_real and not data.real_clips:
         raise UserError("data.real_clips: is empty, but align.lambda_real > 0; give real clips or set it to 0")
+
+# %% ../nbs/33_rounds.ipynb #05fffe6f
+def candidate_sampling(config: Config) -> Sampling:
+    "How the config wants candidates sampled."
+    g, c = config.generator, config.candidates
+    return Sampling(c.num_inference_steps or g.num_inference_steps, c.num_frames or g.num_frames,
+                    g.guidance_scale, g.guidance_scale_2, c.guidance_stop, c.cache)
+
+def preview_sampling(config: Config) -> Sampling:
+    "How it wants their previews sampled."
+    few = config.candidates.preview_steps
+    return replace(candidate_sampling(config), num_inference_steps=few, guidance_stop=None, cache=None)
 
 # %% ../nbs/33_rounds.ipynb #1a21f792
 def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
@@ -491,17 +503,6 @@ def prompts_of_round(
     return list(dict.fromkeys(order[(k - 1) * n:]))[:n]
 
 # %% ../nbs/33_rounds.ipynb #7b4ea874
-def candidate_sampling(config: Config) -> Sampling:
-    "How the config wants candidates sampled."
-    g, c = config.generator, config.candidates
-    return Sampling(c.num_inference_steps or g.num_inference_steps, c.num_frames or g.num_frames,
-                    g.guidance_scale, g.guidance_scale_2, c.guidance_stop, c.cache)
-
-def preview_sampling(config: Config) -> Sampling:
-    "How it wants their previews sampled."
-    few = config.candidates.preview_steps
-    return replace(candidate_sampling(config), num_inference_steps=few, guidance_stop=None, cache=None)
-
 def sample_cheaply(r: Round, generator, *args, **settings) -> list:
     "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
     return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size,
