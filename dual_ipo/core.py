@@ -220,7 +220,7 @@ class Timeline:
     fps: float                      # frames a second, on average
     times: list                     # of each frame, seconds from the first
     end: float                      # of the last frame, seconds
-    even: bool = True               # they follow `fps`, up to a quarter of a frame
+    even: bool = True               # they follow `fps`, up to a twentieth of a frame
     ticks: dict | None = None       # time stamp → number of the frame; None: the container doesn't tell
     groups: list = field(default_factory=list)  # of each packet, its group, where groups can be decoded by themselves
     group: dict = field(default_factory=dict)   # number of a frame → its group
@@ -241,7 +241,8 @@ def timeline_of(
         rate = (n - 1)/times[-1]
         if abs(times[-1]*round(rate) - (n - 1)) < .1: rate = float(round(rate))   # time stamps are rounded
     if not 0 < rate <= 1000: raise UserError(f"{path}: tells no frame rate; encode it again as mp4")
-    even = n < 2 or not told or (max(abs(t*rate - i) for i, t in enumerate(times)) < .25 and abs(end*rate - n) < .5)
+    near = .05 + float(tick)*rate   # frames; time stamps are rounded to ticks
+    even = n < 2 or not told or (max(abs(t*rate - i) for i, t in enumerate(times)) < near and abs(end*rate - n) < .5)
     if even: times, end = [i/rate for i in range(n)], n/rate
     return Timeline(rate if even else n/end, times, end, even, {stamp: i for i, stamp in enumerate(stamps)} if told else None)
 

@@ -674,7 +674,9 @@ def meta_generator(
     index, taken = adapter.pipeline.load_config(base), signature(adapter.pipeline).parameters
     parts = {key: value for key, value in index.items() if key in taken and not isinstance(value, list)}   # such as boundary_ratio
     for key, about in index.items():
-        if key not in taken or not isinstance(about, list) or about[0] is None: continue
+        if key not in taken or not isinstance(about, list) or about[:1] == [None]: continue
+        if len(about) != 2 or not all(isinstance(word, str) for word in about):
+            raise UserError(f"{base}/model_index.json: {key} is {about!s:.80} instead of a library and a class; restore it")
         kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(about[0]), about[1], None)
         if kind is None: raise UserError(f"{base}: its {key}, {'.'.join(about)}, isn't of diffusers or transformers; give a plain {adapter.pipeline.__name__}")
         try: parts[key] = meta_part(base, key, kind, adapter.dtypes(dtype, part.lora_rank).get(key, dtype))
