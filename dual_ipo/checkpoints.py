@@ -6,13 +6,13 @@
 __all__ = ['FETCH', 'PASSED', 'WEIGHTS', 'POINTER', 'MOST_LAYERS', 'UNUSED', 'LORA_FILES', 'GENERATOR_NOTE', 'in_a_line',
            'opening', 'is_count', 'read_note', 'weight_files', 'variant_of', 'check_pointers', 'shards_of',
            'stored_shapes', 'check_config', 'refuse_shapes', 'silent', 'check_weights', 'is_finite', 'check_finite',
-           'check_adapter', 'check_fits', 'read_loras', 'unpadded']
+           'layers_of', 'check_adapter', 'check_fits', 'read_loras', 'unpadded']
 
 # %% ../nbs/07_checkpoints.ipynb #806a26b9
 import json, math, re
 from contextlib import contextmanager
 from pathlib import Path
-import safetensors, torch, transformers
+import torch, transformers
 from torch import Tensor, nn
 from transformers.modeling_utils import load_state_dict
 from .core import UserError
@@ -51,9 +51,7 @@ def read_note(
     wanted: dict,   # {key: (whether its value is right, what is right, in words)}
 ) -> dict:
     "Facts of a JSON file; UserError naming the key that is missing or wrong."
-    try: facts = read_json(path)
-    except (UnicodeDecodeError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: is not JSON ({in_a_line(error)}); restore it") from None
+    facts = read_json(path)
     if not isinstance(facts, dict): raise UserError(f"{path}: holds no object but {json.dumps(facts)[:40]}; restore it")
     for key, (right, words) in wanted.items():
         if not right(facts.get(key)): raise UserError(f"{path}: {key} is {str(facts.get(key))[:80]!r}; it has to be {words}")
@@ -191,14 +189,20 @@ def check_finite(
         raise UserError(f"{where}: its weight {name} holds NaN or infinity; {FETCH}, or take an earlier one")
 
 # %% ../nbs/07_checkpoints.ipynb #b43ad37a
+def layers_of(
+    lora: dict,   # {"blocks.0.attn1.to_q.lora_A.weight": [rank, in], "….lora_B.weight": [out, rank], …}
+) -> list[str]:
+    "The linear maps that an adapter changes."
+    return list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in lora))
+
 def check_adapter(
-    lora: dict,          # {"blocks.0.attn1.to_q.lora_A.weight": [rank, in], "….lora_B.weight": [out, rank], …}
+    lora: dict,          # as above
     rank: int,
     where,               # for the message
 ):
     "UserError unless it is an adapter of that rank, of finite numbers."
     refuse = lambda why: UserError(f"{where}: {why}; restore it, or run the round again")
-    modules = {name.rsplit(".lora_", 1)[0] for name in lora}
+    modules = layers_of(lora)
     if not modules or lora.keys() != {f"{m}.lora_{side}.weight" for m in modules for side in "AB"}:
         raise refuse("is no adapter of matrices lora_A and lora_B for each of its maps")
     for name, x in lora.items():
@@ -213,7 +217,7 @@ def check_fits(
 ):
     "UserError unless the model has the maps of the adapter, in their shapes."
     maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in sorted({name.rsplit(".lora_", 1)[0] for name in lora}):
+    for name in sorted(layers_of(lora)):
         shape = (len(lora[f"{name}.lora_B.weight"]), lora[f"{name}.lora_A.weight"].shape[1])
         own = maps.get(name) or maps.get(f"{name}.base_layer")
         if own is None: raise UserError(f"{where}: is of another architecture, the base has no {name}; give the base it was made for")

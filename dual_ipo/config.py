@@ -94,6 +94,11 @@ class RewardPart(Part):
     backend: Literal["transformers", "vllm"] = Field("transformers",
         description="what writes the responses; vllm has to be installed, and needs room beside the judge")
 
+    @property
+    def view(self) -> dict:
+        "What decides a judge's questions, for `Judge.load`."
+        return dict(frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question)
+
 # %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):
     prompts: str = Field("prompts.txt",

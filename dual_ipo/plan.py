@@ -142,7 +142,7 @@ def judge_facts(
     "The judge's size, what it keeps of a token, and how long its questions are; UserError when its config files can't be had."
     part, shape = config.reward, config.generator
     dtype = getattr(torch, part.dtype)
-    judge = Judge.load(part.path, dtype=dtype, lora_rank=part.lora_rank, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels, question=part.question, meta=True)
+    judge = Judge.load(part.path, dtype=dtype, lora_rank=part.lora_rank, meta=True, **part.view)
     everything, adapters = (sum(p.numel() for name, p in judge.model.named_parameters() if not wanted or wanted in name) for wanted in ("", "lora_"))
     parameters = everything - adapters
     clip = Video(torch.zeros(shape.num_frames, 3, shape.height, shape.width, dtype=torch.uint8), shape.fps)

@@ -113,8 +113,7 @@ def load_judge(
     "A judge with the config's settings, as its checkpoint has it."
     part = config.reward
     judge = Judge.load(intact(path), device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank,
-                       learns=learns, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels,
-                       question=part.question, seed=config.seed)
+                       learns=learns, seed=config.seed, **part.view)
     judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
     if part.backend == "vllm":
         from dual_ipo.engine import Engine
@@ -300,8 +299,7 @@ def read_input(r: RoundFolder) -> tuple:  # (prompts, evaluation prompts, human 
 def check_judge_of(config: Config, prompts: list):
     "UserError where the judge can't do what it is asked to. Its config files and its tokenizer tell."
     part, g = config.reward, config.generator
-    judge = Judge.load(part.path, frames_per_video=part.frames_per_video, max_pixels=part.max_pixels,
-                       question=part.question, meta=True)
+    judge = Judge.load(part.path, meta=True, **part.view)
     judge.max_thinking_tokens = part.max_thinking_tokens
     check_stored(judge)
     check_judge(judge, g.height, g.width, judge.budget(part.max_new_tokens), max(prompts, key=len), part.dimensions)

@@ -22,7 +22,7 @@ from .core import UserError
 from .demo import demo_config, write_toy_input
 from .evaluate import load_measure, score_videos
 from .monitor import above_reference, late_mean
-from .rounds import Round, grades_of, load_generator, read_candidates, run_round, totals
+from .rounds import Round, grades_of, load_generator, run_round, totals
 from .stats import mean_ci, right
 from .store import Run, is_done, read_json, read_table, stage, write_json, write_table
 from .toyworld import toy_prompts

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .core import Pair
-from .cot import DIMENSIONS, annotation_prompt, clip_prompt, pair_prompt
+from .cot import annotation_prompt, clip_prompt, pair_prompt
 from .store import write_json
 from .toyworld import COLORS, DIRECTIONS, LEVELS, SEMANTIC, SHAPES, SIZE, SPEEDS, TEMPLATES
 from .training import seeded

@@ -7,8 +7,9 @@ from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 import tiny
 from dual_ipo.align import align, errors, in_parts, step_loss
 from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
+from dual_ipo.checkpoints import layers_of
 from dual_ipo.core import UserError, generator, noise
-from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
+from dual_ipo.generator import CogVideoX, Generator, Wan
 from dual_ipo.kernels import keep, kept_bytes
 from dual_ipo.losses import Dpo, Kto, objective_of
 from dual_ipo.speed import REAL, real_generator
@@ -356,7 +357,7 @@ import sys, json, torch; torch.set_num_threads(1)
 from dual_ipo.training import ranks; ranks()
 import dual_ipo.align
 from dual_ipo.align import align
-from dual_ipo.generator import CogVideoX, Generator, Wan, layers_of
+from dual_ipo.generator import CogVideoX, Generator, Wan
 from dual_ipo.losses import objective_of
 from dual_ipo.store import write_json
 path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
