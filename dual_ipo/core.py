@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['MISSING', 'SMALL', 'TICK', 'MAX_FRAMES', 'MAX_PIXELS', 'MAX_TOTAL', 'FORMATS', 'EBML', 'SEGMENT', 'BOXES', 'HDR',
            'WIDE', 'ICTCP', 'SPARE', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise', 'warn_once', 'sync_folder',
-           'whole_file', 'write_mp4', 'check_caps', 'ebml_size', 'boxes_end', 'declared_bytes', 'video_stream',
-           'opened', 'Timeline', 'timeline_of', 'decoder_of', 'decode', 'starts_anew', 'groups_of', 'timeline',
-           'with_square_pixels', 'to_sdr', 'recoloured', 'on_black', 'upright', 'Shown', 'needed', 'take', 'read_clip',
-           'read_mp4', 'check_clip', 'browser_plays', 'video_html', 'spread', 'shown_at', 'Video', 'resample',
-           'timeline_at', 'VideoFile', 'frames_of', 'side_by_side', 'Pair', 'Judgement']
+           'whole_file', 'h264_stream', 'encoded', 'write_mp4', 'check_caps', 'ebml_size', 'boxes_end',
+           'declared_bytes', 'video_stream', 'check_file', 'opened', 'Timeline', 'rate_of', 'is_even', 'timeline_of',
+           'decoder_of', 'decode', 'starts_anew', 'groups_of', 'Packet', 'Scan', 'check_count', 'scan',
+           'packet_timeline', 'decoded_timeline', 'timeline', 'with_square_pixels', 'to_sdr', 'recoloured', 'on_black',
+           'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4', 'check_clip', 'browser_plays', 'video_html',
+           'evenly', 'shown_at', 'Video', 'for_browsers', 'resample', 'timeline_at', 'VideoFile', 'frames_of', 'fitted',
+           'side_by_side', 'Pair', 'Judgement']
 
 # %% ../nbs/00_core.ipynb #95ad8e97
 import base64, errno, hashlib, html, os, struct, tempfile, warnings
@@ -23,10 +25,12 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 import av, numpy as np, torch
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorTrc, VideoReformatter
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +62,7 @@ def noise(
     return torch.randn(*shape, generator=generator(*keys))
 
 # %% ../nbs/00_core.ipynb #57b9dea8
-MISSING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # what a file system says of a call that it doesn't have
+MISSING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # a file system hasn't this call
 
 @lru_cache(None)
 def warn_once(
@@ -67,15 +71,18 @@ def warn_once(
     "Say it, once in a process."
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
+# %% ../nbs/00_core.ipynb #6c66de0b
 def sync_folder(
     path,  # a folder
 ):
-    "Ask the disk to keep this folder's list of names: a rename is durable only after it. Mounted object stores and some shares can't; that is told once."
+    """Ask the disk to keep this folder's list of names: a rename is durable only after it.
+    Mounted object stores and some shares can't; that is told once."""
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     except OSError as error:
         if error.errno not in MISSING: raise
-        warn_once(f"this file system cannot sync folders ({error.strerror}): what was written last may be lost where the power fails")
+        warn_once(f"this file system cannot sync folders ({error.strerror}): "
+                  "what was written last may be lost where the power fails")
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #83969d10
@@ -98,34 +105,58 @@ def whole_file(
 SMALL = 128   # px: frames narrower or lower than this keep full colour on disk, and are enlarged to be shown
 TICK  = Fraction(1, 90_000)   # s: the clock of clips whose frames are not evenly spaced
 
+# %% ../nbs/00_core.ipynb #28ce0c9e
+def h264_stream(
+    container,            # an av container to write to
+    size: tuple[int, int],   # (H, W)
+    fps: float,
+    clocked: bool,        # every frame brings its time, in ticks
+):
+    "The container's one stream, with settings that make the same frames the same bytes."
+    settings = {"crf": "12", "threads": "1", "x264-params": "mbtree=0" + ":bframes=0"*clocked}
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=settings)
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv444p" if min(size) < SMALL else "yuv420p"
+    if clocked: stream.codec_context.time_base = TICK
+    return stream
+
+# %% ../nbs/00_core.ipynb #2f342fc4
+def encoded(
+    stream,            # of `h264_stream`
+    frames: Tensor,    # uint8 [T, 3, H, W]
+    ticks: list[int],  # when each comes; empty: they follow the stream's rate
+) -> Iterator:         # of av.Packet
+    "Frames as packets, with how long each of them is shown."
+    shown = {begin: after - begin for begin, after in zip(ticks, ticks[1:])}
+    pictures, convert = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy(), VideoReformatter().reformat
+    for i in range(len(pictures) + 1):
+        picture = None   # at the end: hand out what you hold back
+        if i < len(pictures):
+            picture = av.VideoFrame.from_ndarray(pictures[i], format="rgb24")
+            picture = convert(picture, format=stream.pix_fmt, threads=1)
+            if ticks: picture.pts, picture.time_base = ticks[i], TICK
+        for packet in stream.encode(picture):
+            packet.duration = shown.get(packet.pts, packet.duration)
+            yield packet
+
+# %% ../nbs/00_core.ipynb #bd1be6a1
 def write_mp4(
     path,            # the file to come
     frames: Tensor,  # uint8 [T, 3, H, W]; H and W even
     fps: float,      # frames a second, written as it is
-    times: list | None = None,   # of each frame, seconds; None: they follow `fps`
-    end: float | None = None,    # when the last one goes, seconds; with `times`
+    times: list[float] | None = None,   # of each frame, seconds; None: they follow `fps`
+    end: float | None = None,           # when the last one goes, seconds; with `times`
 ):
     "Encode `frames`; the file appears whole or not at all."
     T, C, H, W = frames.shape
-    if frames.dtype != torch.uint8 or C != 3: raise TypeError(f"not uint8 [T, 3, H, W]: {frames.dtype} {tuple(frames.shape)}")
+    if frames.dtype != torch.uint8 or C != 3:
+        raise TypeError(f"not uint8 [T, 3, H, W]: {frames.dtype} {tuple(frames.shape)}")
     if H % 2 or W % 2: raise UserError(f"{path}: {H}x{W} can't be kept as mp4; height and width must be even")
     ticks = [round(t/TICK) for t in (*times, end or times[-1] + 1/fps)] if times else []
-    lasts = {begin: after - begin for begin, after in zip(ticks, ticks[1:])}
     with whole_file(path) as beside:
         with av.open(f"file:{beside}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "threads": "1", "x264-params": "mbtree=0" + ":bframes=0"*bool(times)})
-            stream.width, stream.height, stream.pix_fmt = W, H, "yuv444p" if min(H, W) < SMALL else "yuv420p"
-            if times: stream.codec_context.time_base = TICK
-            convert = VideoReformatter().reformat
-            def mux(packets):
-                for packet in packets:
-                    packet.duration = lasts.get(packet.pts, packet.duration)
-                    container.mux(packet)
-            for i, frame in enumerate(frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-                picture = convert(av.VideoFrame.from_ndarray(frame, format="rgb24"), format=stream.pix_fmt, threads=1)
-                if times: picture.pts, picture.time_base = ticks[i], TICK
-                mux(stream.encode(picture))
-            mux(stream.encode())
+            stream = h264_stream(container, (H, W), fps, bool(ticks))
+            for packet in encoded(stream, frames, ticks): container.mux(packet)
 
 # %% ../nbs/00_core.ipynb #ac0c6468
 MAX_FRAMES = 1024               # of a clip
@@ -140,20 +171,24 @@ def check_caps(
     H: int, W: int,
 ):
     "UserError if a clip is larger than we are willing to decode."
-    if H*W > MAX_PIXELS: raise UserError(f"{path}: frames of {H}x{W} are over the limit of {MAX_PIXELS} pixels; scale the clip down")
+    if H*W > MAX_PIXELS:
+        raise UserError(f"{path}: frames of {H}x{W} are over the limit of {MAX_PIXELS} pixels; scale the clip down")
     if n > MAX_FRAMES: raise UserError(f"{path}: more than {MAX_FRAMES} frames; cut the clip")
-    if n*H*W > MAX_TOTAL: raise UserError(f"{path}: {n} frames of {H}x{W} are too much to decode; cut the clip or scale it down")
+    if n*H*W > MAX_TOTAL:
+        raise UserError(f"{path}: {n} frames of {H}x{W} are too much to decode; cut the clip or scale it down")
 
 # %% ../nbs/00_core.ipynb #9e594418
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 BOXES = (b"moov", b"mdat", b"moof", b"mfra", b"sidx", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta")
 
+# %% ../nbs/00_core.ipynb #71222c07
 def ebml_size(data: bytes) -> tuple[int, int | None]:  # (bytes it is written in, the number; None: unknown)
     "A number of variable length, as Matroska writes sizes."
     n = 9 - data[0].bit_length() if data and data[0] else 8
     number = int.from_bytes(data[:n], "big") & (1 << 7*n) - 1
     return n, None if number == (1 << 7*n) - 1 else number
 
+# %% ../nbs/00_core.ipynb #9ae6cac6
 def boxes_end(file) -> int:
     "Where the last top-level box of an mp4 or mov ends."
     size, pos = file.seek(0, os.SEEK_END), 0
@@ -166,6 +201,7 @@ def boxes_end(file) -> int:
         pos += n
     return pos
 
+# %% ../nbs/00_core.ipynb #518ae109
 def declared_bytes(
     path,
 ) -> int:   # 0: it doesn't tell
@@ -173,7 +209,9 @@ def declared_bytes(
     with open(path, "rb") as file:
         head = file.read(64)
         if head[4:8] in (*BOXES, b"ftyp"): return boxes_end(file)
-    if head[:4] == b"RIFF": return 8 + int.from_bytes(head[4:8], "little") if 0 < int.from_bytes(head[4:8], "little") < 2**32 - 1 else 0
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return 8 + size if 0 < size < 2**32 - 1 else 0
     if head[:4] != EBML: return 0
     n, header = ebml_size(head[4:12])
     at = 4 + n + (header or 0)
@@ -190,61 +228,98 @@ def video_stream(
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams: raise UserError(f"{path}: holds no video stream; give a video file")
     context = streams[0].codec_context
-    if context is None: raise UserError(f"{path}: is truncated or damaged: its codec can't be told; fetch or render it again")
+    if context is None:
+        raise UserError(f"{path}: is truncated or damaged: its codec can't be told; fetch or render it again")
     if context.codec_tag.lower() in ("dvhe", "dvh1", "dav1", "dva1", "dvav"):
         raise UserError(f"{path}: is in Dolby Vision's own colours; export it as SDR or HDR10")
     return streams[0]
 
+# %% ../nbs/00_core.ipynb #76feac97
+def check_file(
+    path: Path,   # a video file
+) -> bytes:       # how it begins
+    "UserError if a clip is missing, can't be read, is empty or shorter than it says."
+    if not path.is_file(): raise UserError(f"{path}: no such file; check the path")
+    try: size, declared, head = path.stat().st_size, declared_bytes(path), path.open("rb").read(12)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}; check its permissions") from None
+    if size == 0: raise UserError(f"{path}: has zero bytes; fetch or render it again")
+    if declared > size: raise UserError(f"{path}: is truncated: {size} of {declared} bytes; fetch it again")
+    return head
+
+# %% ../nbs/00_core.ipynb #feea6069
 @contextmanager
 def opened(
     path,   # a video file
 ):
-    "(container, its video stream); UserError if the clip is missing, empty, cut off or no video, or fails while it is open."
+    "(container, its video stream); UserError as `check_file` says, if it is no video, or fails while it is open."
     path = Path(path)
-    if not path.is_file(): raise UserError(f"{path}: no such file; check the path")
-    try: size, declared, head = path.stat().st_size, declared_bytes(path), path.open("rb").read(12)
-    except OSError as error: raise UserError(f"{path}: can't be read: {error.strerror}; check its permissions") from None
-    if size == 0: raise UserError(f"{path}: has zero bytes; fetch or render it again")
-    if declared > size: raise UserError(f"{path}: is truncated: {size} of {declared} bytes; fetch it again")
+    head = check_file(path)
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file", "err_detect": "explode"}
     try:
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container: yield container, video_stream(container, path)
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            yield container, video_stream(container, path)
     except av.FFmpegError:
-        known = head[4:8] == b"ftyp" or head[:4] in (b"RIFF", EBML)
-        raise UserError(f"{path}: {'is truncated or damaged; fetch or render it again' if known else 'is not a video; give an mp4'}") from None
+        is_known = head[4:8] == b"ftyp" or head[:4] in (b"RIFF", EBML)
+        fault = "is truncated or damaged; fetch or render it again" if is_known else "is not a video; give an mp4"
+        raise UserError(f"{path}: {fault}") from None
 
 # %% ../nbs/00_core.ipynb #a014a49c
 @dataclass
 class Timeline:
     "When the frames of a clip are shown."
-    fps: float                      # frames a second, on average
-    times: list                     # of each frame, seconds from the first
-    end: float                      # of the last frame, seconds
-    even: bool = True               # they follow `fps`, up to a twentieth of a frame
-    ticks: dict | None = None       # time stamp → number of the frame; None: the container doesn't tell
-    groups: list = field(default_factory=list)  # of each packet, its group, where groups can be decoded by themselves
-    group: dict = field(default_factory=dict)   # number of a frame → its group
-    promised: int = 1               # frames at least, by the container's word
+    fps: float                             # frames a second, on average
+    times: list[float]                     # of each frame, seconds from the first
+    end: float                             # of the last frame, seconds
+    even: bool = True                      # they follow `fps`, up to a twentieth of a frame
+    ticks: dict[int, int] | None = None    # time stamp → number of the frame; None: the container doesn't tell
+    groups: list[int] = field(default_factory=list)     # of each packet, where groups can be decoded by themselves
+    group: dict[int, int] = field(default_factory=dict) # number of a frame → its group
+    promised: int = 1                      # frames at least, by the container's word
 
+# %% ../nbs/00_core.ipynb #b14132dd
+def rate_of(
+    times: list[float],  # of each frame, seconds from the first; empty: not told
+    rate: float,         # as the container says; 0: it doesn't
+    path,                # for the message
+) -> float:
+    "Frames a second: what the container says where the time stamps agree, else what they tell."
+    last = len(times) - 1
+    if last > 0 and abs(times[-1]*rate - last) > .5:
+        rate = last/times[-1]
+        if abs(times[-1]*round(rate) - last) < .1: rate = float(round(rate))   # time stamps are rounded
+    if not 0 < rate <= 1000: raise UserError(f"{path}: tells no frame rate; encode it again as mp4")
+    return rate
+
+# %% ../nbs/00_core.ipynb #d8e11fcf
+def is_even(
+    times: list[float],  # as above
+    end: float,          # of the last frame, seconds
+    rate: float,         # frames a second
+    slack: float,        # frames that a time stamp may be off
+) -> bool:
+    "Whether frames follow the rate."
+    if len(times) < 2: return True
+    furthest = max(abs(t*rate - i) for i, t in enumerate(times))
+    return furthest < slack and abs(end*rate - len(times)) < .5
+
+# %% ../nbs/00_core.ipynb #dd311db3
 def timeline_of(
-    stamps: list,    # of the frames in the order shown, ticks; None: not told
+    stamps: list[int | None],   # of the frames in the order shown, ticks; None: not told
     last: int,       # how long the last one is shown, ticks; 0: not told
     tick: Fraction,  # s
     rate: float,     # as the container says; 0: it doesn't
     path,            # for the message
 ) -> Timeline:
-    "A clip's clock. The rate that the container says holds where the time stamps agree."
+    "A clip's clock."
     n, told = len(stamps), None not in stamps and all(b > a for a, b in zip(stamps, stamps[1:]))
     times = [float((stamp - stamps[0])*tick) for stamp in stamps] if told else []
     end = times[-1] + (float(last*tick) or times[-1]/max(n - 1, 1)) if told else 0.
-    if n > 1 and told and abs(times[-1]*rate - (n - 1)) > .5:
-        rate = (n - 1)/times[-1]
-        if abs(times[-1]*round(rate) - (n - 1)) < .1: rate = float(round(rate))   # time stamps are rounded
-    if not 0 < rate <= 1000: raise UserError(f"{path}: tells no frame rate; encode it again as mp4")
-    near = .05 + float(tick)*rate   # frames; time stamps are rounded to ticks
-    even = n < 2 or not told or (max(abs(t*rate - i) for i, t in enumerate(times)) < near and abs(end*rate - n) < .5)
+    rate = rate_of(times, rate, path)
+    even = is_even(times, end, rate, .05 + float(tick)*rate)   # time stamps are rounded to ticks
     if even: times, end = [i/rate for i in range(n)], n/rate
-    return Timeline(rate if even else n/end, times, end, even, {stamp: i for i, stamp in enumerate(stamps)} if told else None)
+    ticks = {stamp: i for i, stamp in enumerate(stamps)} if told else None
+    return Timeline(rate if even else n/end, times, end, even, ticks)
 
 # %% ../nbs/00_core.ipynb #b502845f
 def decoder_of(
@@ -253,12 +328,15 @@ def decoder_of(
 ):
     "The stream's decoder, which complains rather than repairs; one thread each, since clips are decoded side by side."
     decoder, own = stream.codec_context, {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
-    if own and {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1":
+    facts = {key.lower(): value for key, value in stream.metadata.items()}
+    if own and facts.get("alpha_mode") == "1":
         try: decoder = av.CodecContext.create(own, "r")
-        except av.codec.codec.UnknownCodecError: raise UserError(f"{path}: is partly transparent; put it on a ground") from None
+        except av.codec.codec.UnknownCodecError:
+            raise UserError(f"{path}: is partly transparent; put it on a ground") from None
     decoder.options, decoder.thread_count = {"err_detect": "explode"}, 1
     return decoder
 
+# %% ../nbs/00_core.ipynb #685d4e54
 def decode(
     decoder,
     packets: Iterator,  # None: hand out what you hold back
@@ -267,18 +345,21 @@ def decode(
     "Frames as they are stored; UserError when the caps are passed or the size changes."
     n, size = 0, None
     for packet in packets:
-        if packet and packet.is_corrupt: raise UserError(f"{path}: is truncated after {n} frames; fetch or render it again")
+        if packet and packet.is_corrupt:
+            raise UserError(f"{path}: is truncated after {n} frames; fetch or render it again")
         for frame in decoder.decode(packet):
             n, size = n + 1, size or (frame.height, frame.width)
             check_caps(path, n, *size)
-            if (frame.height, frame.width) != size: raise UserError(f"{path}: changes its size; encode it in one size")
+            if (frame.height, frame.width) != size:
+                raise UserError(f"{path}: changes its size; encode it in one size")
             yield frame
 
 # %% ../nbs/00_core.ipynb #ca0289e5
 def starts_anew(
     packet, stream,
 ) -> bool:
-    "Is it a key frame across which nothing refers? In H.264 only an IDR picture is; other key frames just look good enough to begin at."
+    """Is it a key frame across which nothing refers?
+    In H.264 only an IDR picture is; other key frames just look good enough to begin at."""
     if not packet.is_keyframe or stream.codec_context.name != "h264": return packet.is_keyframe
     extra, data, pos = stream.codec_context.extradata or b"", bytes(packet), 0
     if extra[:1] != b"\1": return False   # not written as in mp4 and mkv, a length before each unit
@@ -288,49 +369,108 @@ def starts_anew(
         pos += n + int.from_bytes(data[pos:pos + n], "big")
     return False
 
+# %% ../nbs/00_core.ipynb #a6833cd8
 def groups_of(
-    rows: list,  # (time stamp, is a key frame) of each packet, as stored
-) -> list:       # of each packet, the number of its group; [] where groups lean on each other
+    packets: list[tuple[int, bool]],  # (time stamp, is a key frame) of each, as stored
+) -> list[int]:                       # of each packet, the number of its group; [] where groups lean on each other
     "Which packets can be decoded without the others."
     groups, seen = [], -1
-    for stamp, is_key in rows:
-        if is_key: begin, end_before, seen = stamp, max((s for s, _ in rows[:len(groups)]), default=stamp - 1), seen + 1
+    for i, (stamp, is_key) in enumerate(packets):
+        if is_key:
+            begin, seen = stamp, seen + 1
+            end_before = max((earlier for earlier, _ in packets[:i]), default=stamp - 1)
         if seen < 0 or stamp < begin or begin <= end_before: return []
         groups.append(seen)
     return groups
 
+# %% ../nbs/00_core.ipynb #83e906cf
+class Packet(NamedTuple):
+    "What a packet tells before it is decoded."
+    stamp: int | None   # when its frame is shown, ticks; None: not told
+    last: int           # how long, ticks; 0: not told
+    is_key: bool        # see `starts_anew`
+    is_cut: bool        # by an edit list: it lies in the file, not in the clip
+
+# %% ../nbs/00_core.ipynb #24a1c029
+class Scan(NamedTuple):
+    "What the packets of a clip tell."
+    packets: list[Packet]   # as stored
+    promised: int           # frames at least, by the container's word
+    tick: Fraction          # s
+    rate: float             # frames a second, as the container says; 0: it doesn't
+    hides: bool             # packets don't tell when each frame is shown
+
+# %% ../nbs/00_core.ipynb #4c657cd2
+def check_count(
+    path,            # for the message
+    n: int,          # frames that came
+    promised: int,   # frames at least
+):
+    "UserError if frames are missing at the end."
+    if n < promised: raise UserError(f"{path}: is truncated: {n} of {promised} frames; fetch it again")
+
+# %% ../nbs/00_core.ipynb #ace9d72f
+def scan(
+    path,
+) -> Scan:
+    "Go through a clip's packets; UserError as `opened` says and when there are too many frames."
+    with opened(path) as (container, stream):
+        packets, cut, tick, rate = [], 0, stream.time_base, float(stream.average_rate or 0)
+        for packet in container.demux(stream):
+            cut += packet.is_discard
+            if packet.size:
+                last, is_key = packet.duration or 0, starts_anew(packet, stream)
+                packets.append(Packet(packet.pts, last, is_key, packet.is_discard))
+            check_caps(path, len(packets) - cut, stream.height, stream.width)
+        is_mov = "mov" in container.format.name   # its index is without what edit lists leave out whole
+        announced = len(stream.index_entries) if is_mov else stream.frames
+        hides = stream.codec_context.name == "vp8" or container.format.name == "avi"
+    return Scan(packets, max(announced - cut, 1), tick, rate, hides or any(p.stamp is None for p in packets))
+
+# %% ../nbs/00_core.ipynb #38a9855b
+def packet_timeline(
+    path,          # for the messages
+    found: Scan,
+) -> Timeline:
+    "A clip's clock from its packets."
+    shown = sorted(packet for packet in found.packets if not packet.is_cut)
+    if not shown: check_count(path, 0, found.promised)
+    last = shown[-1].last if shown[-1] == found.packets[-1] else 0   # out of order: it follows from the order stored
+    line = timeline_of([packet.stamp for packet in shown], last, found.tick, found.rate, path)
+    if line.ticks: line.groups = groups_of([(packet.stamp, packet.is_key) for packet in found.packets])
+    for packet, group in zip(found.packets, line.groups):
+        if not packet.is_cut: line.group[line.ticks[packet.stamp]] = group
+    return line
+
+# %% ../nbs/00_core.ipynb #e49c7c9c
+def decoded_timeline(
+    path,
+    found: Scan,
+) -> Timeline:
+    "A clip's clock from its frames, where packets don't tell it."
+    with opened(path) as (container, stream):
+        frames = decode(decoder_of(stream, path), container.demux(stream), path)
+        stamps = [frame.pts for frame in frames]
+    check_count(path, len(stamps), found.promised)
+    return timeline_of(stamps, 0, found.tick, found.rate, path)
+
+# %% ../nbs/00_core.ipynb #c8e9291d
 def timeline(
     path,
     decoded: bool = False,   # count frames rather than packets
 ) -> Timeline:
-    "A clip's clock, from its packets; UserError as `opened` says and when there are too many frames."
-    with opened(path) as (container, stream):
-        rows, hidden, tick, rate = [], 0, stream.time_base, float(stream.average_rate or 0)
-        for packet in container.demux(stream):
-            hidden += packet.is_discard   # cut off by an edit list: lies in the file, not in the clip
-            if packet.size: rows.append((packet.pts, packet.duration or 0, starts_anew(packet, stream), packet.is_discard))
-            check_caps(path, len(rows) - hidden, stream.height, stream.width)
-        announced = len(stream.index_entries) if "mov" in container.format.name else stream.frames   # without what edit lists leave out whole
-        shown, promised = [row for row in rows if not row[3]], max(announced - hidden, 1)
-        decoded = decoded or stream.codec_context.name == "vp8" or container.format.name == "avi" or any(row[0] is None for row in rows)
-    if not decoded:
-        shown.sort()
-        if not shown: raise UserError(f"{path}: is truncated: 0 of {promised} frames; fetch it again")
-        last = shown[-1][1] if shown[-1] == rows[-1] else 0   # where frames are stored out of order it follows from the order stored
-        line = timeline_of([row[0] for row in shown], last, tick, rate, path)
-        if line.ticks: line.groups = groups_of([(stamp, is_key) for stamp, _, is_key, _ in rows])
-        line.group = {line.ticks[row[0]]: group for row, group in zip(rows, line.groups) if not row[3]}
-    else:
-        with opened(path) as (container, stream): stamps = [frame.pts for frame in decode(decoder_of(stream, path), container.demux(stream), path)]
-        if len(stamps) < promised: raise UserError(f"{path}: is truncated: {len(stamps)} of {promised} frames; fetch it again")
-        line = timeline_of(stamps, 0, tick, rate, path)
-    line.promised = promised
+    "A clip's clock; UserError as `opened` says and when there are too many frames."
+    found = scan(path)
+    line = decoded_timeline(path, found) if decoded or found.hides else packet_timeline(path, found)
+    line.promised = found.promised
     return line
 
 # %% ../nbs/00_core.ipynb #750c9e33
-HDR, WIDE = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67), (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+HDR = ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67
+WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432
 ICTCP = 14, 15   # colour spaces that cannot be converted
 
+# %% ../nbs/00_core.ipynb #805d08e7
 def with_square_pixels(
     H: int, W: int,
     pixel: Fraction,      # width of a stored pixel by its height
@@ -338,10 +478,11 @@ def with_square_pixels(
     "The size a player shows: one side grows."
     return (H, round(W*pixel)) if pixel >= 1 else (round(H/pixel), W)
 
+# %% ../nbs/00_core.ipynb #ff19c19f
 def to_sdr(
     frame,       # av.VideoFrame
     path,        # for the message
-) -> dict:       # for `VideoReformatter.reformat`; {} for a frame that is in SDR
+) -> dict[str, int]:   # for `VideoReformatter.reformat`; {} for a frame that is in SDR
     "What converts a frame's curve and primaries to BT.709."
     if frame.colorspace in ICTCP: raise UserError(f"{path}: its colours are in ICtCp; export it as SDR or HDR10")
     is_hdr = frame.color_trc in HDR
@@ -349,47 +490,57 @@ def to_sdr(
     if frame.color_primaries == ColorPrimaries.UNSPECIFIED: frame.color_primaries = ColorPrimaries.BT2020
     return dict(dst_color_primaries=ColorPrimaries.BT709) | (dict(dst_color_trc=ColorTrc.BT709) if is_hdr else {})
 
+# %% ../nbs/00_core.ipynb #611bb208
 SPARE = {}   # what is converted → converters of colours that are free; to build one takes two seconds
 
 def recoloured(
-    frame, W: int, H: int, format: str, colours: dict,
-):
+    frame,               # av.VideoFrame
+    W: int, H: int,      # of the result
+    format: str,         # of the result, as FFmpeg names it
+    colours: dict[str, int],   # of `to_sdr`
+):                       # av.VideoFrame
     "A frame in other colours and another size, by a converter that was built for the like of it, if there is one."
     if len(SPARE) > 8: SPARE.clear()
-    spare = SPARE.setdefault((frame.format.name, frame.height, frame.width, frame.color_trc, frame.color_primaries, frame.colorspace, W, H, format), [])
+    source = frame.format.name, frame.height, frame.width, frame.color_trc, frame.color_primaries, frame.colorspace
+    spare = SPARE.setdefault((*source, W, H, format), [])
     try: converter = spare.pop()
     except IndexError: converter = VideoReformatter()
     picture = converter.reformat(frame, W, H, format, threads=1, **colours)
     spare.append(converter)
     return picture
 
+# %% ../nbs/00_core.ipynb #daab6a93
 def on_black(
     pixels: np.ndarray,  # uint8 [H, W, 4]
 ) -> np.ndarray:         # uint8 [H, W, 3]
     "What is seen of a transparent picture."
     return ((pixels[..., :3].astype(np.uint16)*pixels[..., 3:] + 127)//255).astype(np.uint8)
 
+# %% ../nbs/00_core.ipynb #407ba7fc
 def upright(
     pixels: np.ndarray,     # [H, W, 3]
-    matrix: bytes | None,   # of the container: rows a b u, c d v, x y w; stored (p, q) is shown at (a p + c q, b p + d q)
+    matrix: bytes | None,   # the container's rows a b u, c d v, x y w: (p, q) is shown at (a p + c q, b p + d q)
     path,                   # for the message
 ) -> np.ndarray:
     "A picture turned and mirrored as its display matrix says."
     a, b, _, c, d = struct.unpack("=5i", matrix[:20]) if matrix else (1, 0, 0, 0, 1)
     along, across = abs(a) + abs(d), abs(b) + abs(c)
-    if min(along, across) > .01*max(along, across): raise UserError(f"{path}: is turned by part of a right angle; export it upright")
+    if min(along, across) > .01*max(along, across):
+        raise UserError(f"{path}: is turned by part of a right angle; export it upright")
     if across > along: pixels, a, d = pixels.swapaxes(0, 1), c, b
     return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
+# %% ../nbs/00_core.ipynb #e5e52acd
 class Shown:
     "Turns stored frames into what a player shows."
     def __init__(self, stream, path):
         self.pixel, self.path = stream.sample_aspect_ratio or Fraction(1), path
-        self.convert = VideoReformatter().reformat   # one converter and no threads of its own: their start took most of a small clip's time
+        self.convert = VideoReformatter().reformat   # one, no threads: their start took most of a small clip's time
 
     def __call__(self,
         frame,           # av.VideoFrame
     ) -> np.ndarray:     # uint8 [H, W, 3]
+        "A frame turned, with square pixels, in SDR, on black."
         H, W = with_square_pixels(frame.height, frame.width, self.pixel)
         check_caps(self.path, 1, H, W)
         clear = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
@@ -401,11 +552,11 @@ class Shown:
 
 # %% ../nbs/00_core.ipynb #0c10e52e
 def needed(
-    packets: Iterator,
+    packets: Iterator,   # of an av stream
     line: Timeline,
-    wanted: list,    # numbers of frames
-    decoder,
-) -> Iterator:       # packets, and None where the next group is left out
+    wanted: list[int],   # numbers of frames
+    decoder,             # that will be given them
+) -> Iterator:           # packets, and None where the next group is left out
     "The packets of the groups in which a frame is wanted. H.264's decoder passes over those that nothing refers to."
     groups, wanted, fed = {line.group[i] for i in wanted}, set(wanted), False
     for k, packet in enumerate(packets):
@@ -417,27 +568,28 @@ def needed(
             decoder.flush_buffers()
         fed = is_wanted
 
+# %% ../nbs/00_core.ipynb #7a054104
 def take(
     path,
     line: Timeline,
-    wanted: list,        # numbers of frames, rising
+    wanted: list[int],   # numbers of frames, rising
 ) -> Tensor | None:      # uint8 [len(wanted), 3, H, W]; None where frames don't come that the packets announce
-    "Some frames of a clip as a player shows them, in one buffer. All of them: UserError if the clip is damaged anywhere."
-    place, missing, n, out, is_all = {i: k for k, i in enumerate(wanted)}, set(wanted), 0, None, len(wanted) == len(line.times)
+    "Frames of a clip as a player shows them, in one buffer. All of them: UserError if the clip is damaged anywhere."
+    place, n, out, is_all = {i: k for k, i in enumerate(wanted)}, 0, None, len(wanted) == len(line.times)
     with opened(path) as (container, stream):
         decoder, show, packets = decoder_of(stream, path), Shown(stream, path), container.demux(stream)
         if line.groups and not is_all: packets = needed(packets, line, wanted, decoder)
         for n, frame in enumerate(decode(decoder, packets, path), 1):
             i = line.ticks.get(frame.pts) if line.ticks else n - 1
-            if i not in missing: continue
+            if i not in place: continue
             pixels = show(frame).transpose(2, 0, 1)
-            if out is None: check_caps(path, len(wanted), *pixels.shape[1:])
-            if out is None: out = torch.empty(len(wanted), *pixels.shape, dtype=torch.uint8)
-            out.numpy()[place[i]] = pixels
-            missing.remove(i)
-            if not missing and not is_all: break
-    if is_all and n < line.promised: raise UserError(f"{path}: is truncated: {n} of {line.promised} frames; fetch it again")
-    return None if missing else out
+            if out is None:
+                check_caps(path, len(wanted), *pixels.shape[1:])
+                out = torch.empty(len(wanted), *pixels.shape, dtype=torch.uint8)
+            out.numpy()[place.pop(i)] = pixels
+            if not place and not is_all: break
+    if is_all: check_count(path, n, line.promised)
+    return None if place else out
 
 # %% ../nbs/00_core.ipynb #a7a39d35
 def read_clip(
@@ -450,11 +602,13 @@ def read_clip(
     line = timeline(path, decoded=True)
     return take(path, line, list(range(len(line.times)))), line
 
+# %% ../nbs/00_core.ipynb #f5fbf38b
 def read_mp4(path) -> tuple[Tensor, float]:
     "Frames and rate of `read_clip`."
     frames, line = read_clip(path)
     return frames, line.fps
 
+# %% ../nbs/00_core.ipynb #dc4bf353
 def check_clip(
     path,
 ) -> tuple[int, int, int]:   # (T, H, W) as shown
@@ -465,7 +619,7 @@ def check_clip(
         for n, frame in enumerate(decode(decoder_of(stream, path), container.demux(stream), path), 1):
             size = size or show(frame).shape[:2]
             check_caps(path, n, *size)
-    if n < line.promised: raise UserError(f"{path}: is truncated: {n} of {line.promised} frames; fetch it again")
+    check_count(path, n, line.promised)
     return n, *size
 
 # %% ../nbs/00_core.ipynb #ec63979f
@@ -473,13 +627,14 @@ def browser_plays(
     path,                   # a clip
     is_small: bool = False, # so is one that is to be enlarged by the page, in full colour
 ) -> bool:
-    "Whether every browser plays a file as it is, at a size at which pixels need no enlarging; not one that is missing or damaged."
+    "Whether every browser plays a file as it is and needs not enlarge it; not one that is missing or damaged."
     try:
-        with opened(path) as (container, stream):
-            context, brand = stream.codec_context, Path(path).open("rb").read(12)
-            formats = ("yuv420p", "yuvj420p", "yuv444p") if is_small and min(stream.height, stream.width) < SMALL else ("yuv420p", "yuvj420p")
-            plain = context.name == "h264" and context.pix_fmt in formats and context.color_trc not in HDR
-            return plain and brand[4:8] == b"ftyp" and brand[8:12] != b"qt  " and (is_small or min(stream.height, stream.width) >= SMALL)
+        with opened(path) as (_, stream):
+            context, short, head = stream.codec_context, min(stream.height, stream.width), check_file(Path(path))
+            formats = ("yuv420p", "yuvj420p") + ("yuv444p",)*(is_small and short < SMALL)
+            is_plain = context.name == "h264" and context.pix_fmt in formats and context.color_trc not in HDR
+            is_mp4 = head[4:8] == b"ftyp" and head[8:12] != b"qt  "
+            return is_plain and is_mp4 and (is_small or short >= SMALL)
     except UserError: return False
 
 # %% ../nbs/00_core.ipynb #a5008b33
@@ -489,45 +644,41 @@ def video_html(
 ) -> str:
     "A looping, muted `<video>` that holds its own bytes, so that it outlives the file."
     uri = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
-    return f'<video src="{uri}" width="{width}" autoplay loop muted playsinline controls style="image-rendering: pixelated"></video>'
+    return (f'<video src="{uri}" width="{width}" autoplay loop muted playsinline controls '
+        'style="image-rendering: pixelated"></video>')
 
 # %% ../nbs/00_core.ipynb #e7a0bd6f
-def spread(
+def evenly(
     length: int,   # of a clip, frames
     n: int,        # how many to take; they repeat when there are fewer
 ) -> list[int]:    # n indices
     "Frames spread evenly, first and last included."
     return [round(i*(length - 1)/max(n - 1, 1)) for i in range(n)]
 
+# %% ../nbs/00_core.ipynb #8d363197
 def shown_at(
-    times: list,     # of each frame, seconds
-    seconds: list,
+    times: list[float],    # of each frame, seconds
+    seconds: list[float],  # the moments
     early: float = 1e-6,   # s: a frame that comes so little later counts as shown
 ) -> list[int]:
     "Which frame is shown at each moment."
     return [max(bisect_right(times, second + early) - 1, 0) for second in seconds]
 
+# %% ../nbs/00_core.ipynb #24f842b6
 @dataclass
 class Video:
     "A clip in memory."
     frames: Tensor            # uint8 [T, 3, H, W], RGB 0..255
     fps: float                # frames a second
     path: Path | None = None  # where it lies as a file, if it does
-    times: list | None = field(default=None, repr=False)  # of each frame, seconds; None: they follow `fps`
-    end: float | None = field(default=None, repr=False)   # of the last frame, seconds; None: 1/fps after it comes
+    times: list[float] | None = None   # of each frame, seconds; None: they follow `fps`
+    end: float | None = None           # of the last frame, seconds; None: 1/fps after it
 
-    @classmethod
-    def load(cls, path) -> "Video":
-        "Read a clip; see `read_clip` for the errors."
-        frames, line = read_clip(path)
-        return cls(frames, line.fps, Path(path)) if line.even else cls(frames, line.fps, Path(path), line.times, line.end)
+    def __repr__(self): return "{}({} frames, {:.4g} a second)".format(type(self).__name__, *self.timing())
 
-    def save(self, path) -> "Video":
-        "Write the clip as mp4 and return it with its path."
-        write_mp4(path, self.frames, self.fps, self.times, self.end)
-        return Video(self.frames, self.fps, Path(path), self.times, self.end)
+    def _repr_html_(self): return video_html(self.mp4())
 
-    def chosen(self, indices: list) -> Tensor:   # uint8 [len(indices), 3, H, W]
+    def chosen(self, indices: list[int]) -> Tensor:   # uint8 [len(indices), 3, H, W]
         "Some frames by number."
         return self.frames[indices]
 
@@ -535,125 +686,202 @@ class Video:
         "How many frames it has, and how many a second."
         return len(self.frames), self.fps
 
-    def seconds(self) -> list[float]:
-        "When each frame comes."
-        length, fps = self.timing()
-        return self.times or [i/fps for i in range(length)]
+# %% ../nbs/00_core.ipynb #aee0d8c8
+@patch(cls_method=True)
+def load(cls: Video, path) -> "Video":
+    "Read a clip; see `read_clip` for the errors."
+    frames, line = read_clip(path)
+    if line.even: return cls(frames, line.fps, Path(path))
+    return cls(frames, line.fps, Path(path), line.times, line.end)
 
-    def duration(self) -> float:
-        "How long it plays, seconds."
-        return self.end or self.seconds()[-1] + 1/self.fps
+# %% ../nbs/00_core.ipynb #a446aeb7
+@patch
+def save(self: Video, path) -> "Video":
+    "Write the clip as mp4 and return it with its path."
+    write_mp4(path, self.frames, self.fps, self.times, self.end)
+    return Video(self.frames, self.fps, Path(path), self.times, self.end)
 
-    def spread(self, n: int) -> list[int]:   # numbers of frames
-        "`n` frames spread evenly in time, first and last included."
-        if not self.times: return spread(self.timing()[0], n)
-        return shown_at(self.times, [self.times[-1]*i/max(n - 1, 1) for i in range(n)])
+# %% ../nbs/00_core.ipynb #50dc6874
+@patch
+def seconds(self: Video) -> list[float]:
+    "When each frame comes."
+    length, fps = self.timing()
+    return self.times or [i/fps for i in range(length)]
 
-    def frames_at(self,
-        n: int,       # how many; frames repeat when there are fewer
-    ) -> Tensor:      # uint8 [n, 3, H, W]
-        "`n` frames spread evenly, first and last included."
-        return self.chosen(self.spread(n))
+# %% ../nbs/00_core.ipynb #e87c8503
+@patch
+def duration(self: Video) -> float:
+    "How long it plays, seconds."
+    return self.end or self.seconds()[-1] + 1/self.fps
 
-    def times_at(self, n: int) -> list[float]:
-        "When the frames of `frames_at` are shown, seconds."
-        seconds = self.seconds()
-        return [seconds[i] for i in self.spread(n)]
+# %% ../nbs/00_core.ipynb #bdb95074
+@patch
+def spread(self: Video, n: int) -> list[int]:   # numbers of frames
+    "`n` frames spread evenly in time, first and last included."
+    if not self.times: return evenly(self.timing()[0], n)
+    return shown_at(self.times, [self.times[-1]*i/max(n - 1, 1) for i in range(n)])
 
-    def pil(self,
-        n: int | None = None,  # how many, spread evenly; all when None
-    ) -> list[Image.Image]:
-        "Frames as images, the way judges take them."
-        frames = self.frames if n is None else self.frames_at(n)
-        return [Image.fromarray(f) for f in frames.permute(0, 2, 3, 1).cpu().numpy()]
+# %% ../nbs/00_core.ipynb #ec6b68a3
+@patch
+def frames_at(self: Video,
+    n: int,       # how many; frames repeat when there are fewer
+) -> Tensor:      # uint8 [n, 3, H, W]
+    "`n` frames spread evenly, first and last included."
+    return self.chosen(self.spread(n))
 
-    def mp4(self) -> bytes:
-        "The clip as the bytes of an mp4 that every browser plays; small frames are enlarged."
-        if self.path and browser_plays(self.path): return self.path.read_bytes()
-        frames = self.frames
-        short = min(frames.shape[2:])
-        if short < SMALL: frames = F.interpolate(frames.float(), scale_factor=-(-SMALL//short)).to(torch.uint8)
-        for side in (2, 3):   # an odd side gets its last line twice
-            if frames.shape[side] % 2: frames = torch.cat([frames, frames.narrow(side, -1, 1)], side)
-        with tempfile.TemporaryDirectory() as folder:
-            write_mp4(Path(folder)/"clip.mp4", frames, self.fps, self.times, self.end)
-            return (Path(folder)/"clip.mp4").read_bytes()
+# %% ../nbs/00_core.ipynb #6055deeb
+@patch
+def times_at(self: Video, n: int) -> list[float]:
+    "When the frames of `frames_at` are shown, seconds."
+    seconds = self.seconds()
+    return [seconds[i] for i in self.spread(n)]
 
-    def _repr_html_(self): return video_html(self.mp4())
+# %% ../nbs/00_core.ipynb #7e82a395
+@patch
+def pil(self: Video,
+    n: int | None = None,  # how many, spread evenly; all when None
+) -> list[Image.Image]:
+    "Frames as images, the way judges take them."
+    frames = self.frames if n is None else self.frames_at(n)
+    return [Image.fromarray(f) for f in frames.permute(0, 2, 3, 1).cpu().numpy()]
+
+# %% ../nbs/00_core.ipynb #dd17f394
+def for_browsers(
+    frames: Tensor,   # uint8 [T, 3, H, W]
+) -> Tensor:          # the same, larger
+    "Small frames enlarged, pixel by pixel; an odd side gets its last line twice."
+    short = min(frames.shape[2:])
+    if short < SMALL: frames = F.interpolate(frames.float(), scale_factor=-(-SMALL//short)).to(torch.uint8)
+    for side in (2, 3):
+        if frames.shape[side] % 2: frames = torch.cat([frames, frames.narrow(side, -1, 1)], side)
+    return frames
+
+# %% ../nbs/00_core.ipynb #4485a04d
+@patch
+def mp4(self: Video) -> bytes:
+    "The clip as the bytes of an mp4 that every browser plays; small frames are enlarged."
+    if self.path and browser_plays(self.path): return self.path.read_bytes()
+    frames = for_browsers(self.frames)
+    with tempfile.TemporaryDirectory() as folder:
+        write_mp4(Path(folder)/"clip.mp4", frames, self.fps, self.times, self.end)
+        return (Path(folder)/"clip.mp4").read_bytes()
 
 # %% ../nbs/00_core.ipynb #734a26d1
 def resample(
     video: Video,
     n: int, fps: float,   # frames of the generator, and how many a second
 ) -> list[int]:           # n numbers of frames
-    "What to take of a clip so that it plays at another rate; UserError if it is too short, or has too few frames a second."
+    "What to take of a clip to play it at another rate; UserError if it is too short, or has too few frames a second."
     (length, own), last = video.timing(), (n - 1)/fps
     if not video.times and abs(own/fps - 1) <= .05: indices = list(range(n))
     else: indices = shown_at(video.seconds(), [i/fps for i in range(n)], .25/own)
-    is_short = indices[-1] >= length or (indices[-1] == length - 1 and last >= video.duration())
-    if is_short: raise UserError(f"{video.path}: lasts {video.duration():.2f} s, and {n} frames at {fps:g} a second take {n/fps:.2f} s; give a longer clip")
-    if len(set(indices)) < .95*n: raise UserError(f"{video.path}: has {own:.3g} frames a second, too few for the generator's {fps:g}; give a smoother clip")
+    if indices[-1] >= length or (indices[-1] == length - 1 and last >= video.duration()):
+        raise UserError(f"{video.path}: lasts {video.duration():.2f} s, and {n} frames at {fps:g} a second "
+                        f"take {n/fps:.2f} s; give a longer clip")
+    if len(set(indices)) < .95*n:
+        raise UserError(f"{video.path}: has {own:.3g} frames a second, too few for the generator's {fps:g}; "
+                        "give a smoother clip")
     return indices
 
 # %% ../nbs/00_core.ipynb #1dc54caa
 KEPT = 2**31   # bytes of decoded frames that a process keeps
 
+# %% ../nbs/00_core.ipynb #9e9633b4
 @lru_cache(512)
 def timeline_at(path: str, changed: int, decoded: bool = False) -> Timeline:
     "`timeline` of a file as it was at a time."
     return timeline(path, decoded)
 
+# %% ../nbs/00_core.ipynb #c8e124ac
 class VideoFile(Video):
-    "A clip on disk, decoded when its frames are asked for. What was used last stays in memory, up to `KEPT` bytes; see `read_clip` for the errors."
-    kept, size, lock, odd = OrderedDict(), 0, Lock(), set()   # of all files: (path, time of change, numbers of frames) → frames
+    """A clip on disk, decoded when its frames are asked for; see `read_clip` for the errors.
+    What was used last stays in memory, up to `KEPT` bytes."""
+    kept = OrderedDict()        # of all files: (path, time of change, numbers of frames) → frames
+    size, lock = 0, Lock()      # bytes that are kept; for the three of them
+    miscounted = set()          # versions of files whose packets announce frames that don't come
 
     def __init__(self, path): self.path = Path(path)
-
-    def stamp(self) -> tuple: return str(self.path), self.path.stat().st_mtime_ns if self.path.exists() else 0
-
-    def line(self) -> Timeline: return timeline_at(*self.stamp(), self.stamp() in self.odd)
-
-    def read(self, indices: list) -> Tensor:
-        "Decode some frames; where packets announce frames that don't come, those that do are counted."
-        wanted = sorted(set(indices))
-        try: found = take(self.path, self.line(), wanted)
-        except UserError: found = None
-        if found is None:
-            self.odd.add(self.stamp())
-            indices = [min(i, len(self.line().times) - 1) for i in indices]
-            wanted = sorted(set(indices))
-            found = take(self.path, self.line(), wanted)
-        return found if wanted == list(indices) else found[[wanted.index(i) for i in indices]]
-
-    def chosen(self, indices: list) -> Tensor:
-        whole, key = (*self.stamp(), tuple(range(self.timing()[0]))), (*self.stamp(), tuple(indices))
-        with self.lock:
-            for known in (key, whole):
-                if known not in self.kept: continue
-                self.kept.move_to_end(known)
-                return self.kept[known] if known == key else self.kept[known][list(indices)]
-        found = self.read(indices)
-        with self.lock:
-            if key not in self.kept: VideoFile.size += found.nbytes
-            self.kept[key] = found
-            while self.size > KEPT: VideoFile.size -= self.kept.popitem(last=False)[1].nbytes
-        return found
-
-    def timing(self) -> tuple[int, float]: return len(self.line().times), self.line().fps
 
     frames = property(lambda self: self.chosen(range(self.timing()[0])))
     fps = property(lambda self: self.line().fps)
     times = property(lambda self: None if self.line().even else self.line().times)
     end = property(lambda self: None if self.line().even else self.line().end)
 
+# %% ../nbs/00_core.ipynb #3fde3c38
+@patch
+def version(self: VideoFile) -> tuple[str, int]:
+    "The file, and when it was changed, ns."
+    return str(self.path), self.path.stat().st_mtime_ns if self.path.exists() else 0
+
+# %% ../nbs/00_core.ipynb #b4311bff
+@patch
+def line(self: VideoFile) -> Timeline:
+    "The clip's clock."
+    return timeline_at(*self.version(), self.version() in self.miscounted)
+
+# %% ../nbs/00_core.ipynb #91bb66d5
+@patch
+def read(self: VideoFile, indices: list[int]) -> Tensor:
+    "Decode some frames; where packets announce frames that don't come, those that do are counted."
+    wanted = sorted(set(indices))
+    try: found = take(self.path, self.line(), wanted)
+    except UserError: found = None
+    if found is None:
+        self.miscounted.add(self.version())
+        indices = [min(i, len(self.line().times) - 1) for i in indices]
+        wanted = sorted(set(indices))
+        found = take(self.path, self.line(), wanted)
+    return found if wanted == list(indices) else found[[wanted.index(i) for i in indices]]
+
+# %% ../nbs/00_core.ipynb #ba07de84
+@patch
+def keep(self: VideoFile, key: tuple, frames: Tensor) -> Tensor:   # the same
+    "Remember what was decoded, and forget what was used least lately."
+    with self.lock:
+        if key not in self.kept: VideoFile.size += frames.nbytes
+        self.kept[key] = frames
+        while self.size > KEPT: VideoFile.size -= self.kept.popitem(last=False)[1].nbytes
+    return frames
+
+# %% ../nbs/00_core.ipynb #6d6dc187
+@patch
+def chosen(self: VideoFile, indices: list[int]) -> Tensor:   # uint8 [len(indices), 3, H, W]
+    "Some frames by number: remembered as such, taken out of the whole clip, or decoded."
+    whole, key = (*self.version(), tuple(range(self.timing()[0]))), (*self.version(), tuple(indices))
+    with self.lock:
+        for known in (key, whole):
+            if known not in self.kept: continue
+            self.kept.move_to_end(known)
+            return self.kept[known] if known == key else self.kept[known][list(indices)]
+    return self.keep(key, self.read(indices))
+
+# %% ../nbs/00_core.ipynb #75f53ae1
+@patch
+def timing(self: VideoFile) -> tuple[int, float]:
+    "How many frames it has, and how many a second."
+    return len(self.line().times), self.line().fps
+
+# %% ../nbs/00_core.ipynb #59f4845a
 def frames_of(
-    videos: list,    # of Video
-    n: int,          # frames of each
-) -> list[Tensor]:   # uint8 [n, 3, H, W] each
+    videos: list[Video],
+    n: int,            # frames of each
+) -> list[Tensor]:     # uint8 [n, 3, H, W] each
     "`frames_at` of many clips, decoded side by side."
     with ThreadPoolExecutor() as pool: return list(pool.map(lambda video: video.frames_at(n), videos))
 
 # %% ../nbs/00_core.ipynb #652e82c4
+def fitted(
+    video: Video,
+    T: int, H: int, W: int,
+    fps: float,   # of the result
+) -> Tensor:      # uint8 [T, 3, H, W]
+    "A clip at another rate and length, on a black ground of another size."
+    frames = video.frames[shown_at(video.seconds(), [i/fps for i in range(T)], .25/fps)]
+    ground = torch.zeros(T, 3, H, W, dtype=torch.uint8)
+    ground[..., :frames.shape[2], :frames.shape[3]] = frames
+    return ground
+
+# %% ../nbs/00_core.ipynb #f483790b
 def side_by_side(
     a: Video, b: Video,
     gap: int = 4,     # white columns between them, px; even
@@ -661,12 +889,8 @@ def side_by_side(
     "One clip that shows both, so that they play in step with no script; the shorter one waits on its last frame."
     fps, (H, W) = max(a.fps, b.fps), (max(x, y) for x, y in zip(a.frames.shape[2:], b.frames.shape[2:]))
     T = min(max(round(max(a.duration(), b.duration())*fps), 1), MAX_FRAMES)
-    def fit(video):
-        frames = video.frames[shown_at(video.seconds(), [i/fps for i in range(T)], .25/fps)]
-        out = torch.zeros(T, 3, H, W, dtype=torch.uint8)
-        out[..., :frames.shape[2], :frames.shape[3]] = frames
-        return out
-    return Video(torch.cat([fit(a), torch.full((T, 3, H, gap), 255, dtype=torch.uint8), fit(b)], -1), fps)
+    between = torch.full((T, 3, H, gap), 255, dtype=torch.uint8)
+    return Video(torch.cat([fitted(a, T, H, W, fps), between, fitted(b, T, H, W, fps)], -1), fps)
 
 # %% ../nbs/00_core.ipynb #468319ad
 @dataclass
@@ -677,18 +901,22 @@ class Pair:
     b: Video
     label: str | None = None        # "A", "B" or "same" as a person said; None: not yet judged
     pair_id: str = ""
-    rationale: dict | None = None   # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}
-
-    def swap(self) -> "Pair":
-        "The same pair in the other order."
-        label = {"A": "B", "B": "A"}.get(self.label, self.label)
-        other = {"a": "b", "b": "a", "grade_a": "grade_b", "grade_b": "grade_a"}
-        rationale = self.rationale and {d: {other.get(k, k): v for k, v in r.items()} for d, r in self.rationale.items()}
-        return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale)
+    rationale: dict[str, dict] | None = None   # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}
 
     def _repr_html_(self):
         verdict = {"A": "A is better", "B": "B is better", "same": "equally good"}.get(self.label, "not judged")
-        return f"<p>{html.escape(str(self.prompt))} <b>({verdict})</b></p>{video_html(side_by_side(self.a, self.b).mp4(), 400)}"
+        playing = video_html(side_by_side(self.a, self.b).mp4(), 400)
+        return f"<p>{html.escape(str(self.prompt))} <b>({verdict})</b></p>{playing}"
+
+# %% ../nbs/00_core.ipynb #0cf39cfa
+@patch
+def swap(self: Pair) -> "Pair":
+    "The same pair in the other order."
+    label = {"A": "B", "B": "A"}.get(self.label, self.label)
+    other = {"a": "b", "b": "a", "grade_a": "grade_b", "grade_b": "grade_a"}
+    def swapped(reasons): return {other.get(key, key): value for key, value in reasons.items()}
+    rationale = self.rationale and {dimension: swapped(own) for dimension, own in self.rationale.items()}
+    return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale)
 
 # %% ../nbs/00_core.ipynb #0204b468
 @dataclass
@@ -699,14 +927,25 @@ class Judgement:
     n_valid: int                # votes that could be read
     n_votes: int                # K
     consistent: bool | None = None             # do both orders agree; None: can't be told
-    votes: list = field(default_factory=list)  # each with `.answer`, `.order`, `.text`
+    votes: list[object] = field(default_factory=list)   # each with `.answer`, `.order`, `.text`, as `voting.Vote`
 
-    def _repr_html_(self):
-        bar = "".join(f'<div style="background:{color};width:{share:.0%};height:14px"></div>'
-            for color, share in (("#4c78a8", self.p_a), ("#f58518", 1 - self.p_a)))
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in (v.order, v.answer, v.text)) + "</tr>" for v in self.votes)
-        orders = {True: "both orders agree", False: "the orders disagree", None: ""}[self.consistent]
-        said = html.escape(f"{self.n_valid} of {self.n_votes} votes valid {orders}")
-        return (f"<p><b>{html.escape(str(self.label))}</b> &nbsp; p(A) = {self.p_a:.2f}, {said}</p>"
-            f'<div style="display:flex;width:300px">{bar}</div>'
-            + (f"<details><summary>votes</summary><table><tr><th>order</th><th>answer</th><th>reason</th></tr>{rows}</table></details>" if rows else ""))
+# %% ../nbs/00_core.ipynb #1d42b7fe
+@patch
+def votes_html(self: Judgement) -> str:
+    "The votes as a table that opens at a click; nothing where there are none."
+    if not self.votes: return ""
+    rows = "<tr><th>order</th><th>answer</th><th>reason</th></tr>"
+    for vote in self.votes:
+        order, answer, text = (html.escape(str(x)) for x in (vote.order, vote.answer, vote.text))
+        rows += f"<tr><td>{order}</td><td>{answer}</td><td>{text}</td></tr>"
+    return f"<details><summary>votes</summary><table>{rows}</table></details>"
+
+# %% ../nbs/00_core.ipynb #de618555
+@patch
+def _repr_html_(self: Judgement):
+    bar = "".join(f'<div style="background:{color};width:{share:.0%};height:14px"></div>'
+        for color, share in (("#4c78a8", self.p_a), ("#f58518", 1 - self.p_a)))
+    orders = {True: "both orders agree", False: "the orders disagree", None: ""}[self.consistent]
+    count = html.escape(f"{self.n_valid} of {self.n_votes} votes valid {orders}")
+    return (f"<p><b>{html.escape(str(self.label))}</b> &nbsp; p(A) = {self.p_a:.2f}, {count}</p>"
+        f'<div style="display:flex;width:300px">{bar}</div>{self.votes_html()}')

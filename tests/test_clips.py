@@ -244,7 +244,7 @@ def test_some_frames_are_the_same_as_of_all(tmp_path, kind):
     path = write(tmp_path/name, noise, codec=codec, pix=pix, options=options)
     whole = read_mp4(path)[0]
     assert len(whole) == 40
-    for n in (1, 2, 3, 8, 39, 40, 60): assert torch.equal(VideoFile(path).frames_at(n), whole[core.spread(40, n)]), n
+    for n in (1, 2, 3, 8, 39, 40, 60): assert torch.equal(VideoFile(path).frames_at(n), whole[core.evenly(40, n)]), n
     for i in range(0, 40, 3): assert torch.equal(VideoFile(path).read([i])[0], whole[i]), i
 
 

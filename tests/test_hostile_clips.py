@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dual_ipo.core import UserError, Video, VideoFile, check_clip, read_clip, resample, spread
+from dual_ipo.core import UserError, Video, VideoFile, check_clip, evenly, read_clip, resample
 from dual_ipo.data import clip_fault
 from dual_ipo.report import preview
 from awkward import FORMATS, shades, with_matrix, write
@@ -50,7 +50,7 @@ def test_whatever_is_written_is_shown(tmp_path, name, T, H, W, fps, turn, pixel,
     wide, high = (round(W*pixel), H) if pixel and pixel >= 1 else (W, round(H/pixel)) if pixel else frames.shape[:1:-1]
     assert list(frames.shape) == [T, 3, *((high, wide) if turn[0] or not pixel else (wide, high))] and check_clip(path) == (T, *frames.shape[2:])
     assert abs(line.fps/fps - 1) < .02 and line.even and abs(line.end - T/fps) < .01*T/fps + .002
-    for n in (1, 2, 5): assert torch.equal(VideoFile(path).frames_at(n), frames[spread(T, n)])
+    for n in (1, 2, 5): assert torch.equal(VideoFile(path).frames_at(n), frames[evenly(T, n)])
     count(name, "right")
 
 
