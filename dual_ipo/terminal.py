@@ -19,18 +19,26 @@ def one_line(
     return line if len(line) <= limit else f"{line[:limit//2].rstrip()} … {line[-limit//2 + 3:].lstrip()}"
 
 # %% ../nbs/09_terminal.ipynb #46d0f8ab
-REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.ENAMETOOLONG: "shorten the name", errno.ELOOP: "mend the link",
-            errno.EACCES: "change its rights or name another", errno.EPERM: "change its rights or name another",
-            errno.EROFS: "name a folder that can be written", errno.EISDIR: "name a file", errno.ENOTDIR: "name a folder"}
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "mend the link",
+    errno.EACCES: "change its rights or name another",
+    errno.EPERM: "change its rights or name another",
+    errno.EROFS: "name a folder that can be written",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a folder"}
 
+# %% ../nbs/09_terminal.ipynb #70475b32
 def trouble(
     error: OSError,
 ) -> str:
     "What the system refused, and what helps."
     if error.strerror is None: return str(error)
     name = error.filename2 if error.filename is None else error.filename
-    name = "" if name is None else f"{os.fsdecode(name) if isinstance(name, bytes) else name}: "
-    return f"{name}{error.strerror}; {REMEDIES.get(error.errno, 'check the path')}"
+    if isinstance(name, bytes): name = os.fsdecode(name)
+    return f"{'' if name is None else f'{name}: '}{error.strerror}; {REMEDIES.get(error.errno, 'check the path')}"
 
 # %% ../nbs/09_terminal.ipynb #54eeb708
 class Stopped(KeyboardInterrupt):
@@ -39,15 +47,17 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+# %% ../nbs/09_terminal.ipynb #bfc9d5d0
 @contextmanager
 def stoppable():
     "Raise `Stopped` for the first SIGINT, SIGTERM or SIGHUP that comes while the block runs."
     def stop(number, frame):
         for each in before: signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
-    before, ours = {}, threading.current_thread() is threading.main_thread()   # elsewhere signals are others' business
+    before = {}
+    is_main = threading.current_thread() is threading.main_thread()   # elsewhere signals are others' business
     try:
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if ours else ():
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ():
             if signal.getsignal(each) != signal.SIG_IGN: before[each] = signal.signal(each, stop)
         yield
     finally:
@@ -55,5 +65,8 @@ def stoppable():
 
 # %% ../nbs/09_terminal.ipynb #8624dea0
 GOES_ON = "the same command goes on where it was"
-CODES = """exit codes: 0 done; 1 a fault of the program, whose traceback is kept in the round's notebook; 2 a mistake in what was given, the line says which;
-129 its terminal was closed (SIGHUP); 130 Ctrl-C; 137 killed, most likely because memory ran out; 143 SIGTERM. After any of them the same command goes on where it was."""
+CODES = """\
+exit codes: 0 done; 1 a fault of the program, whose traceback is kept in the round's notebook; \
+2 a mistake in what was given, the line says which;
+129 its terminal was closed (SIGHUP); 130 Ctrl-C; 137 killed, most likely because memory ran out; 143 SIGTERM. \
+After any of them the same command goes on where it was."""
