@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FETCH', 'PASSED', 'WEIGHTS', 'POINTER', 'MOST_LAYERS', 'UNUSED', 'LORA_FILES', 'GENERATOR_NOTE', 'in_a_line',
-           'opening', 'is_count', 'read_note', 'weight_files', 'variant_of', 'check_pointers', 'shards_of',
-           'stored_shapes', 'check_config', 'refuse_shapes', 'silent', 'check_weights', 'is_finite', 'check_finite',
-           'layers_of', 'check_adapter', 'check_fits', 'read_loras', 'unpadded']
+           'opening', 'is_count', 'read_note', 'WeightFile', 'weight_files', 'variant_of', 'check_pointers',
+           'shards_of', 'stored_shapes', 'check_config', 'refuse_shapes', 'silent', 'check_shapes', 'check_weights',
+           'is_finite', 'check_finite', 'layers_of', 'check_adapter', 'check_fits', 'read_loras', 'unpadded']
 
 # %% ../nbs/07_checkpoints.ipynb #806a26b9
 import json, math, re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 import torch, transformers
 from torch import Tensor, nn
 from transformers.modeling_utils import load_state_dict
@@ -30,6 +32,7 @@ def in_a_line(
     named = isinstance(error, (OSError, ValueError, ImportError)) and text
     return (text if named else f"{type(error).__name__}: {text}".removesuffix(": "))[:200]
 
+# %% ../nbs/07_checkpoints.ipynb #82bb9d98
 @contextmanager
 def opening(
     what: str,             # for the message: "judge PATH"
@@ -46,34 +49,50 @@ def is_count(x) -> bool:
     "A positive whole number; True is none."
     return type(x) is int and x > 0
 
+# %% ../nbs/07_checkpoints.ipynb #c33b05f1
 def read_note(
     path,
-    wanted: dict,   # {key: (whether its value is right, what is right, in words)}
-) -> dict:
+    wanted: dict[str, tuple],   # {key: (whether its value is right, what is right, in words)}
+) -> dict[str, object]:
     "Facts of a JSON file; UserError naming the key that is missing or wrong."
     facts = read_json(path)
-    if not isinstance(facts, dict): raise UserError(f"{path}: holds no object but {json.dumps(facts)[:40]}; restore it")
-    for key, (right, words) in wanted.items():
-        if not right(facts.get(key)): raise UserError(f"{path}: {key} is {str(facts.get(key))[:80]!r}; it has to be {words}")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}: holds no object but {json.dumps(facts)[:40]}; restore it")
+    for key, (is_right, words) in wanted.items():
+        if not is_right(facts.get(key)):
+            raise UserError(f"{path}: {key} is {str(facts.get(key))[:80]!r}; it has to be {words}")
     return facts
 
 # %% ../nbs/07_checkpoints.ipynb #7e8ee45e
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.(?:(\w+)\.)?(safetensors|bin)(?:\.index\.(?:(\w+)\.)?json)?")
-POINTER = b"version https://git-lfs"   # how git-lfs's notes begin
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)"
+                     r"\.(?:(\w+)\.)?(safetensors|bin)(?:\.index\.(?:(\w+)\.)?json)?")
 
+class WeightFile(NamedTuple):
+    "Where weights are."
+    variant: str | None   # as "fp16"; None: the plain ones
+    kind: str             # "safetensors" or "bin"
+    path: Path            # of the file, or of an index of shards
+
+# %% ../nbs/07_checkpoints.ipynb #2f447bdf
 def weight_files(
-    folder: Path,    # of a model
-) -> list[tuple]:    # of (variant or None, "safetensors" or "bin", path of a file or of an index), what the libraries prefer first
+    folder: Path,           # of a model
+) -> list[WeightFile]:      # what the libraries prefer first
     "Where a model's weights are."
-    found = [(match, path) for path in folder.glob("*") if (match := WEIGHTS.fullmatch(path.name)) and path.is_file()]
-    rows = [(match[1] or match[3], match[2], path) for match, path in found]
-    return sorted(rows, key=lambda row: (row[0] or "", row[1] == "bin", row[2].suffix == ".json"))
+    found = []
+    for path in folder.glob("*"):
+        match = WEIGHTS.fullmatch(path.name)
+        if match and path.is_file(): found.append(WeightFile(match[1] or match[3], match[2], path))
+    return sorted(found, key=lambda own: (own.variant or "", own.kind == "bin", own.path.suffix == ".json"))
 
+# %% ../nbs/07_checkpoints.ipynb #fadf012e
 def variant_of(
     folder: Path,
 ) -> str | None:   # "fp16"; None: the plain weights, or none
     "The variant that has to be asked for."
-    return next((variant for variant, *_ in weight_files(Path(folder))), None)
+    return next((found.variant for found in weight_files(Path(folder))), None)
+
+# %% ../nbs/07_checkpoints.ipynb #3980e29d
+POINTER = b"version https://git-lfs"   # how git-lfs's notes begin
 
 def check_pointers(
     folder: Path,
@@ -82,7 +101,8 @@ def check_pointers(
     for path in sorted(folder.glob("*")):
         if not path.is_file() or path.stat().st_size > 1024: continue
         with open(path, "rb") as file: start = file.read(len(POINTER))
-        if start == POINTER: raise UserError(f"{path}: is a note of git-lfs in place of the file; run `git lfs pull` there")
+        if start == POINTER:
+            raise UserError(f"{path}: is a note of git-lfs in place of the file; run `git lfs pull` there")
 
 # %% ../nbs/07_checkpoints.ipynb #bc6ad409
 def shards_of(
@@ -90,23 +110,28 @@ def shards_of(
 ) -> list[Path]:
     "The files that hold the weights; UserError for one that is missing."
     if path.suffix != ".json": return [path]
-    names = read_note(path, dict(weight_map=(lambda x: isinstance(x, dict) and x, "names of weights and their files")))["weight_map"]
+    wanted = dict(weight_map=(lambda x: isinstance(x, dict) and x, "names of weights and their files"))
+    names = read_note(path, wanted)["weight_map"]
     if not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
         raise UserError(f"{path}: weight_map names what is no file beside it; {FETCH}")
     files = sorted({path.parent/name for name in names.values()})
     missing = [file.name for file in files if not file.is_file()]
-    if missing: raise UserError(f"{path.parent}: {len(missing)} of {len(files)} files are missing, {missing[0]} for one; {FETCH}")
+    if missing:
+        few = f"{len(missing)} of {len(files)} files are missing, {missing[0]} for one"
+        raise UserError(f"{path.parent}: {few}; {FETCH}")
     return files
 
+# %% ../nbs/07_checkpoints.ipynb #9303f2ec
 def stored_shapes(
     folder: Path,              # of a model
-) -> dict[str, tuple] | None:  # {name: shape}; None where there are no weights
+) -> dict[str, tuple[int, ...]] | None:  # {name: shape}; None where there are no weights
     "What the headers say; UserError for a file that isn't whole."
     check_pointers(folder)
     files, shapes = weight_files(folder), {}
-    for file in shards_of(files[0][2]) if files else []:
+    for file in shards_of(files[0].path) if files else []:
         with opening(str(file)): found = load_state_dict(file, map_location="meta")
-        if not all(isinstance(x, Tensor) for x in found.values()): raise UserError(f"{file}: holds more than weights; {FETCH}")
+        if not all(isinstance(x, Tensor) for x in found.values()):
+            raise UserError(f"{file}: holds more than weights; {FETCH}")
         shapes |= {name: tuple(x.shape) for name, x in found.items()}
     return shapes if files else None
 
@@ -129,16 +154,18 @@ UNUSED = re.compile(r"vision.*\.(head|pooler)\b")   # a tower's own ends, which 
 
 def refuse_shapes(
     folder: Path,
-    missing: list,       # names
-    mismatched: list,    # (name, shape there, shape of the model)
+    missing: Iterable[str],    # names
+    mismatched: list[tuple],   # (name, shape there, shape of the model)
 ):
     "UserError where a model's weights aren't all there in its shapes."
     missing = sorted(name for name in missing if not UNUSED.search(name))
     if mismatched:
         name, there, wanted = min(mismatched)
-        raise UserError(f"{folder}: its weight {name} is {list(there)}, its config.json says {list(wanted)}; use files that belong together")
+        raise UserError(f"{folder}: its weight {name} is {list(there)}, its config.json says {list(wanted)}; "
+                        "use files that belong together")
     if missing: raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} for one; {FETCH}")
 
+# %% ../nbs/07_checkpoints.ipynb #00a758c6
 @contextmanager
 def silent():
     "Without transformers' reports and bars."
@@ -151,6 +178,24 @@ def silent():
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
+# %% ../nbs/07_checkpoints.ipynb #ec8c8b0d
+def check_shapes(
+    folder: Path,                         # of a model
+    found: dict[str, tuple[int, ...]],    # of `stored_shapes`
+    kind,                                 # as below
+):
+    "UserError unless stored weights are those of a model."
+    if isinstance(kind, nn.Module):
+        wanted = {name: tuple(x.shape) for name, x in kind.state_dict().items()}
+        mismatched = [(name, found[name], wanted[name]) for name in found.keys() & wanted.keys()
+            if found[name] != wanted[name]]
+        return refuse_shapes(folder, wanted.keys() - found.keys(), mismatched)
+    if "quantization_config" in read_note(folder/"config.json", {}): return   # its weights have other names and shapes
+    how = dict(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, variant=variant_of(folder))
+    with opening(str(folder)), silent(): _, info = kind.from_pretrained(folder, **how)
+    refuse_shapes(folder, info["missing_keys"], info["mismatched_keys"])
+
+# %% ../nbs/07_checkpoints.ipynb #eabd3e1c
 def check_weights(
     folder,             # of a model
     kind,               # its class in transformers, or a diffusers model of its config on the meta device
@@ -159,17 +204,8 @@ def check_weights(
     "UserError unless the weights of a model lie in its folder, whole, and of the shapes that its config says."
     folder = Path(folder)
     found = stored_shapes(folder)
-    if found is None:
-        if not must: return
-        raise UserError(f"{folder}: holds no weights (model.safetensors or the like); {FETCH}")
-    if isinstance(kind, nn.Module):
-        wanted = {name: tuple(x.shape) for name, x in kind.state_dict().items()}
-        both = found.keys() & wanted.keys()
-        return refuse_shapes(folder, wanted.keys() - found.keys(), [(x, found[x], wanted[x]) for x in both if found[x] != wanted[x]])
-    if "quantization_config" in read_note(folder/"config.json", {}): return   # its weights have other names and shapes
-    with opening(str(folder)), silent():
-        _, info = kind.from_pretrained(folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, variant=variant_of(folder))
-    refuse_shapes(folder, info["missing_keys"], info["mismatched_keys"])
+    if found is not None: check_shapes(folder, found, kind)
+    elif must: raise UserError(f"{folder}: holds no weights (model.safetensors or the like); {FETCH}")
 
 # %% ../nbs/07_checkpoints.ipynb #c161864b
 def is_finite(
@@ -179,6 +215,7 @@ def is_finite(
     if x.dtype.itemsize == 1: x = x.to(torch.bfloat16)   # for FP8 there is no minimum
     return all(math.isfinite(end.item()) for end in x.aminmax())   # NaN is both
 
+# %% ../nbs/07_checkpoints.ipynb #b1f6a6c4
 def check_finite(
     tensors: dict[str, Tensor],   # by name; those of integers, and on the meta device, are passed over
     where,                        # for the message
@@ -190,55 +227,63 @@ def check_finite(
 
 # %% ../nbs/07_checkpoints.ipynb #b43ad37a
 def layers_of(
-    lora: dict,   # {"blocks.0.attn1.to_q.lora_A.weight": [rank, in], "….lora_B.weight": [out, rank], …}
+    lora: dict[str, Tensor],   # {"blocks.0.attn1.to_q.lora_A.weight": [rank, in], "….lora_B.weight": [out, rank], …}
 ) -> list[str]:
     "The linear maps that an adapter changes."
     return list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in lora))
 
+# %% ../nbs/07_checkpoints.ipynb #4789b1fa
 def check_adapter(
-    lora: dict,          # as above
+    lora: dict[str, Tensor],   # as above
     rank: int,
-    where,               # for the message
+    where,                     # for the message
 ):
     "UserError unless it is an adapter of that rank, of finite numbers."
-    refuse = lambda why: UserError(f"{where}: {why}; restore it, or run the round again")
-    modules = layers_of(lora)
-    if not modules or lora.keys() != {f"{m}.lora_{side}.weight" for m in modules for side in "AB"}:
-        raise refuse("is no adapter of matrices lora_A and lora_B for each of its maps")
+    again, names = "restore it, or run the round again", set()
+    for layer in layers_of(lora): names |= {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
+    if not names or lora.keys() != names:
+        raise UserError(f"{where}: is no adapter of matrices lora_A and lora_B for each of its maps; {again}")
     for name, x in lora.items():
         if x.ndim != 2 or not x.is_floating_point() or x.shape[int("lora_B" in name)] != rank:
-            raise refuse(f"{name} is {list(x.shape)} of {x.dtype}, not of rank {rank}")
+            raise UserError(f"{where}: {name} is {list(x.shape)} of {x.dtype}, not of rank {rank}; {again}")
     check_finite(lora, where)
 
+# %% ../nbs/07_checkpoints.ipynb #e1a4130a
 def check_fits(
-    lora: dict,          # as above
-    model: nn.Module,    # may be on the meta device
-    where,               # for the message
+    lora: dict[str, Tensor],   # as above
+    model: nn.Module,          # may be on the meta device
+    where,                     # for the message
 ):
     "UserError unless the model has the maps of the adapter, in their shapes."
     maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in sorted(layers_of(lora)):
         shape = (len(lora[f"{name}.lora_B.weight"]), lora[f"{name}.lora_A.weight"].shape[1])
         own = maps.get(name) or maps.get(f"{name}.base_layer")
-        if own is None: raise UserError(f"{where}: is of another architecture, the base has no {name}; give the base it was made for")
-        if own.weight.shape != shape: raise UserError(f"{where}: {name} is {list(shape)}, the base's {list(own.weight.shape)}; give the base it was made for")
+        remedy = "give the base it was made for"
+        if own is None: raise UserError(f"{where}: is of another architecture, the base has no {name}; {remedy}")
+        if own.weight.shape != shape:
+            raise UserError(f"{where}: {name} is {list(shape)}, the base's {list(own.weight.shape)}; {remedy}")
 
 # %% ../nbs/07_checkpoints.ipynb #3564a491
-LORA_FILES = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"   # of `transformer`, of `transformer_2`
+LORA_FILES = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"   # one for each expert
 GENERATOR_NOTE = dict(
     base=(lambda x: isinstance(x, str) and x, "a path or a hub id"),
     ranks=(lambda x: isinstance(x, list) and x and all(map(is_count, x)), "a list of ranks"))
 
+# %% ../nbs/07_checkpoints.ipynb #fe8978a4
 def read_loras(
     folder,      # as `Generator.save` wrote it
-) -> tuple:      # (facts of generator.json, the stacked adapter of each expert, without prefix)
+) -> tuple[dict[str, object], list[dict[str, Tensor]]]:   # (facts, each expert's stacked adapter, without prefix)
     "A generator's adapters; UserError where they aren't whole."
     folder = Path(folder)
     facts = read_note(folder/"generator.json", GENERATOR_NOTE)
     files = [folder/name for name in LORA_FILES if (folder/name).is_file()]
-    if not files or files[0].name != LORA_FILES[0]: raise UserError(f"{folder}: holds no {LORA_FILES[0]}; run the round again")
-    loras = [{name.removeprefix("transformer."): x for name, x in read_tensors(file).items()} for file in files]
-    for file, lora in zip(files, loras): check_adapter(lora, sum(facts["ranks"]), file)
+    if not files or files[0].name != LORA_FILES[0]:
+        raise UserError(f"{folder}: holds no {LORA_FILES[0]}; run the round again")
+    loras = []
+    for file in files:
+        loras.append({name.removeprefix("transformer."): x for name, x in read_tensors(file).items()})
+        check_adapter(loras[-1], sum(facts["ranks"]), file)
     return facts, loras
 
 # %% ../nbs/07_checkpoints.ipynb #37b74d72
