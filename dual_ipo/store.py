@@ -56,7 +56,7 @@ def check_kind(
         where = " ".join(".".join(map(str, fault["loc"])).split()) or "all of it"
         raise UserError(f"{path}: {where:.100}: {fault['msg']}; remove it or restore it") from None
 
-# %% ../nbs/02_store.ipynb #79ee54df
+# %% ../nbs/02_store.ipynb #2f2fd774
 def read_json(
     path,
     kind=None,   # what it has to be, as pydantic says it: dict[str, float], a model; None: anything
@@ -75,7 +75,7 @@ NUMBERS = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 class Loader(yaml.SafeLoader):
     "Safe YAML in which 1e-5 is a number, and a key is text that is there once."
 
-# %% ../nbs/02_store.ipynb #c887ba80
+# %% ../nbs/02_store.ipynb #d0608413
 def yaml_fault(
     node,        # as PyYAML composed it
     text: str,
@@ -83,7 +83,7 @@ def yaml_fault(
     "What PyYAML raises, with the line."
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
-# %% ../nbs/02_store.ipynb #1b51f865
+# %% ../nbs/02_store.ipynb #3556d829
 @patch
 def construct_mapping(self: Loader, node, deep=False):
     seen = set()
@@ -94,7 +94,7 @@ def construct_mapping(self: Loader, node, deep=False):
         seen.add(name)
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-# %% ../nbs/02_store.ipynb #aaed8e48
+# %% ../nbs/02_store.ipynb #3f11f598
 @patch
 def construct_object(self: Loader, node, deep=False):
     try:
@@ -106,14 +106,14 @@ def construct_object(self: Loader, node, deep=False):
     except (ValueError, LookupError, AttributeError, TypeError) as error:   # of a tag on what isn't of its kind
         raise yaml_fault(node, f"{node.value!r:.60} can't be read: {error!s:.80}") from None
 
-# %% ../nbs/02_store.ipynb #395229a5
+# %% ../nbs/02_store.ipynb #1b4944ad
 class Dumper(yaml.SafeDumper):
     "What `Loader` reads as it was: the text 1e5 is put in quotes, and so is what holds ends of lines."
 
     def represent_str(self, text):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
-# %% ../nbs/02_store.ipynb #4cdc2aa1
+# %% ../nbs/02_store.ipynb #70846f8e
 Dumper.add_representer(str, Dumper.represent_str)
 FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for own in (Loader, Dumper): own.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -173,7 +173,7 @@ def identity(
     facts = os.stat(path)
     return os.path.abspath(path), facts.st_size, facts.st_mtime_ns
 
-# %% ../nbs/02_store.ipynb #9254c166
+# %% ../nbs/02_store.ipynb #d8b59d88
 def own_files(
     folder: Path,
 ) -> Iterator[Path]:
@@ -182,7 +182,7 @@ def own_files(
         if path.is_dir(): yield from () if (path/"DONE").is_file() else own_files(path)
         elif path.suffix in (".parquet", ".safetensors", ".mp4"): yield path
 
-# %% ../nbs/02_store.ipynb #bedcc940
+# %% ../nbs/02_store.ipynb #a41fb4ca
 def checksums(
     folder: Path,
 ) -> dict[str, str]:   # {path below it: checksum}
@@ -197,7 +197,7 @@ class Done(BaseModel):
     "What a `DONE` says."
     files: dict[str, str] = {}   # as `checksums` found them
 
-# %% ../nbs/02_store.ipynb #9768e7a8
+# %% ../nbs/02_store.ipynb #3178b651
 @lru_cache(4096)
 def remembered(
     mark: str,     # path of a DONE
@@ -206,7 +206,7 @@ def remembered(
     "The checksums that a `DONE` remembers; somebody else's may be empty."
     return read_json(mark, Done).get("files", {}) if os.path.getsize(mark) else {}
 
-# %% ../nbs/02_store.ipynb #f28ffc36
+# %% ../nbs/02_store.ipynb #1214e75c
 def marks_of(
     path: Path,
 ) -> list[Path]:   # the nearest first
@@ -217,7 +217,7 @@ def marks_of(
         if (folder/"run.yaml").is_file(): break
     return marks
 
-# %% ../nbs/02_store.ipynb #e148c848
+# %% ../nbs/02_store.ipynb #73525955
 def whole(
     path,
 ) -> Path:   # the same
@@ -252,7 +252,7 @@ def rows_checksum(
     for row in rows: crc = zlib.crc32(repr(row).encode(), crc)
     return f"{crc:08x}".encode()
 
-# %% ../nbs/02_store.ipynb #6130a9ed
+# %% ../nbs/02_store.ipynb #c3fa34b6
 def write_table(
     path,              # ….parquet
     rows: list[dict],  # values: numbers, text, None, lists and dicts of them
@@ -308,7 +308,7 @@ def digest(
     "The name of this content."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/02_store.ipynb #796452c6
+# %% ../nbs/02_store.ipynb #c1501ae3
 @lru_cache(2**20)
 def digest_at(
     path: str,
@@ -317,7 +317,7 @@ def digest_at(
     "SHA-256 of a file as it was at a time."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/02_store.ipynb #9212ff86
+# %% ../nbs/02_store.ipynb #11d407c5
 def file_digest(
     path,
 ) -> str:
@@ -328,7 +328,7 @@ def file_digest(
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from None
 
-# %% ../nbs/02_store.ipynb #2a927ce1
+# %% ../nbs/02_store.ipynb #aecf1336
 def clip_digest(
     video: Video,
 ) -> str:
@@ -337,7 +337,7 @@ def clip_digest(
     frames = video.frames.cpu().contiguous()
     return digest(hashlib.sha256(frames.numpy()).hexdigest(), list(frames.shape), video.fps, video.times)
 
-# %% ../nbs/02_store.ipynb #e187b372
+# %% ../nbs/02_store.ipynb #f586aa42
 def pair_digest(
     pair: Pair,
 ) -> str:
@@ -408,7 +408,7 @@ PATHS = [   # (part, key) of the config
     ("generator", "path"),
     ("reward", "path")]
 
-# %% ../nbs/02_store.ipynb #4a0cc49d
+# %% ../nbs/02_store.ipynb #75f069d3
 def portable(
     path: str | None,   # as a config has it
     run,                # the run's folder
@@ -420,7 +420,7 @@ def portable(
     seen = os.path.relpath(path, home)
     return seen if seen.startswith("..") else f"./{seen}"
 
-# %% ../nbs/02_store.ipynb #310a9eec
+# %% ../nbs/02_store.ipynb #bad4f2e2
 def located(
     path: str | None,   # of `portable`
     run,
@@ -429,7 +429,7 @@ def located(
     if not path or not (path.startswith(("./", "../")) or (Path(run)/path).exists()): return path
     return os.path.normpath(Path(run).resolve()/path)
 
-# %% ../nbs/02_store.ipynb #38da671c
+# %% ../nbs/02_store.ipynb #ee8865b6
 def begun_anew(
     paths: list[str | None],   # of one thing, as it may be named
     old: str, new: str,        # beginnings
@@ -439,7 +439,7 @@ def begun_anew(
         for start in (old.rstrip("/"), os.path.abspath(old)):
             if path == start or path.startswith(f"{start}/"): return os.path.abspath(new) + path[len(start):]
 
-# %% ../nbs/02_store.ipynb #723ed086
+# %% ../nbs/02_store.ipynb #fce017e9
 def portable_config(
     config: dict[str, dict],
     run,                       # its folder
@@ -462,7 +462,7 @@ def note_base(
     is_near = run and base and portable(base, run) != base
     return dict(base=base) | (dict(base_from_here=os.path.relpath(base, here)) if is_near else {})
 
-# %% ../nbs/02_store.ipynb #9a964838
+# %% ../nbs/02_store.ipynb #faface6f
 def base_seen_from(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -471,7 +471,7 @@ def base_seen_from(
     near = facts.get("base_from_here")
     return near and os.path.normpath(Path(folder).resolve()/near)
 
-# %% ../nbs/02_store.ipynb #6f9361ee
+# %% ../nbs/02_store.ipynb #d72d0c99
 def find_base(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -492,7 +492,7 @@ def locked(
         warn_once(f"this file system has no locks ({error.strerror}): see to it that one process alone works on a run")
     return True
 
-# %% ../nbs/02_store.ipynb #9e33dd05
+# %% ../nbs/02_store.ipynb #0b05e62d
 @contextmanager
 def lock(
     path,              # a file for it
@@ -512,7 +512,7 @@ class Fact(BaseModel):
     "JSON of ours; other keys are welcome."
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-# %% ../nbs/02_store.ipynb #318a0343
+# %% ../nbs/02_store.ipynb #ee9b77b5
 class Scores(Fact):
     "The `generator` part of a round's entry, points of 100."
     total: float
@@ -522,7 +522,7 @@ class Scores(Fact):
     ci95: list[float] = Field(min_length=2, max_length=2)   # of the total
     dims: dict[str, float]
 
-# %% ../nbs/02_store.ipynb #4f7e9a3c
+# %% ../nbs/02_store.ipynb #155a1b5e
 class Entry(Fact):
     "A round.json."
     round: int = Field(ge=0)
@@ -535,7 +535,7 @@ class Entry(Fact):
     @classmethod
     def measured(cls, x): return x or None
 
-# %% ../nbs/02_store.ipynb #44176ba4
+# %% ../nbs/02_store.ipynb #dad9b156
 class Summary(Fact):
     "A summary.json."
     config: dict[str, object]
@@ -566,7 +566,7 @@ class Run:
             for leftover in self.path.rglob(".*.tmp"): leftover.unlink()
             yield self
 
-# %% ../nbs/02_store.ipynb #790e5a47
+# %% ../nbs/02_store.ipynb #6019a8ee
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
@@ -579,7 +579,7 @@ def check_config_of(
     raise UserError(f"{run}: belongs to a run with another config ({difference}); "
                     f"name another folder or use that config{moved}")
 
-# %% ../nbs/02_store.ipynb #02de2e5e
+# %% ../nbs/02_store.ipynb #3554516e
 @patch(cls_method=True)
 def open(cls: Run,
     path,                     # of the folder; made if absent
@@ -595,7 +595,7 @@ def open(cls: Run,
     else: write_yaml(path/"run.yaml", config)
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #5e9007a3
+# %% ../nbs/02_store.ipynb #b2f06987
 @patch(cls_method=True)
 def load(cls: Run, path) -> "Run":
     "A run as it lies on disk; UserError when there is none."
@@ -605,7 +605,7 @@ def load(cls: Run, path) -> "Run":
     if not isinstance(config, dict): raise UserError(f"{path}: its run.yaml holds no keys; restore it")
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #31101b25
+# %% ../nbs/02_store.ipynb #11a293e5
 def rebased(
     note: Path,           # generator.json or judge.json of an adapter
     old: str, new: str,   # beginnings of paths
@@ -616,7 +616,7 @@ def rebased(
     if now: write_json(note, {k: x for k, x in facts.items() if k != "base_from_here"} | note_base(now, note.parent))
     return bool(now)
 
-# %% ../nbs/02_store.ipynb #102e52d8
+# %% ../nbs/02_store.ipynb #2ea09c4b
 @patch
 def relocate(self: Run,
     old: str, new: str,   # beginnings of paths, as they are in run.yaml or as they would be found
@@ -634,13 +634,13 @@ def relocate(self: Run,
         raise UserError(f"--relocate {old}={new}: no path of {self.path/'run.yaml'} begins with {old}; look there")
     write_yaml(self.path/"run.yaml", self.config)
 
-# %% ../nbs/02_store.ipynb #488da17b
+# %% ../nbs/02_store.ipynb #bf478051
 @patch
 def round(self: Run, k: int) -> Path:
     "The folder of round `k`; 0 is the cold start."
     return self.path/f"round_{k:02d}"
 
-# %% ../nbs/02_store.ipynb #8f369339
+# %% ../nbs/02_store.ipynb #5268681a
 @patch
 def entries(self: Run) -> list[dict]:
     "What each finished round reported (`round.json`), in order."
@@ -698,7 +698,7 @@ def is_number(x) -> bool:
     "0 or more, and no larger than a float can count."
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 2**53
 
-# %% ../nbs/02_store.ipynb #1bbe1d90
+# %% ../nbs/02_store.ipynb #5966d01c
 def read_progress(
     run,          # its folder
 ) -> dict[str, str | float | None] | None:   # a row of progress.json, and seconds `silent` since; None: nothing sound

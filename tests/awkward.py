@@ -1,4 +1,5 @@
-"Clips of the kinds that cameras, editors and browsers write; each frame a shade of its own, with a blue bar on top and a red one on the left."
+"""Clips of the kinds that cameras, editors and browsers write; each frame a shade of its own, with a blue bar on top
+and a red one on the left."""
 import struct
 from fractions import Fraction
 
@@ -17,11 +18,13 @@ def shades(T=9, H=64, W=96):
     return frames
 
 
-def write(path, frames, fps=16, codec=None, pix="yuv420p", stamps=None, last=None, options=None, container=None, prepare=None, **tags):
+def write(path, frames, fps=16, codec=None, pix="yuv420p", stamps=None, last=None, options=None, container=None,
+          prepare=None, **tags):
     "Write frames; `stamps` in milliseconds, `last`: how long the last one stays, ms."
     codec = codec or FORMATS[path.suffix[1:]]
     with av.open(str(path), "w", options=container or {}) as file:
-        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=QUIET.get(codec, {}) | (options or {}))
+        settings = QUIET.get(codec, {}) | (options or {})
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix
         for key, value in tags.items(): setattr(stream.codec_context, key, value)
         if stamps: stream.codec_context.time_base = Fraction(1, 1000)
@@ -30,8 +33,10 @@ def write(path, frames, fps=16, codec=None, pix="yuv420p", stamps=None, last=Non
                 if last and packet.pts == stamps[-1]: packet.duration = last
                 file.mux(packet)
         for i, frame in enumerate(frames):
-            picture = prepare(frame) if prepare else av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix)
-            picture.pts, picture.time_base = (stamps[i], Fraction(1, 1000)) if stamps else (i, 1/Fraction(fps).limit_denominator(1001))
+            if prepare: picture = prepare(frame)
+            else: picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix)
+            tick = Fraction(1, 1000) if stamps else 1/Fraction(fps).limit_denominator(1001)
+            picture.pts, picture.time_base = stamps[i] if stamps else i, tick
             mux(stream.encode(picture))
         mux(stream.encode())
     return path
@@ -41,7 +46,8 @@ def with_matrix(path, a, b, c, d):
     "Write a display matrix into the header of an mp4 or mov, as phones do; the pixels stay as they are."
     data = bytearray(path.read_bytes())
     at, one = data.index(b"tkhd") + 44, 1 << 16
-    data[at:at + 36] = struct.pack(">9i", *(round(x*one) for x in (a, b)), 0, *(round(x*one) for x in (c, d)), 0, 0, 0, 1 << 30)
+    a, b, c, d = (round(x*one) for x in (a, b, c, d))
+    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
 

@@ -6,10 +6,14 @@ import sys
 import pytest
 import torch
 
+import synthetic
+import tables
 from dual_ipo.core import MAX_FRAMES, MAX_PIXELS, Pair, UserError, Video, check_caps, read_mp4, write_mp4
-from dual_ipo.data import check_clips, clip_fault, inside, read_clips, read_pairs, write_pairs
+from dual_ipo.data import PAIR_COLUMNS, check_clips, clip_fault, inside, read_clips, read_pairs, write_pairs
 from dual_ipo.prompts import Pool, read_prompts
-from dual_ipo.store import Run, read_table, read_yaml, write_table
+from dual_ipo.store import (Done, Entry, Run, Scores, Summary, progress, read_table, read_yaml, set_progress_file,
+                            write_json, write_table)
+from dual_ipo.toyworld import CHECKPOINTS
 
 
 def clip(T=5, H=16, W=24, shift=1):
@@ -62,7 +66,8 @@ def test_prompts_missing_or_binary(tmp_path):
 
 
 def test_pool_is_balanced_and_exhaustible():
-    pool = Pool(["a {attribute} {subject}", "a {subject} {relation} a {subject2}"], ["cat", "dog", "fox"], ["red", "blue"], ["above", "left of"])
+    pool = Pool(["a {attribute} {subject}", "a {subject} {relation} a {subject2}"],
+                ["cat", "dog", "fox"], ["red", "blue"], ["above", "left of"])
     everything = pool.sample(3*2 + 3*2*2, seed=0)
     assert len(set(everything)) == 18 and not any(p.split()[1] == p.split()[-1] for p in everything)
     assert "only 18" in line_of(pool.sample, 19, seed=0)
@@ -81,8 +86,8 @@ def test_bad_clips(tmp_path, mp4):
     (tmp_path/"picture.mp4").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
     (tmp_path/"list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{mp4}\n#EXT-X-ENDLIST\n", "utf-8")
     (tmp_path/"concat.mp4").write_text(f"ffconcat version 1.0\nfile {mp4}\n", "utf-8")
-    says = {"none": "no such file", "zero": "zero bytes", "text": "not a video", "noise": "not a video", "picture": "not a video",
-        "list": "not a video", "concat": "not a video"}
+    says = {"none": "no such file", "zero": "zero bytes"}
+    says |= dict.fromkeys(("text", "noise", "picture", "list", "concat"), "not a video")
     for name, words in says.items():
         line = line_of(read_mp4, tmp_path/f"{name}.mp4")
         assert words in line and f"{name}.mp4" in line
@@ -159,7 +164,8 @@ PAIRS = {
     "unknown label": (HEAD + "x,a.mp4,b.mp4,A\nx,a.mp4,b.mp4,left\n", "row 3: unknown label 'left'"),
     "label of another case": (HEAD + "x,a.mp4,b.mp4,a\n", "unknown label 'a'"),
     "no label given": (HEAD + "x,a.mp4,b.mp4,\n", "unknown label ''"),
-    "RewardBench's invalid": ("path_A,path_B,prompt,VQ,MQ,TA,Overall\na.mp4,b.mp4,x,A,A,A,invalid\n", "unknown label 'invalid'"),
+    "RewardBench's invalid": (
+        "path_A,path_B,prompt,VQ,MQ,TA,Overall\na.mp4,b.mp4,x,A,A,A,invalid\n", "unknown label 'invalid'"),
     "no prompt": (HEAD + ",a.mp4,b.mp4,A\n", "row 2 has no prompt"),
     "no path": (HEAD + "x,,b.mp4,A\n", "row 2: path ''"),
     "with itself": (HEAD + "x,a.mp4,./a.mp4,A\n", "with itself"),
@@ -195,7 +201,8 @@ def test_paths_inside_are_fine(tmp_path):
 
 def test_pairs_there_and_back(tmp_path):
     rationale = {"motion": {"a": "steady, \"even\"\nand calm", "b": "jerky", "grade_a": 5, "grade_b": 2}}
-    pairs = [Pair("a square, moving", clip(), clip(shift=2), label, str(i), rationale) for i, label in enumerate(("A", "B", "same"))]
+    pairs = [Pair("a square, moving", clip(), clip(shift=2), label, str(i), rationale)
+             for i, label in enumerate(("A", "B", "same"))]
     table = read_pairs(write_pairs(tmp_path, pairs))
     assert [row.label for row in table.rows] == ["A", "B", "same"] and table.rows[0].rationale == rationale
     assert table[2].a.frames.shape == (5, 3, 16, 24) and table[2].label == "same"
@@ -227,8 +234,9 @@ def test_bad_real_clips(tmp_path):
 def test_run_of_another_config(tmp_path):
     Run.open(tmp_path/"run", {"seed": 0, "generator": {"lr": 1e-5}})
     before = (tmp_path/"run/run.yaml").read_bytes()
-    assert "generator.lr: 1e-05 there, 2e-05 here" in line_of(Run.open, tmp_path/"run", {"seed": 0, "generator": {"lr": 2e-5}})
-    assert "generator.beta: nothing there, 5 here" in line_of(Run.open, tmp_path/"run", {"seed": 0, "generator": {"lr": 1e-5, "beta": 5}})
+    for own, said in (({"lr": 2e-5}, "generator.lr: 1e-05 there, 2e-05 here"),
+                      ({"lr": 1e-5, "beta": 5}, "generator.beta: nothing there, 5 here")):
+        assert said in line_of(Run.open, tmp_path/"run", {"seed": 0, "generator": own})
     assert "seed: 0 there, nothing here" in line_of(Run.open, tmp_path/"run", {"generator": {"lr": 1e-5}})
     assert (tmp_path/"run/run.yaml").read_bytes() == before
     (tmp_path/"mine").mkdir()
@@ -238,7 +246,8 @@ def test_run_of_another_config(tmp_path):
 
 def test_lock_is_exclusive_and_dies_with_its_process(tmp_path):
     run = Run.open(tmp_path/"run", {})
-    code = f"from dual_ipo.store import Run; import time\nwith Run.load({str(run.path)!r}).lock(): print('held', flush=True); time.sleep(60)"
+    code = ("from dual_ipo.store import Run; import time\n"
+            f"with Run.load({str(run.path)!r}).lock(): print('held', flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "held\n"
     assert "another process" in line_of(run.lock(wait=.2).__enter__)
@@ -256,7 +265,8 @@ def test_bad_yaml(tmp_path, text):
 def test_what_was_decoded_last_is_kept_and_no_more(tmp_path, monkeypatch):
     "A table of any length needs the memory of `KEPT` bytes."
     from dual_ipo import core
-    files = [core.VideoFile(core.Video(torch.full((5, 3, 16, 16), 40 * i, dtype=torch.uint8), 8.).save(tmp_path / f"{i}.mp4").path) for i in range(5)]
+    clips = [core.Video(torch.full((5, 3, 16, 16), 40 * i, dtype=torch.uint8), 8.) for i in range(5)]
+    files = [core.VideoFile(video.save(tmp_path / f"{i}.mp4").path) for i, video in enumerate(clips)]
     monkeypatch.setattr(core.VideoFile, "kept", core.OrderedDict())
     monkeypatch.setattr(core.VideoFile, "size", 0)
     monkeypatch.setattr(core, "KEPT", 3 * files[0].frames.nbytes)
@@ -269,3 +279,45 @@ def test_what_was_decoded_last_is_kept_and_no_more(tmp_path, monkeypatch):
     assert asked == ["0.mp4"] and core.VideoFile.size <= core.KEPT
     files[1].path.unlink()
     with pytest.raises(UserError, match="no such file"): files[1].frames
+
+
+# the page of tables; whole runs are held to it in test_runs
+
+def test_the_page_says_what_each_column_is():
+    for pattern, columns in tables.page().items():
+        assert columns, pattern
+        for column, (kind, _, meaning) in columns.items(): assert kind and meaning, f"{pattern}: {column}"
+
+
+def test_the_page_has_the_columns_that_the_code_knows(tmp_path):
+    page, measured = tables.page(), {f"generator.{name}" for name in Scores.model_fields}
+    assert tuple(page["pairs.csv"]) == PAIR_COLUMNS
+    assert set(page["summary.json"]) == set(Summary.model_fields) and set(Done.model_fields) < set(page["**/DONE"])
+    entry = {name for name in page["round_*/round.json"] if "." not in name}
+    assert entry == set(Entry.model_fields) and measured < set(page["round_*/round.json"])
+    write_pairs(tmp_path/"input", [Pair("a square", clip(), clip(), "A", "0")])
+    assert not tables.faults(tmp_path/"input/pairs.csv", "pairs.csv", page)
+    set_progress_file(tmp_path/"run/progress.json", 1)
+    (tmp_path/"run").mkdir()
+    try: list(progress([0], "align"))
+    finally: set_progress_file(None)
+    _, bad = check_clips([tmp_path/"none.mp4", *tmp_path.rglob("*.mp4")], None, .9)
+    write_table(tmp_path/"run/quarantine.parquet", bad)
+    assert tables.undescribed(tmp_path/"run") == []
+
+
+def test_the_page_knows_the_runs_that_are_shown(tmp_path):
+    assert tables.undescribed(CHECKPOINTS/"run") == []
+    assert tables.undescribed(synthetic.synthetic_run(tmp_path/"made", rounds=1, n=4), whole=False) == []
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(stage=7), "stage is whole, not text"), (dict(speed=1.), "speed (number)"), (dict(done=None), None)])
+def test_what_the_page_does_not_say_is_found(tmp_path, change, said):
+    whole = dict(round=1, stage="align", done=4, total=10, elapsed=2, eta=None)
+    write_json(tmp_path/"progress.json", whole | change)
+    assert tables.undescribed(tmp_path) == ([f"progress.json: {said}"] if said else [])
+    write_json(tmp_path/"progress.json", {"round": 1})
+    assert "progress.json: no stage" in tables.undescribed(tmp_path)
+    write_json(tmp_path/"other.json", {})
+    assert "other.json: no such table" in tables.undescribed(tmp_path)

@@ -1,4 +1,5 @@
-"""Tables, texts and configs of strangers: one line or the right value, never a traceback, a hang or another value in silence.
+"""Tables, texts and configs of strangers: one line or the right value, never a traceback, a hang or another value in
+silence.
 
 `HOSTILE=15` tries fifteen times as many (about 5 minutes)."""
 import ast
@@ -27,8 +28,8 @@ from dual_ipo.monitor import warnings_of
 from dual_ipo.prompts import read_csv, read_prompts
 from dual_ipo.report import in_words, monitor_notes, rounds_table, title
 from dual_ipo.results import read_results
-from dual_ipo.store import (Run, intact, read_entries, read_json, read_progress, read_table, read_tensors, read_yaml, stage,
-                            whole, write_json, write_table, write_tensors, write_yaml)
+from dual_ipo.store import (Run, intact, read_entries, read_json, read_progress, read_table, read_tensors, read_yaml,
+                            stage, whole, write_json, write_table, write_tensors, write_yaml)
 
 ROOT = Path(__file__).parent.parent
 COUNTS = Counter()
@@ -122,7 +123,8 @@ def test_damaged_shards(folder, shard, bits, name):
 
 def test_whole_shards_are_read_through_once(folder, shard, monkeypatch):
     from dual_ipo import store
-    assert read_table(folder/"shard/t.parquet") == ROWS and torch.equal(read_tensors(folder/"shard/x.safetensors")["a"], torch.arange(40.).view(5, 8))
+    assert read_table(folder/"shard/t.parquet") == ROWS
+    assert torch.equal(read_tensors(folder/"shard/x.safetensors")["a"], torch.arange(40.).view(5, 8))
     intact(folder/"shard")
     read, own = [], store.checksum
     monkeypatch.setattr(store, "checksum", lambda path: read.append(path) or own(path))
@@ -138,9 +140,11 @@ def test_damage_names_every_mark(tmp_path):
     with stage(tmp_path/"candidates", resumes=True):
         with stage(tmp_path/"candidates/shard_0000"): write_table(tmp_path/"candidates/shard_0000/table.parquet", ROWS)
     at = tmp_path/"candidates/shard_0000/table.parquet"
-    assert read_json(tmp_path/"candidates/DONE") == {"files": {}} and list(read_json(tmp_path/"candidates/shard_0000/DONE")["files"]) == ["table.parquet"]
+    assert read_json(tmp_path/"candidates/DONE") == {"files": {}}
+    assert list(read_json(at.parent/"DONE")["files"]) == ["table.parquet"]
     at.write_bytes(at.read_bytes().replace(b"PAR1", b"PAR2"))
-    assert f"remove {tmp_path}/candidates/shard_0000/DONE, {tmp_path}/candidates/DONE and run again" in line_of(read_table, at)
+    marks = f"{tmp_path}/candidates/shard_0000/DONE, {tmp_path}/candidates/DONE"
+    assert f"remove {marks} and run again" in line_of(read_table, at)
 
 
 def test_marks_of_others(tmp_path):
@@ -291,7 +295,8 @@ from dual_ipo.config import commented_yaml, read_config
 from dual_ipo.prompts import read_prompts
 from dual_ipo.data import read_pairs
 folder = Path(sys.argv[1])
-print(ascii([read_config(folder/"run.yaml").generator.negative_prompt, read_prompts(folder/"p.txt"), read_pairs(folder/"pairs.csv").rows[0].prompt]))
+pair = read_pairs(folder/"pairs.csv").rows[0]
+print(ascii([read_config(folder/"run.yaml").generator.negative_prompt, read_prompts(folder/"p.txt"), pair.prompt]))
 """
 
 
@@ -338,9 +343,13 @@ PAIRS = {
     "nan": (f"{HEAD}\nnan,a.mp4,b.mp4,A\n", "row 2 has no prompt"),
     "a loop of links": (f"{HEAD}\nx,loop.mp4,../b.mp4,A\n", "row 2: path"),
     "255 bytes": (f"{HEAD}\nx,{'é'*130}.mp4,b.mp4,A\n", "row 2: path"),
-    "a true grade": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A," + '"{""m"": {""a"": """", ""b"": """", ""grade_a"": true, ""grade_b"": 2}}"\n', "row 2: rationale_json"),
-    "a grade 1.0": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A," + '"{""m"": {""a"": """", ""b"": """", ""grade_a"": 1.0, ""grade_b"": 2}}"\n', "row 2: rationale_json"),
-    "half a character": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A," + r'"{""m"": {""a"": ""\ud800"", ""b"": """", ""grade_a"": 1, ""grade_b"": 2}}"' + "\n", "row 2: rationale_json"),
+    "a true grade": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A,"
+        + '"{""m"": {""a"": """", ""b"": """", ""grade_a"": true, ""grade_b"": 2}}"\n', "row 2: rationale_json"),
+    "a grade 1.0": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A,"
+        + '"{""m"": {""a"": """", ""b"": """", ""grade_a"": 1.0, ""grade_b"": 2}}"\n', "row 2: rationale_json"),
+    "half a character": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A,"
+        + r'"{""m"": {""a"": ""\ud800"", ""b"": """", ""grade_a"": 1, ""grade_b"": 2}}"' + "\n",
+        "row 2: rationale_json"),
     "a deep reason": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A,{'['*50000}\n", "row 2: rationale_json"),
     "5,000 digits": (f"{HEAD},rationale_json\nx,a.mp4,b.mp4,A,{'9'*5000}\n", "row 2: rationale_json"),
 }
@@ -358,7 +367,9 @@ def test_wrong_pairs(tmp_path, name):
 
 def test_right_pairs(tmp_path):
     "What agrees is taken: both columns, both orders, other prompts."
-    (tmp_path/"pairs.csv").write_text(f"{HEAD},Overall\nx,a.mp4,b.mp4,A,A\nx,b.mp4,a.mp4,B,B\ny,a.mp4,b.mp4,B,B\nx,a.mp4,c.mp4,same,same\nx,c.mp4,a.mp4,same,same\n", "utf-8")
+    rows = ["x,a.mp4,b.mp4,A,A", "x,b.mp4,a.mp4,B,B", "y,a.mp4,b.mp4,B,B", "x,a.mp4,c.mp4,same,same",
+        "x,c.mp4,a.mp4,same,same"]
+    (tmp_path/"pairs.csv").write_text("\n".join([f"{HEAD},Overall", *rows, ""]), "utf-8")
     rows = read_pairs(tmp_path).rows
     assert [(r.prompt, r.path_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
         ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "same", "3"), ("x", "c.mp4", "same", "4")]
@@ -490,8 +501,8 @@ def test_many_keys_are_read_in_linear_time(tmp_path):
 
 FLOATS = ["generator.fps", "generator.guidance_scale", "reward.temperature", "reward.top_p", "cold_start.lr",
     "candidates.min_margin", "candidates.cache", "candidates.guidance_stop", "align.lr", "align.beta",
-    "align.lambda_win",
-          "align.lambda_real", "votes.min_gap", "pce.tau", "pce.threshold", "srpo.lr", "srpo.beta", "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "reward.min_readable"]
+    "align.lambda_win", "align.lambda_real", "votes.min_gap", "pce.tau", "pce.threshold", "srpo.lr", "srpo.beta",
+    "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "reward.min_readable"]
 
 
 @pytest.mark.parametrize("key", FLOATS)
@@ -643,7 +654,8 @@ MEASURES = {
     "no tensors": "def measure(videos, prompts): return dict(total=[.5]*len(videos))",
     "a number as a name": "import torch\ndef measure(videos, prompts): return {7: torch.zeros(len(videos))}",
     "a column's name": "import torch\ndef measure(videos, prompts): return dict(prompt=torch.zeros(len(videos)))",
-    "complex": "import torch\ndef measure(videos, prompts): return dict(total=torch.zeros(len(videos), dtype=torch.complex64))",
+    "complex": "import torch\ndef measure(videos, prompts):\n"
+               "    return dict(total=torch.zeros(len(videos), dtype=torch.complex64))",
     "other names": "import torch\ndef measure(videos, prompts): return {f'x{prompts[0]}': torch.zeros(len(videos))}",
     "deep": "def measure(videos, prompts): return measure(videos, prompts)",
     "bytes": "\0",

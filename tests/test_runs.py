@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import tiny
+from tables import undescribed
 from dual_ipo import rounds
 from dual_ipo.cli import ROUND, start_run
 from dual_ipo.demo import demo_config, write_toy_input
@@ -153,6 +154,7 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
     assert (out/"round_01/srpo/history.parquet").exists() == any(row["kept"] for row in votes)  # none may be kept: this judge has seen 24 pairs
     assert "report.html" in said.out and (out/"report.html").stat().st_size > 1e6
     assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
+    assert undescribed(out) == []   # the page of tables of 02_store
 
 
 def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
@@ -174,6 +176,7 @@ def test_learning_from_shorter_clips(given, tmp_path):
     data["cold_start"]["steps"] = 2
     run = start_run(Namespace(config=write(given, "short.yaml", data), out=tmp_path/"run"))
     for k in (0, 1): run_round(run, k)
+    assert undescribed(tmp_path/"run") == []
     lengths = {name: {len(Video.load(path).frames) for path in (tmp_path/"run/round_01"/name).rglob("*.mp4")} for name in ("previews", "candidates", "fresh", "evaluate")}
     assert lengths == dict(previews={5}, candidates={5}, fresh={5}, evaluate={9})
     history = read_table(tmp_path/"run/round_01/align/history.parquet")
