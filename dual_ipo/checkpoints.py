@@ -24,6 +24,7 @@ from .store import read_json, read_tensors
 FETCH = "fetch it again"
 PASSED = UserError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit
 
+# %% ../nbs/07_checkpoints.ipynb #0e287985
 def in_a_line(
     error: BaseException,
 ) -> str:   # at most 200 characters
@@ -32,7 +33,7 @@ def in_a_line(
     named = isinstance(error, (OSError, ValueError, ImportError)) and text
     return (text if named else f"{type(error).__name__}: {text}".removesuffix(": "))[:200]
 
-# %% ../nbs/07_checkpoints.ipynb #82bb9d98
+# %% ../nbs/07_checkpoints.ipynb #e72734c9
 @contextmanager
 def opening(
     what: str,             # for the message: "judge PATH"
@@ -49,7 +50,7 @@ def is_count(x) -> bool:
     "A positive whole number; True is none."
     return type(x) is int and x > 0
 
-# %% ../nbs/07_checkpoints.ipynb #c33b05f1
+# %% ../nbs/07_checkpoints.ipynb #eb2c4dc0
 def read_note(
     path,
     wanted: dict[str, tuple],   # {key: (whether its value is right, what is right, in words)}
@@ -67,13 +68,14 @@ def read_note(
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)"
                      r"\.(?:(\w+)\.)?(safetensors|bin)(?:\.index\.(?:(\w+)\.)?json)?")
 
+# %% ../nbs/07_checkpoints.ipynb #f5e0205b
 class WeightFile(NamedTuple):
     "Where weights are."
     variant: str | None   # as "fp16"; None: the plain ones
     kind: str             # "safetensors" or "bin"
     path: Path            # of the file, or of an index of shards
 
-# %% ../nbs/07_checkpoints.ipynb #2f447bdf
+# %% ../nbs/07_checkpoints.ipynb #ffe8262f
 def weight_files(
     folder: Path,           # of a model
 ) -> list[WeightFile]:      # what the libraries prefer first
@@ -84,16 +86,17 @@ def weight_files(
         if match and path.is_file(): found.append(WeightFile(match[1] or match[3], match[2], path))
     return sorted(found, key=lambda own: (own.variant or "", own.kind == "bin", own.path.suffix == ".json"))
 
-# %% ../nbs/07_checkpoints.ipynb #fadf012e
+# %% ../nbs/07_checkpoints.ipynb #2d48d1d1
 def variant_of(
     folder: Path,
 ) -> str | None:   # "fp16"; None: the plain weights, or none
     "The variant that has to be asked for."
     return next((found.variant for found in weight_files(Path(folder))), None)
 
-# %% ../nbs/07_checkpoints.ipynb #3980e29d
+# %% ../nbs/07_checkpoints.ipynb #dc752e44
 POINTER = b"version https://git-lfs"   # how git-lfs's notes begin
 
+# %% ../nbs/07_checkpoints.ipynb #98689ec4
 def check_pointers(
     folder: Path,
 ):
@@ -121,7 +124,7 @@ def shards_of(
         raise UserError(f"{path.parent}: {few}; {FETCH}")
     return files
 
-# %% ../nbs/07_checkpoints.ipynb #9303f2ec
+# %% ../nbs/07_checkpoints.ipynb #569aec36
 def stored_shapes(
     folder: Path,              # of a model
 ) -> dict[str, tuple[int, ...]] | None:  # {name: shape}; None where there are no weights
@@ -138,6 +141,7 @@ def stored_shapes(
 # %% ../nbs/07_checkpoints.ipynb #88b54b2a
 MOST_LAYERS = 1000   # of a model, or of a part of it
 
+# %% ../nbs/07_checkpoints.ipynb #8cf8e008
 def check_config(
     folder: Path,     # of a model
 ):
@@ -152,6 +156,7 @@ def check_config(
 # %% ../nbs/07_checkpoints.ipynb #0ed75f33
 UNUSED = re.compile(r"vision.*\.(head|pooler)\b")   # a tower's own ends, which a language model doesn't ask for
 
+# %% ../nbs/07_checkpoints.ipynb #5fa69cd9
 def refuse_shapes(
     folder: Path,
     missing: Iterable[str],    # names
@@ -165,7 +170,7 @@ def refuse_shapes(
                         "use files that belong together")
     if missing: raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} for one; {FETCH}")
 
-# %% ../nbs/07_checkpoints.ipynb #00a758c6
+# %% ../nbs/07_checkpoints.ipynb #e5452f48
 @contextmanager
 def silent():
     "Without transformers' reports and bars."
@@ -178,7 +183,7 @@ def silent():
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
-# %% ../nbs/07_checkpoints.ipynb #ec8c8b0d
+# %% ../nbs/07_checkpoints.ipynb #2395b96e
 def check_shapes(
     folder: Path,                         # of a model
     found: dict[str, tuple[int, ...]],    # of `stored_shapes`
@@ -195,7 +200,7 @@ def check_shapes(
     with opening(str(folder)), silent(): _, info = kind.from_pretrained(folder, **how)
     refuse_shapes(folder, info["missing_keys"], info["mismatched_keys"])
 
-# %% ../nbs/07_checkpoints.ipynb #eabd3e1c
+# %% ../nbs/07_checkpoints.ipynb #7609f999
 def check_weights(
     folder,             # of a model
     kind,               # its class in transformers, or a diffusers model of its config on the meta device
@@ -215,7 +220,7 @@ def is_finite(
     if x.dtype.itemsize == 1: x = x.to(torch.bfloat16)   # for FP8 there is no minimum
     return all(math.isfinite(end.item()) for end in x.aminmax())   # NaN is both
 
-# %% ../nbs/07_checkpoints.ipynb #b1f6a6c4
+# %% ../nbs/07_checkpoints.ipynb #af9eff2b
 def check_finite(
     tensors: dict[str, Tensor],   # by name; those of integers, and on the meta device, are passed over
     where,                        # for the message
@@ -232,7 +237,7 @@ def layers_of(
     "The linear maps that an adapter changes."
     return list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in lora))
 
-# %% ../nbs/07_checkpoints.ipynb #4789b1fa
+# %% ../nbs/07_checkpoints.ipynb #9c5db9bb
 def check_adapter(
     lora: dict[str, Tensor],   # as above
     rank: int,
@@ -248,7 +253,7 @@ def check_adapter(
             raise UserError(f"{where}: {name} is {list(x.shape)} of {x.dtype}, not of rank {rank}; {again}")
     check_finite(lora, where)
 
-# %% ../nbs/07_checkpoints.ipynb #e1a4130a
+# %% ../nbs/07_checkpoints.ipynb #6e0cefa8
 def check_fits(
     lora: dict[str, Tensor],   # as above
     model: nn.Module,          # may be on the meta device
@@ -270,7 +275,7 @@ GENERATOR_NOTE = dict(
     base=(lambda x: isinstance(x, str) and x, "a path or a hub id"),
     ranks=(lambda x: isinstance(x, list) and x and all(map(is_count, x)), "a list of ranks"))
 
-# %% ../nbs/07_checkpoints.ipynb #fe8978a4
+# %% ../nbs/07_checkpoints.ipynb #d5432b81
 def read_loras(
     folder,      # as `Generator.save` wrote it
 ) -> tuple[dict[str, object], list[dict[str, Tensor]]]:   # (facts, each expert's stacked adapter, without prefix)

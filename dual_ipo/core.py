@@ -64,6 +64,7 @@ def noise(
 # %% ../nbs/00_core.ipynb #57b9dea8
 MISSING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # a file system hasn't this call
 
+# %% ../nbs/00_core.ipynb #e130a574
 @lru_cache(None)
 def warn_once(
     text: str,
@@ -71,7 +72,7 @@ def warn_once(
     "Say it, once in a process."
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-# %% ../nbs/00_core.ipynb #6c66de0b
+# %% ../nbs/00_core.ipynb #d6564db2
 def sync_folder(
     path,  # a folder
 ):
@@ -105,7 +106,7 @@ def whole_file(
 SMALL = 128   # px: frames narrower or lower than this keep full colour on disk, and are enlarged to be shown
 TICK  = Fraction(1, 90_000)   # s: the clock of clips whose frames are not evenly spaced
 
-# %% ../nbs/00_core.ipynb #28ce0c9e
+# %% ../nbs/00_core.ipynb #5cf7c787
 def h264_stream(
     container,            # an av container to write to
     size: tuple[int, int],   # (H, W)
@@ -120,7 +121,7 @@ def h264_stream(
     if clocked: stream.codec_context.time_base = TICK
     return stream
 
-# %% ../nbs/00_core.ipynb #2f342fc4
+# %% ../nbs/00_core.ipynb #09d702c4
 def encoded(
     stream,            # of `h264_stream`
     frames: Tensor,    # uint8 [T, 3, H, W]
@@ -139,7 +140,7 @@ def encoded(
             packet.duration = shown.get(packet.pts, packet.duration)
             yield packet
 
-# %% ../nbs/00_core.ipynb #bd1be6a1
+# %% ../nbs/00_core.ipynb #8fe3d387
 def write_mp4(
     path,            # the file to come
     frames: Tensor,  # uint8 [T, 3, H, W]; H and W even
@@ -181,14 +182,14 @@ def check_caps(
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 BOXES = (b"moov", b"mdat", b"moof", b"mfra", b"sidx", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta")
 
-# %% ../nbs/00_core.ipynb #71222c07
+# %% ../nbs/00_core.ipynb #9f5f8edc
 def ebml_size(data: bytes) -> tuple[int, int | None]:  # (bytes it is written in, the number; None: unknown)
     "A number of variable length, as Matroska writes sizes."
     n = 9 - data[0].bit_length() if data and data[0] else 8
     number = int.from_bytes(data[:n], "big") & (1 << 7*n) - 1
     return n, None if number == (1 << 7*n) - 1 else number
 
-# %% ../nbs/00_core.ipynb #9ae6cac6
+# %% ../nbs/00_core.ipynb #9591b9d8
 def boxes_end(file) -> int:
     "Where the last top-level box of an mp4 or mov ends."
     size, pos = file.seek(0, os.SEEK_END), 0
@@ -201,7 +202,7 @@ def boxes_end(file) -> int:
         pos += n
     return pos
 
-# %% ../nbs/00_core.ipynb #518ae109
+# %% ../nbs/00_core.ipynb #5e2a888c
 def declared_bytes(
     path,
 ) -> int:   # 0: it doesn't tell
@@ -234,7 +235,7 @@ def video_stream(
         raise UserError(f"{path}: is in Dolby Vision's own colours; export it as SDR or HDR10")
     return streams[0]
 
-# %% ../nbs/00_core.ipynb #76feac97
+# %% ../nbs/00_core.ipynb #6ee1aedd
 def check_file(
     path: Path,   # a video file
 ) -> bytes:       # how it begins
@@ -247,7 +248,7 @@ def check_file(
     if declared > size: raise UserError(f"{path}: is truncated: {size} of {declared} bytes; fetch it again")
     return head
 
-# %% ../nbs/00_core.ipynb #feea6069
+# %% ../nbs/00_core.ipynb #e127a964
 @contextmanager
 def opened(
     path,   # a video file
@@ -277,7 +278,7 @@ class Timeline:
     group: dict[int, int] = field(default_factory=dict) # number of a frame → its group
     promised: int = 1                      # frames at least, by the container's word
 
-# %% ../nbs/00_core.ipynb #b14132dd
+# %% ../nbs/00_core.ipynb #378ff167
 def rate_of(
     times: list[float],  # of each frame, seconds from the first; empty: not told
     rate: float,         # as the container says; 0: it doesn't
@@ -291,7 +292,7 @@ def rate_of(
     if not 0 < rate <= 1000: raise UserError(f"{path}: tells no frame rate; encode it again as mp4")
     return rate
 
-# %% ../nbs/00_core.ipynb #d8e11fcf
+# %% ../nbs/00_core.ipynb #74fc9f41
 def is_even(
     times: list[float],  # as above
     end: float,          # of the last frame, seconds
@@ -303,7 +304,7 @@ def is_even(
     furthest = max(abs(t*rate - i) for i, t in enumerate(times))
     return furthest < slack and abs(end*rate - len(times)) < .5
 
-# %% ../nbs/00_core.ipynb #dd311db3
+# %% ../nbs/00_core.ipynb #b8cd2afb
 def timeline_of(
     stamps: list[int | None],   # of the frames in the order shown, ticks; None: not told
     last: int,       # how long the last one is shown, ticks; 0: not told
@@ -336,7 +337,7 @@ def decoder_of(
     decoder.options, decoder.thread_count = {"err_detect": "explode"}, 1
     return decoder
 
-# %% ../nbs/00_core.ipynb #685d4e54
+# %% ../nbs/00_core.ipynb #85fed9be
 def decode(
     decoder,
     packets: Iterator,  # None: hand out what you hold back
@@ -369,7 +370,7 @@ def starts_anew(
         pos += n + int.from_bytes(data[pos:pos + n], "big")
     return False
 
-# %% ../nbs/00_core.ipynb #a6833cd8
+# %% ../nbs/00_core.ipynb #8a1d1249
 def groups_of(
     packets: list[tuple[int, bool]],  # (time stamp, is a key frame) of each, as stored
 ) -> list[int]:                       # of each packet, the number of its group; [] where groups lean on each other
@@ -383,7 +384,7 @@ def groups_of(
         groups.append(seen)
     return groups
 
-# %% ../nbs/00_core.ipynb #83e906cf
+# %% ../nbs/00_core.ipynb #0a8ac44d
 class Packet(NamedTuple):
     "What a packet tells before it is decoded."
     stamp: int | None   # when its frame is shown, ticks; None: not told
@@ -391,7 +392,7 @@ class Packet(NamedTuple):
     is_key: bool        # see `starts_anew`
     is_cut: bool        # by an edit list: it lies in the file, not in the clip
 
-# %% ../nbs/00_core.ipynb #24a1c029
+# %% ../nbs/00_core.ipynb #f2ba94dc
 class Scan(NamedTuple):
     "What the packets of a clip tell."
     packets: list[Packet]   # as stored
@@ -400,7 +401,7 @@ class Scan(NamedTuple):
     rate: float             # frames a second, as the container says; 0: it doesn't
     hides: bool             # packets don't tell when each frame is shown
 
-# %% ../nbs/00_core.ipynb #4c657cd2
+# %% ../nbs/00_core.ipynb #71379a80
 def check_count(
     path,            # for the message
     n: int,          # frames that came
@@ -409,7 +410,7 @@ def check_count(
     "UserError if frames are missing at the end."
     if n < promised: raise UserError(f"{path}: is truncated: {n} of {promised} frames; fetch it again")
 
-# %% ../nbs/00_core.ipynb #ace9d72f
+# %% ../nbs/00_core.ipynb #0a1fa26b
 def scan(
     path,
 ) -> Scan:
@@ -427,7 +428,7 @@ def scan(
         hides = stream.codec_context.name == "vp8" or container.format.name == "avi"
     return Scan(packets, max(announced - cut, 1), tick, rate, hides or any(p.stamp is None for p in packets))
 
-# %% ../nbs/00_core.ipynb #38a9855b
+# %% ../nbs/00_core.ipynb #a49fd838
 def packet_timeline(
     path,          # for the messages
     found: Scan,
@@ -442,7 +443,7 @@ def packet_timeline(
         if not packet.is_cut: line.group[line.ticks[packet.stamp]] = group
     return line
 
-# %% ../nbs/00_core.ipynb #e49c7c9c
+# %% ../nbs/00_core.ipynb #c617614f
 def decoded_timeline(
     path,
     found: Scan,
@@ -454,7 +455,7 @@ def decoded_timeline(
     check_count(path, len(stamps), found.promised)
     return timeline_of(stamps, 0, found.tick, found.rate, path)
 
-# %% ../nbs/00_core.ipynb #c8e9291d
+# %% ../nbs/00_core.ipynb #30be5946
 def timeline(
     path,
     decoded: bool = False,   # count frames rather than packets
@@ -470,7 +471,7 @@ HDR = ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67
 WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432
 ICTCP = 14, 15   # colour spaces that cannot be converted
 
-# %% ../nbs/00_core.ipynb #805d08e7
+# %% ../nbs/00_core.ipynb #caa746f9
 def with_square_pixels(
     H: int, W: int,
     pixel: Fraction,      # width of a stored pixel by its height
@@ -478,7 +479,7 @@ def with_square_pixels(
     "The size a player shows: one side grows."
     return (H, round(W*pixel)) if pixel >= 1 else (round(H/pixel), W)
 
-# %% ../nbs/00_core.ipynb #ff19c19f
+# %% ../nbs/00_core.ipynb #2b8237e8
 def to_sdr(
     frame,       # av.VideoFrame
     path,        # for the message
@@ -490,9 +491,10 @@ def to_sdr(
     if frame.color_primaries == ColorPrimaries.UNSPECIFIED: frame.color_primaries = ColorPrimaries.BT2020
     return dict(dst_color_primaries=ColorPrimaries.BT709) | (dict(dst_color_trc=ColorTrc.BT709) if is_hdr else {})
 
-# %% ../nbs/00_core.ipynb #611bb208
+# %% ../nbs/00_core.ipynb #df371ff4
 SPARE = {}   # what is converted → converters of colours that are free; to build one takes two seconds
 
+# %% ../nbs/00_core.ipynb #0f7c6630
 def recoloured(
     frame,               # av.VideoFrame
     W: int, H: int,      # of the result
@@ -509,14 +511,14 @@ def recoloured(
     spare.append(converter)
     return picture
 
-# %% ../nbs/00_core.ipynb #daab6a93
+# %% ../nbs/00_core.ipynb #e24c715c
 def on_black(
     pixels: np.ndarray,  # uint8 [H, W, 4]
 ) -> np.ndarray:         # uint8 [H, W, 3]
     "What is seen of a transparent picture."
     return ((pixels[..., :3].astype(np.uint16)*pixels[..., 3:] + 127)//255).astype(np.uint8)
 
-# %% ../nbs/00_core.ipynb #407ba7fc
+# %% ../nbs/00_core.ipynb #0f92679c
 def upright(
     pixels: np.ndarray,     # [H, W, 3]
     matrix: bytes | None,   # the container's rows a b u, c d v, x y w: (p, q) is shown at (a p + c q, b p + d q)
@@ -530,7 +532,7 @@ def upright(
     if across > along: pixels, a, d = pixels.swapaxes(0, 1), c, b
     return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
-# %% ../nbs/00_core.ipynb #e5e52acd
+# %% ../nbs/00_core.ipynb #85f5d918
 class Shown:
     "Turns stored frames into what a player shows."
     def __init__(self, stream, path):
@@ -568,7 +570,7 @@ def needed(
             decoder.flush_buffers()
         fed = is_wanted
 
-# %% ../nbs/00_core.ipynb #7a054104
+# %% ../nbs/00_core.ipynb #75f8abd6
 def take(
     path,
     line: Timeline,
@@ -602,13 +604,13 @@ def read_clip(
     line = timeline(path, decoded=True)
     return take(path, line, list(range(len(line.times)))), line
 
-# %% ../nbs/00_core.ipynb #f5fbf38b
+# %% ../nbs/00_core.ipynb #fa69c4e6
 def read_mp4(path) -> tuple[Tensor, float]:
     "Frames and rate of `read_clip`."
     frames, line = read_clip(path)
     return frames, line.fps
 
-# %% ../nbs/00_core.ipynb #dc4bf353
+# %% ../nbs/00_core.ipynb #dfe0f89d
 def check_clip(
     path,
 ) -> tuple[int, int, int]:   # (T, H, W) as shown
@@ -655,7 +657,7 @@ def evenly(
     "Frames spread evenly, first and last included."
     return [round(i*(length - 1)/max(n - 1, 1)) for i in range(n)]
 
-# %% ../nbs/00_core.ipynb #8d363197
+# %% ../nbs/00_core.ipynb #ffb5e279
 def shown_at(
     times: list[float],    # of each frame, seconds
     seconds: list[float],  # the moments
@@ -664,7 +666,7 @@ def shown_at(
     "Which frame is shown at each moment."
     return [max(bisect_right(times, second + early) - 1, 0) for second in seconds]
 
-# %% ../nbs/00_core.ipynb #24f842b6
+# %% ../nbs/00_core.ipynb #52d3bbca
 @dataclass
 class Video:
     "A clip in memory."
@@ -686,7 +688,7 @@ class Video:
         "How many frames it has, and how many a second."
         return len(self.frames), self.fps
 
-# %% ../nbs/00_core.ipynb #aee0d8c8
+# %% ../nbs/00_core.ipynb #339c42c3
 @patch(cls_method=True)
 def load(cls: Video, path) -> "Video":
     "Read a clip; see `read_clip` for the errors."
@@ -694,34 +696,34 @@ def load(cls: Video, path) -> "Video":
     if line.even: return cls(frames, line.fps, Path(path))
     return cls(frames, line.fps, Path(path), line.times, line.end)
 
-# %% ../nbs/00_core.ipynb #a446aeb7
+# %% ../nbs/00_core.ipynb #7a8798d6
 @patch
 def save(self: Video, path) -> "Video":
     "Write the clip as mp4 and return it with its path."
     write_mp4(path, self.frames, self.fps, self.times, self.end)
     return Video(self.frames, self.fps, Path(path), self.times, self.end)
 
-# %% ../nbs/00_core.ipynb #50dc6874
+# %% ../nbs/00_core.ipynb #506d1ec4
 @patch
 def seconds(self: Video) -> list[float]:
     "When each frame comes."
     length, fps = self.timing()
     return self.times or [i/fps for i in range(length)]
 
-# %% ../nbs/00_core.ipynb #e87c8503
+# %% ../nbs/00_core.ipynb #48722f0f
 @patch
 def duration(self: Video) -> float:
     "How long it plays, seconds."
     return self.end or self.seconds()[-1] + 1/self.fps
 
-# %% ../nbs/00_core.ipynb #bdb95074
+# %% ../nbs/00_core.ipynb #91c390b5
 @patch
 def spread(self: Video, n: int) -> list[int]:   # numbers of frames
     "`n` frames spread evenly in time, first and last included."
     if not self.times: return evenly(self.timing()[0], n)
     return shown_at(self.times, [self.times[-1]*i/max(n - 1, 1) for i in range(n)])
 
-# %% ../nbs/00_core.ipynb #ec6b68a3
+# %% ../nbs/00_core.ipynb #74d0cb9b
 @patch
 def frames_at(self: Video,
     n: int,       # how many; frames repeat when there are fewer
@@ -729,14 +731,14 @@ def frames_at(self: Video,
     "`n` frames spread evenly, first and last included."
     return self.chosen(self.spread(n))
 
-# %% ../nbs/00_core.ipynb #6055deeb
+# %% ../nbs/00_core.ipynb #28e1ffc0
 @patch
 def times_at(self: Video, n: int) -> list[float]:
     "When the frames of `frames_at` are shown, seconds."
     seconds = self.seconds()
     return [seconds[i] for i in self.spread(n)]
 
-# %% ../nbs/00_core.ipynb #7e82a395
+# %% ../nbs/00_core.ipynb #0f91f655
 @patch
 def pil(self: Video,
     n: int | None = None,  # how many, spread evenly; all when None
@@ -745,7 +747,7 @@ def pil(self: Video,
     frames = self.frames if n is None else self.frames_at(n)
     return [Image.fromarray(f) for f in frames.permute(0, 2, 3, 1).cpu().numpy()]
 
-# %% ../nbs/00_core.ipynb #dd17f394
+# %% ../nbs/00_core.ipynb #d9d6ab8c
 def for_browsers(
     frames: Tensor,   # uint8 [T, 3, H, W]
 ) -> Tensor:          # the same, larger
@@ -756,7 +758,7 @@ def for_browsers(
         if frames.shape[side] % 2: frames = torch.cat([frames, frames.narrow(side, -1, 1)], side)
     return frames
 
-# %% ../nbs/00_core.ipynb #4485a04d
+# %% ../nbs/00_core.ipynb #370b523e
 @patch
 def mp4(self: Video) -> bytes:
     "The clip as the bytes of an mp4 that every browser plays; small frames are enlarged."
@@ -786,13 +788,13 @@ def resample(
 # %% ../nbs/00_core.ipynb #1dc54caa
 KEPT = 2**31   # bytes of decoded frames that a process keeps
 
-# %% ../nbs/00_core.ipynb #9e9633b4
+# %% ../nbs/00_core.ipynb #9bf46336
 @lru_cache(512)
 def timeline_at(path: str, changed: int, decoded: bool = False) -> Timeline:
     "`timeline` of a file as it was at a time."
     return timeline(path, decoded)
 
-# %% ../nbs/00_core.ipynb #c8e124ac
+# %% ../nbs/00_core.ipynb #a03d0512
 class VideoFile(Video):
     """A clip on disk, decoded when its frames are asked for; see `read_clip` for the errors.
     What was used last stays in memory, up to `KEPT` bytes."""
@@ -807,19 +809,19 @@ class VideoFile(Video):
     times = property(lambda self: None if self.line().even else self.line().times)
     end = property(lambda self: None if self.line().even else self.line().end)
 
-# %% ../nbs/00_core.ipynb #3fde3c38
+# %% ../nbs/00_core.ipynb #da832069
 @patch
 def version(self: VideoFile) -> tuple[str, int]:
     "The file, and when it was changed, ns."
     return str(self.path), self.path.stat().st_mtime_ns if self.path.exists() else 0
 
-# %% ../nbs/00_core.ipynb #b4311bff
+# %% ../nbs/00_core.ipynb #3fab2b88
 @patch
 def line(self: VideoFile) -> Timeline:
     "The clip's clock."
     return timeline_at(*self.version(), self.version() in self.miscounted)
 
-# %% ../nbs/00_core.ipynb #91bb66d5
+# %% ../nbs/00_core.ipynb #ebd37168
 @patch
 def read(self: VideoFile, indices: list[int]) -> Tensor:
     "Decode some frames; where packets announce frames that don't come, those that do are counted."
@@ -833,7 +835,7 @@ def read(self: VideoFile, indices: list[int]) -> Tensor:
         found = take(self.path, self.line(), wanted)
     return found if wanted == list(indices) else found[[wanted.index(i) for i in indices]]
 
-# %% ../nbs/00_core.ipynb #ba07de84
+# %% ../nbs/00_core.ipynb #dd31ca4f
 @patch
 def keep(self: VideoFile, key: tuple, frames: Tensor) -> Tensor:   # the same
     "Remember what was decoded, and forget what was used least lately."
@@ -843,7 +845,7 @@ def keep(self: VideoFile, key: tuple, frames: Tensor) -> Tensor:   # the same
         while self.size > KEPT: VideoFile.size -= self.kept.popitem(last=False)[1].nbytes
     return frames
 
-# %% ../nbs/00_core.ipynb #6d6dc187
+# %% ../nbs/00_core.ipynb #6eb2f83d
 @patch
 def chosen(self: VideoFile, indices: list[int]) -> Tensor:   # uint8 [len(indices), 3, H, W]
     "Some frames by number: remembered as such, taken out of the whole clip, or decoded."
@@ -855,13 +857,13 @@ def chosen(self: VideoFile, indices: list[int]) -> Tensor:   # uint8 [len(indice
             return self.kept[known] if known == key else self.kept[known][list(indices)]
     return self.keep(key, self.read(indices))
 
-# %% ../nbs/00_core.ipynb #75f53ae1
+# %% ../nbs/00_core.ipynb #ccef6f7a
 @patch
 def timing(self: VideoFile) -> tuple[int, float]:
     "How many frames it has, and how many a second."
     return len(self.line().times), self.line().fps
 
-# %% ../nbs/00_core.ipynb #59f4845a
+# %% ../nbs/00_core.ipynb #83b2cf80
 def frames_of(
     videos: list[Video],
     n: int,            # frames of each
@@ -881,7 +883,7 @@ def fitted(
     ground[..., :frames.shape[2], :frames.shape[3]] = frames
     return ground
 
-# %% ../nbs/00_core.ipynb #f483790b
+# %% ../nbs/00_core.ipynb #204f7586
 def side_by_side(
     a: Video, b: Video,
     gap: int = 4,     # white columns between them, px; even
@@ -908,7 +910,7 @@ class Pair:
         playing = video_html(side_by_side(self.a, self.b).mp4(), 400)
         return f"<p>{html.escape(str(self.prompt))} <b>({verdict})</b></p>{playing}"
 
-# %% ../nbs/00_core.ipynb #0cf39cfa
+# %% ../nbs/00_core.ipynb #5d918894
 @patch
 def swap(self: Pair) -> "Pair":
     "The same pair in the other order."
@@ -929,7 +931,7 @@ class Judgement:
     consistent: bool | None = None             # do both orders agree; None: can't be told
     votes: list[object] = field(default_factory=list)   # each with `.answer`, `.order`, `.text`, as `voting.Vote`
 
-# %% ../nbs/00_core.ipynb #1d42b7fe
+# %% ../nbs/00_core.ipynb #9b6f5f49
 @patch
 def votes_html(self: Judgement) -> str:
     "The votes as a table that opens at a click; nothing where there are none."
@@ -940,7 +942,7 @@ def votes_html(self: Judgement) -> str:
         rows += f"<tr><td>{order}</td><td>{answer}</td><td>{text}</td></tr>"
     return f"<details><summary>votes</summary><table>{rows}</table></details>"
 
-# %% ../nbs/00_core.ipynb #de618555
+# %% ../nbs/00_core.ipynb #28818f6e
 @patch
 def _repr_html_(self: Judgement):
     bar = "".join(f'<div style="background:{color};width:{share:.0%};height:14px"></div>'

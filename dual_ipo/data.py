@@ -28,7 +28,7 @@ def stays_in(
     blobs = [p.parent.parent/"blobs" for p in (real, *real.parents) if p.parent.name == "snapshots"]
     return any(map(end.is_relative_to, [real, *blobs]))
 
-# %% ../nbs/03_data.ipynb #98592c9a
+# %% ../nbs/03_data.ipynb #409c1172
 def inside(
     root: Path,    # the folder of the table
     name: str,     # a path as the table gives it
@@ -71,7 +71,7 @@ def are_reasons(
     has_words = all(isinstance(reasons[key], str) for key in "ab")
     return has_words and all(type(reasons[key]) is int and 1 <= reasons[key] <= 5 for key in ("grade_a", "grade_b"))
 
-# %% ../nbs/03_data.ipynb #dd8f9e52
+# %% ../nbs/03_data.ipynb #c21f90e6
 def parse_rationale(
     text: str,    # JSON, or nothing
     where: str,   # for the message
@@ -96,7 +96,7 @@ class PairTable:
 
     def __getitem__(self, i: int) -> Pair: return self.rows[i].load()
 
-# %% ../nbs/03_data.ipynb #5fa3c135
+# %% ../nbs/03_data.ipynb #37391185
 @patch
 def paths(self: PairTable) -> list[Path]:
     "Every clip, once."
@@ -104,7 +104,7 @@ def paths(self: PairTable) -> list[Path]:
     for row in self.rows: paths |= {row.path_a: None, row.path_b: None}
     return list(paths)
 
-# %% ../nbs/03_data.ipynb #fdc879ea
+# %% ../nbs/03_data.ipynb #219a1d06
 @patch
 def keep(self: PairTable,
     good: list[Path],   # from `check_clips`
@@ -113,7 +113,7 @@ def keep(self: PairTable,
     good = set(good)
     return PairTable([row for row in self.rows if row.path_a in good and row.path_b in good])
 
-# %% ../nbs/03_data.ipynb #de911c75
+# %% ../nbs/03_data.ipynb #a4a60060
 @patch
 def split(self: PairTable,
     share: float,   # of the prompts, held out
@@ -129,6 +129,7 @@ def split(self: PairTable,
 # %% ../nbs/03_data.ipynb #c26d1555
 LABELS = ("A", "B", "same")
 
+# %% ../nbs/03_data.ipynb #a3c00977
 def label_of(
     row: dict[str, str],    # of a CSV
     where: str,             # for the message
@@ -160,7 +161,7 @@ def check_agreement(
             raise UserError(f"{path}: rows {earlier} and {line} have the same pair_id {row.pair_id!r:.60}; "
                             "give each its own")
 
-# %% ../nbs/03_data.ipynb #e8d14695
+# %% ../nbs/03_data.ipynb #09ecd114
 def pair_row(
     path: Path,              # of the CSV
     line: int,               # where the row begins
@@ -195,10 +196,10 @@ def save_videos(
     "Write clips, a few at a time: a disk that confirms each file keeps nobody waiting."
     with ThreadPoolExecutor(8) as pool: list(pool.map(lambda clip: clip[1].save(clip[0]), clips))
 
-# %% ../nbs/03_data.ipynb #3ed1257d
+# %% ../nbs/03_data.ipynb #12ee508a
 PAIR_COLUMNS = "pair_id", "prompt", "path_A", "path_B", "label", "rationale_json"
 
-# %% ../nbs/03_data.ipynb #94774194
+# %% ../nbs/03_data.ipynb #b90beb79
 def write_pairs(
     folder,             # gets pairs.csv and clips/
     pairs: list[Pair],  # all labelled

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'check_kind', 'read_json', 'Loader', 'yaml_fault', 'Dumper',
-           'expanded', 'write_yaml', 'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done',
+           'expanded_length', 'write_yaml', 'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done',
            'remembered', 'marks_of', 'whole', 'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors',
            'read_tensors', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree',
-           'mark_done', 'stage', 'first_difference', 'portable', 'located', 'begun_anew', 'portable_config',
+           'mark_done', 'stage', 'first_difference', 'portable', 'located', 'moved_path', 'portable_config',
            'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary',
            'read_entries', 'Run', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
            'is_number', 'read_progress']
@@ -56,7 +56,7 @@ def check_kind(
         where = " ".join(".".join(map(str, fault["loc"])).split()) or "all of it"
         raise UserError(f"{path}: {where:.100}: {fault['msg']}; remove it or restore it") from None
 
-# %% ../nbs/02_store.ipynb #2f2fd774
+# %% ../nbs/02_store.ipynb #2e2668c0
 def read_json(
     path,
     kind=None,   # what it has to be, as pydantic says it: dict[str, float], a model; None: anything
@@ -72,10 +72,11 @@ def read_json(
 # %% ../nbs/02_store.ipynb #dbe46e2e
 NUMBERS = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
+# %% ../nbs/02_store.ipynb #bfe3f77c
 class Loader(yaml.SafeLoader):
     "Safe YAML in which 1e-5 is a number, and a key is text that is there once."
 
-# %% ../nbs/02_store.ipynb #d0608413
+# %% ../nbs/02_store.ipynb #5a2e4a29
 def yaml_fault(
     node,        # as PyYAML composed it
     text: str,
@@ -83,7 +84,7 @@ def yaml_fault(
     "What PyYAML raises, with the line."
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
-# %% ../nbs/02_store.ipynb #3556d829
+# %% ../nbs/02_store.ipynb #38633a2d
 @patch
 def construct_mapping(self: Loader, node, deep=False):
     seen = set()
@@ -94,7 +95,7 @@ def construct_mapping(self: Loader, node, deep=False):
         seen.add(name)
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-# %% ../nbs/02_store.ipynb #3f11f598
+# %% ../nbs/02_store.ipynb #bb19935f
 @patch
 def construct_object(self: Loader, node, deep=False):
     try:
@@ -106,20 +107,20 @@ def construct_object(self: Loader, node, deep=False):
     except (ValueError, LookupError, AttributeError, TypeError) as error:   # of a tag on what isn't of its kind
         raise yaml_fault(node, f"{node.value!r:.60} can't be read: {error!s:.80}") from None
 
-# %% ../nbs/02_store.ipynb #1b4944ad
+# %% ../nbs/02_store.ipynb #75cec15d
 class Dumper(yaml.SafeDumper):
     "What `Loader` reads as it was: the text 1e5 is put in quotes, and so is what holds ends of lines."
 
     def represent_str(self, text):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
-# %% ../nbs/02_store.ipynb #70846f8e
+# %% ../nbs/02_store.ipynb #c5a11197
 Dumper.add_representer(str, Dumper.represent_str)
 FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for own in (Loader, Dumper): own.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 # %% ../nbs/02_store.ipynb #00102e5d
-def expanded(
+def expanded_length(
     node,                      # as PyYAML composed it
     known: dict[int, float],   # {id of a node: its length}
 ) -> float:                    # characters; inf for what holds itself
@@ -127,7 +128,7 @@ def expanded(
     if id(node) not in known:
         known[id(node)] = math.inf   # as long as it is open
         parts = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        own = len(parts) if isinstance(node, yaml.ScalarNode) else sum(expanded(part, known) for part in parts)
+        own = len(parts) if isinstance(node, yaml.ScalarNode) else sum(expanded_length(part, known) for part in parts)
         known[id(node)] = 1 + own
     return known[id(node)]
 
@@ -145,7 +146,7 @@ def read_yaml(path):
         loader = Loader(text)
         node = loader.get_single_node()
         if node is None: return None
-        if expanded(node, {}) > 10_000 + 10*len(text):
+        if expanded_length(node, {}) > 10_000 + 10*len(text):
             raise yaml.YAMLError("its aliases make it many times as long as it is")
         return loader.construct_document(node)
     except RecursionError:
@@ -173,7 +174,7 @@ def identity(
     facts = os.stat(path)
     return os.path.abspath(path), facts.st_size, facts.st_mtime_ns
 
-# %% ../nbs/02_store.ipynb #d8b59d88
+# %% ../nbs/02_store.ipynb #7d2319f4
 def own_files(
     folder: Path,
 ) -> Iterator[Path]:
@@ -182,7 +183,7 @@ def own_files(
         if path.is_dir(): yield from () if (path/"DONE").is_file() else own_files(path)
         elif path.suffix in (".parquet", ".safetensors", ".mp4"): yield path
 
-# %% ../nbs/02_store.ipynb #a41fb4ca
+# %% ../nbs/02_store.ipynb #c7a195e5
 def checksums(
     folder: Path,
 ) -> dict[str, str]:   # {path below it: checksum}
@@ -197,7 +198,7 @@ class Done(BaseModel):
     "What a `DONE` says."
     files: dict[str, str] = {}   # as `checksums` found them
 
-# %% ../nbs/02_store.ipynb #3178b651
+# %% ../nbs/02_store.ipynb #fee9b9e4
 @lru_cache(4096)
 def remembered(
     mark: str,     # path of a DONE
@@ -206,7 +207,7 @@ def remembered(
     "The checksums that a `DONE` remembers; somebody else's may be empty."
     return read_json(mark, Done).get("files", {}) if os.path.getsize(mark) else {}
 
-# %% ../nbs/02_store.ipynb #1214e75c
+# %% ../nbs/02_store.ipynb #ea8edc4c
 def marks_of(
     path: Path,
 ) -> list[Path]:   # the nearest first
@@ -217,7 +218,7 @@ def marks_of(
         if (folder/"run.yaml").is_file(): break
     return marks
 
-# %% ../nbs/02_store.ipynb #73525955
+# %% ../nbs/02_store.ipynb #bd58c2a4
 def whole(
     path,
 ) -> Path:   # the same
@@ -252,7 +253,7 @@ def rows_checksum(
     for row in rows: crc = zlib.crc32(repr(row).encode(), crc)
     return f"{crc:08x}".encode()
 
-# %% ../nbs/02_store.ipynb #c3fa34b6
+# %% ../nbs/02_store.ipynb #df23d031
 def write_table(
     path,              # ….parquet
     rows: list[dict],  # values: numbers, text, None, lists and dicts of them
@@ -308,7 +309,7 @@ def digest(
     "The name of this content."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/02_store.ipynb #c1501ae3
+# %% ../nbs/02_store.ipynb #0bdcf27e
 @lru_cache(2**20)
 def digest_at(
     path: str,
@@ -317,7 +318,7 @@ def digest_at(
     "SHA-256 of a file as it was at a time."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/02_store.ipynb #11d407c5
+# %% ../nbs/02_store.ipynb #f2cac8c7
 def file_digest(
     path,
 ) -> str:
@@ -328,7 +329,7 @@ def file_digest(
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from None
 
-# %% ../nbs/02_store.ipynb #aecf1336
+# %% ../nbs/02_store.ipynb #0f7108b9
 def clip_digest(
     video: Video,
 ) -> str:
@@ -337,7 +338,7 @@ def clip_digest(
     frames = video.frames.cpu().contiguous()
     return digest(hashlib.sha256(frames.numpy()).hexdigest(), list(frames.shape), video.fps, video.times)
 
-# %% ../nbs/02_store.ipynb #f586aa42
+# %% ../nbs/02_store.ipynb #bfd7dea4
 def pair_digest(
     pair: Pair,
 ) -> str:
@@ -408,7 +409,7 @@ PATHS = [   # (part, key) of the config
     ("generator", "path"),
     ("reward", "path")]
 
-# %% ../nbs/02_store.ipynb #75f069d3
+# %% ../nbs/02_store.ipynb #aed40efb
 def portable(
     path: str | None,   # as a config has it
     run,                # the run's folder
@@ -420,7 +421,7 @@ def portable(
     seen = os.path.relpath(path, home)
     return seen if seen.startswith("..") else f"./{seen}"
 
-# %% ../nbs/02_store.ipynb #bad4f2e2
+# %% ../nbs/02_store.ipynb #817fdffa
 def located(
     path: str | None,   # of `portable`
     run,
@@ -429,8 +430,8 @@ def located(
     if not path or not (path.startswith(("./", "../")) or (Path(run)/path).exists()): return path
     return os.path.normpath(Path(run).resolve()/path)
 
-# %% ../nbs/02_store.ipynb #ee8865b6
-def begun_anew(
+# %% ../nbs/02_store.ipynb #fa963f05
+def moved_path(
     paths: list[str | None],   # of one thing, as it may be named
     old: str, new: str,        # beginnings
 ) -> str | None:               # None: none of them begins so
@@ -439,7 +440,7 @@ def begun_anew(
         for start in (old.rstrip("/"), os.path.abspath(old)):
             if path == start or path.startswith(f"{start}/"): return os.path.abspath(new) + path[len(start):]
 
-# %% ../nbs/02_store.ipynb #fce017e9
+# %% ../nbs/02_store.ipynb #ce13248c
 def portable_config(
     config: dict[str, dict],
     run,                       # its folder
@@ -462,7 +463,7 @@ def note_base(
     is_near = run and base and portable(base, run) != base
     return dict(base=base) | (dict(base_from_here=os.path.relpath(base, here)) if is_near else {})
 
-# %% ../nbs/02_store.ipynb #faface6f
+# %% ../nbs/02_store.ipynb #a804dd43
 def base_seen_from(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -471,7 +472,7 @@ def base_seen_from(
     near = facts.get("base_from_here")
     return near and os.path.normpath(Path(folder).resolve()/near)
 
-# %% ../nbs/02_store.ipynb #d72d0c99
+# %% ../nbs/02_store.ipynb #b6a46938
 def find_base(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -492,7 +493,7 @@ def locked(
         warn_once(f"this file system has no locks ({error.strerror}): see to it that one process alone works on a run")
     return True
 
-# %% ../nbs/02_store.ipynb #0b05e62d
+# %% ../nbs/02_store.ipynb #3fc08199
 @contextmanager
 def lock(
     path,              # a file for it
@@ -512,7 +513,7 @@ class Fact(BaseModel):
     "JSON of ours; other keys are welcome."
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-# %% ../nbs/02_store.ipynb #ee9b77b5
+# %% ../nbs/02_store.ipynb #74a1054f
 class Scores(Fact):
     "The `generator` part of a round's entry, points of 100."
     total: float
@@ -522,7 +523,7 @@ class Scores(Fact):
     ci95: list[float] = Field(min_length=2, max_length=2)   # of the total
     dims: dict[str, float]
 
-# %% ../nbs/02_store.ipynb #155a1b5e
+# %% ../nbs/02_store.ipynb #f0e619ea
 class Entry(Fact):
     "A round.json."
     round: int = Field(ge=0)
@@ -535,7 +536,7 @@ class Entry(Fact):
     @classmethod
     def measured(cls, x): return x or None
 
-# %% ../nbs/02_store.ipynb #dad9b156
+# %% ../nbs/02_store.ipynb #d37a527a
 class Summary(Fact):
     "A summary.json."
     config: dict[str, object]
@@ -566,7 +567,7 @@ class Run:
             for leftover in self.path.rglob(".*.tmp"): leftover.unlink()
             yield self
 
-# %% ../nbs/02_store.ipynb #6019a8ee
+# %% ../nbs/02_store.ipynb #c36a7481
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
@@ -579,7 +580,7 @@ def check_config_of(
     raise UserError(f"{run}: belongs to a run with another config ({difference}); "
                     f"name another folder or use that config{moved}")
 
-# %% ../nbs/02_store.ipynb #3554516e
+# %% ../nbs/02_store.ipynb #b75faad1
 @patch(cls_method=True)
 def open(cls: Run,
     path,                     # of the folder; made if absent
@@ -595,7 +596,7 @@ def open(cls: Run,
     else: write_yaml(path/"run.yaml", config)
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #b2f06987
+# %% ../nbs/02_store.ipynb #8e8ac9d1
 @patch(cls_method=True)
 def load(cls: Run, path) -> "Run":
     "A run as it lies on disk; UserError when there is none."
@@ -605,18 +606,18 @@ def load(cls: Run, path) -> "Run":
     if not isinstance(config, dict): raise UserError(f"{path}: its run.yaml holds no keys; restore it")
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #11a293e5
+# %% ../nbs/02_store.ipynb #716c2e68
 def rebased(
     note: Path,           # generator.json or judge.json of an adapter
     old: str, new: str,   # beginnings of paths
 ) -> bool:                # whether its base's path began so
     "Write down that an adapter's base has another path."
     facts = read_json(note)
-    now = begun_anew([facts.get("base"), base_seen_from(facts, note.parent)], old, new)
+    now = moved_path([facts.get("base"), base_seen_from(facts, note.parent)], old, new)
     if now: write_json(note, {k: x for k, x in facts.items() if k != "base_from_here"} | note_base(now, note.parent))
     return bool(now)
 
-# %% ../nbs/02_store.ipynb #2ea09c4b
+# %% ../nbs/02_store.ipynb #22a0d50e
 @patch
 def relocate(self: Run,
     old: str, new: str,   # beginnings of paths, as they are in run.yaml or as they would be found
@@ -626,7 +627,7 @@ def relocate(self: Run,
     changed = False
     for part, key in PATHS:
         path = self.config.get(part, {}).get(key)
-        if path and (now := begun_anew([path, located(path, self.path)], old, new)):
+        if path and (now := moved_path([path, located(path, self.path)], old, new)):
             self.config[part][key], changed = portable(now, self.path), True
     for note in [*self.path.glob("round_*/*/generator.json"), *self.path.glob("round_*/*/judge.json")]:
         changed = rebased(note, old, new) or changed
@@ -634,13 +635,13 @@ def relocate(self: Run,
         raise UserError(f"--relocate {old}={new}: no path of {self.path/'run.yaml'} begins with {old}; look there")
     write_yaml(self.path/"run.yaml", self.config)
 
-# %% ../nbs/02_store.ipynb #bf478051
+# %% ../nbs/02_store.ipynb #7e18471b
 @patch
 def round(self: Run, k: int) -> Path:
     "The folder of round `k`; 0 is the cold start."
     return self.path/f"round_{k:02d}"
 
-# %% ../nbs/02_store.ipynb #5268681a
+# %% ../nbs/02_store.ipynb #47392cc0
 @patch
 def entries(self: Run) -> list[dict]:
     "What each finished round reported (`round.json`), in order."
@@ -698,7 +699,7 @@ def is_number(x) -> bool:
     "0 or more, and no larger than a float can count."
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 2**53
 
-# %% ../nbs/02_store.ipynb #5966d01c
+# %% ../nbs/02_store.ipynb #e3b30fc4
 def read_progress(
     run,          # its folder
 ) -> dict[str, str | float | None] | None:   # a row of progress.json, and seconds `silent` since; None: nothing sound
