@@ -56,7 +56,7 @@ def check_kind(
         where = " ".join(".".join(map(str, fault["loc"])).split()) or "all of it"
         raise UserError(f"{path}: {where:.100}: {fault['msg']}; remove it or restore it") from None
 
-# %% ../nbs/02_store.ipynb #2e2668c0
+# %% ../nbs/02_store.ipynb #973e22ed
 def read_json(
     path,
     kind=None,   # what it has to be, as pydantic says it: dict[str, float], a model; None: anything
@@ -72,11 +72,11 @@ def read_json(
 # %% ../nbs/02_store.ipynb #dbe46e2e
 NUMBERS = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
-# %% ../nbs/02_store.ipynb #bfe3f77c
+# %% ../nbs/02_store.ipynb #b490b38c
 class Loader(yaml.SafeLoader):
     "Safe YAML in which 1e-5 is a number, and a key is text that is there once."
 
-# %% ../nbs/02_store.ipynb #5a2e4a29
+# %% ../nbs/02_store.ipynb #adfe1302
 def yaml_fault(
     node,        # as PyYAML composed it
     text: str,
@@ -84,7 +84,7 @@ def yaml_fault(
     "What PyYAML raises, with the line."
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
-# %% ../nbs/02_store.ipynb #38633a2d
+# %% ../nbs/02_store.ipynb #f1c7d6e3
 @patch
 def construct_mapping(self: Loader, node, deep=False):
     seen = set()
@@ -95,7 +95,7 @@ def construct_mapping(self: Loader, node, deep=False):
         seen.add(name)
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-# %% ../nbs/02_store.ipynb #bb19935f
+# %% ../nbs/02_store.ipynb #509e7338
 @patch
 def construct_object(self: Loader, node, deep=False):
     try:
@@ -107,14 +107,14 @@ def construct_object(self: Loader, node, deep=False):
     except (ValueError, LookupError, AttributeError, TypeError) as error:   # of a tag on what isn't of its kind
         raise yaml_fault(node, f"{node.value!r:.60} can't be read: {error!s:.80}") from None
 
-# %% ../nbs/02_store.ipynb #75cec15d
+# %% ../nbs/02_store.ipynb #976102a0
 class Dumper(yaml.SafeDumper):
     "What `Loader` reads as it was: the text 1e5 is put in quotes, and so is what holds ends of lines."
 
     def represent_str(self, text):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
-# %% ../nbs/02_store.ipynb #c5a11197
+# %% ../nbs/02_store.ipynb #8073ed52
 Dumper.add_representer(str, Dumper.represent_str)
 FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for own in (Loader, Dumper): own.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -174,7 +174,7 @@ def identity(
     facts = os.stat(path)
     return os.path.abspath(path), facts.st_size, facts.st_mtime_ns
 
-# %% ../nbs/02_store.ipynb #7d2319f4
+# %% ../nbs/02_store.ipynb #5089712a
 def own_files(
     folder: Path,
 ) -> Iterator[Path]:
@@ -183,7 +183,7 @@ def own_files(
         if path.is_dir(): yield from () if (path/"DONE").is_file() else own_files(path)
         elif path.suffix in (".parquet", ".safetensors", ".mp4"): yield path
 
-# %% ../nbs/02_store.ipynb #c7a195e5
+# %% ../nbs/02_store.ipynb #31cf3773
 def checksums(
     folder: Path,
 ) -> dict[str, str]:   # {path below it: checksum}
@@ -198,7 +198,7 @@ class Done(BaseModel):
     "What a `DONE` says."
     files: dict[str, str] = {}   # as `checksums` found them
 
-# %% ../nbs/02_store.ipynb #fee9b9e4
+# %% ../nbs/02_store.ipynb #f7e97be2
 @lru_cache(4096)
 def remembered(
     mark: str,     # path of a DONE
@@ -207,7 +207,7 @@ def remembered(
     "The checksums that a `DONE` remembers; somebody else's may be empty."
     return read_json(mark, Done).get("files", {}) if os.path.getsize(mark) else {}
 
-# %% ../nbs/02_store.ipynb #ea8edc4c
+# %% ../nbs/02_store.ipynb #9d28a5a2
 def marks_of(
     path: Path,
 ) -> list[Path]:   # the nearest first
@@ -218,7 +218,7 @@ def marks_of(
         if (folder/"run.yaml").is_file(): break
     return marks
 
-# %% ../nbs/02_store.ipynb #bd58c2a4
+# %% ../nbs/02_store.ipynb #1969e4ed
 def whole(
     path,
 ) -> Path:   # the same
@@ -253,7 +253,7 @@ def rows_checksum(
     for row in rows: crc = zlib.crc32(repr(row).encode(), crc)
     return f"{crc:08x}".encode()
 
-# %% ../nbs/02_store.ipynb #df23d031
+# %% ../nbs/02_store.ipynb #18c580d5
 def write_table(
     path,              # ….parquet
     rows: list[dict],  # values: numbers, text, None, lists and dicts of them
@@ -309,7 +309,7 @@ def digest(
     "The name of this content."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/02_store.ipynb #0bdcf27e
+# %% ../nbs/02_store.ipynb #a9d92569
 @lru_cache(2**20)
 def digest_at(
     path: str,
@@ -318,7 +318,7 @@ def digest_at(
     "SHA-256 of a file as it was at a time."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/02_store.ipynb #f2cac8c7
+# %% ../nbs/02_store.ipynb #fd1e5538
 def file_digest(
     path,
 ) -> str:
@@ -329,7 +329,7 @@ def file_digest(
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from None
 
-# %% ../nbs/02_store.ipynb #0f7108b9
+# %% ../nbs/02_store.ipynb #5a1400ec
 def clip_digest(
     video: Video,
 ) -> str:
@@ -338,7 +338,7 @@ def clip_digest(
     frames = video.frames.cpu().contiguous()
     return digest(hashlib.sha256(frames.numpy()).hexdigest(), list(frames.shape), video.fps, video.times)
 
-# %% ../nbs/02_store.ipynb #bfd7dea4
+# %% ../nbs/02_store.ipynb #f9d43f4e
 def pair_digest(
     pair: Pair,
 ) -> str:
@@ -409,7 +409,7 @@ PATHS = [   # (part, key) of the config
     ("generator", "path"),
     ("reward", "path")]
 
-# %% ../nbs/02_store.ipynb #aed40efb
+# %% ../nbs/02_store.ipynb #6f8641ef
 def portable(
     path: str | None,   # as a config has it
     run,                # the run's folder
@@ -421,7 +421,7 @@ def portable(
     seen = os.path.relpath(path, home)
     return seen if seen.startswith("..") else f"./{seen}"
 
-# %% ../nbs/02_store.ipynb #817fdffa
+# %% ../nbs/02_store.ipynb #4761f88d
 def located(
     path: str | None,   # of `portable`
     run,
@@ -430,7 +430,7 @@ def located(
     if not path or not (path.startswith(("./", "../")) or (Path(run)/path).exists()): return path
     return os.path.normpath(Path(run).resolve()/path)
 
-# %% ../nbs/02_store.ipynb #fa963f05
+# %% ../nbs/02_store.ipynb #3f8b951d
 def moved_path(
     paths: list[str | None],   # of one thing, as it may be named
     old: str, new: str,        # beginnings
@@ -440,7 +440,7 @@ def moved_path(
         for start in (old.rstrip("/"), os.path.abspath(old)):
             if path == start or path.startswith(f"{start}/"): return os.path.abspath(new) + path[len(start):]
 
-# %% ../nbs/02_store.ipynb #ce13248c
+# %% ../nbs/02_store.ipynb #666821c3
 def portable_config(
     config: dict[str, dict],
     run,                       # its folder
@@ -463,7 +463,7 @@ def note_base(
     is_near = run and base and portable(base, run) != base
     return dict(base=base) | (dict(base_from_here=os.path.relpath(base, here)) if is_near else {})
 
-# %% ../nbs/02_store.ipynb #a804dd43
+# %% ../nbs/02_store.ipynb #b6c514da
 def base_seen_from(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -472,7 +472,7 @@ def base_seen_from(
     near = facts.get("base_from_here")
     return near and os.path.normpath(Path(folder).resolve()/near)
 
-# %% ../nbs/02_store.ipynb #b6a46938
+# %% ../nbs/02_store.ipynb #fc4c697d
 def find_base(
     facts: dict[str, str | None],   # of `note_base`
     folder,                         # of the adapter, now
@@ -493,7 +493,7 @@ def locked(
         warn_once(f"this file system has no locks ({error.strerror}): see to it that one process alone works on a run")
     return True
 
-# %% ../nbs/02_store.ipynb #3fc08199
+# %% ../nbs/02_store.ipynb #65ceb6a2
 @contextmanager
 def lock(
     path,              # a file for it
@@ -513,7 +513,7 @@ class Fact(BaseModel):
     "JSON of ours; other keys are welcome."
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-# %% ../nbs/02_store.ipynb #74a1054f
+# %% ../nbs/02_store.ipynb #d845c6b0
 class Scores(Fact):
     "The `generator` part of a round's entry, points of 100."
     total: float
@@ -523,7 +523,7 @@ class Scores(Fact):
     ci95: list[float] = Field(min_length=2, max_length=2)   # of the total
     dims: dict[str, float]
 
-# %% ../nbs/02_store.ipynb #f0e619ea
+# %% ../nbs/02_store.ipynb #2d8f63f7
 class Entry(Fact):
     "A round.json."
     round: int = Field(ge=0)
@@ -536,7 +536,7 @@ class Entry(Fact):
     @classmethod
     def measured(cls, x): return x or None
 
-# %% ../nbs/02_store.ipynb #d37a527a
+# %% ../nbs/02_store.ipynb #d8ae920f
 class Summary(Fact):
     "A summary.json."
     config: dict[str, object]
@@ -567,7 +567,7 @@ class Run:
             for leftover in self.path.rglob(".*.tmp"): leftover.unlink()
             yield self
 
-# %% ../nbs/02_store.ipynb #c36a7481
+# %% ../nbs/02_store.ipynb #2e4bfcde
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
@@ -580,7 +580,7 @@ def check_config_of(
     raise UserError(f"{run}: belongs to a run with another config ({difference}); "
                     f"name another folder or use that config{moved}")
 
-# %% ../nbs/02_store.ipynb #b75faad1
+# %% ../nbs/02_store.ipynb #26a08e29
 @patch(cls_method=True)
 def open(cls: Run,
     path,                     # of the folder; made if absent
@@ -596,7 +596,7 @@ def open(cls: Run,
     else: write_yaml(path/"run.yaml", config)
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #8e8ac9d1
+# %% ../nbs/02_store.ipynb #f891b355
 @patch(cls_method=True)
 def load(cls: Run, path) -> "Run":
     "A run as it lies on disk; UserError when there is none."
@@ -606,7 +606,7 @@ def load(cls: Run, path) -> "Run":
     if not isinstance(config, dict): raise UserError(f"{path}: its run.yaml holds no keys; restore it")
     return cls(path, config)
 
-# %% ../nbs/02_store.ipynb #716c2e68
+# %% ../nbs/02_store.ipynb #aa1c96b2
 def rebased(
     note: Path,           # generator.json or judge.json of an adapter
     old: str, new: str,   # beginnings of paths
@@ -617,7 +617,7 @@ def rebased(
     if now: write_json(note, {k: x for k, x in facts.items() if k != "base_from_here"} | note_base(now, note.parent))
     return bool(now)
 
-# %% ../nbs/02_store.ipynb #22a0d50e
+# %% ../nbs/02_store.ipynb #7239fe9e
 @patch
 def relocate(self: Run,
     old: str, new: str,   # beginnings of paths, as they are in run.yaml or as they would be found
@@ -635,13 +635,13 @@ def relocate(self: Run,
         raise UserError(f"--relocate {old}={new}: no path of {self.path/'run.yaml'} begins with {old}; look there")
     write_yaml(self.path/"run.yaml", self.config)
 
-# %% ../nbs/02_store.ipynb #7e18471b
+# %% ../nbs/02_store.ipynb #9c4bda70
 @patch
 def round(self: Run, k: int) -> Path:
     "The folder of round `k`; 0 is the cold start."
     return self.path/f"round_{k:02d}"
 
-# %% ../nbs/02_store.ipynb #47392cc0
+# %% ../nbs/02_store.ipynb #b1b1b7ff
 @patch
 def entries(self: Run) -> list[dict]:
     "What each finished round reported (`round.json`), in order."
@@ -699,7 +699,7 @@ def is_number(x) -> bool:
     "0 or more, and no larger than a float can count."
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 2**53
 
-# %% ../nbs/02_store.ipynb #e3b30fc4
+# %% ../nbs/02_store.ipynb #91cb53c0
 def read_progress(
     run,          # its folder
 ) -> dict[str, str | float | None] | None:   # a row of progress.json, and seconds `silent` since; None: nothing sound
