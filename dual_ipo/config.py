@@ -31,7 +31,7 @@ def check_text(
     if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
     json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
 
-# %% ../nbs/06_config.ipynb #18e0eeb9
+# %% ../nbs/06_config.ipynb #e3ce6928
 class Part(BaseModel):
     "A section of the config; unknown keys are errors, and so are numbers that are none."
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -53,7 +53,7 @@ class Part(BaseModel):
             raise ValueError(f"write 0, or a number between 1e-12 and {largest:g}")
         return x
 
-# %% ../nbs/06_config.ipynb #70647e3c
+# %% ../nbs/06_config.ipynb #745162fb
 def key(
     default: object,
     text: str,   # what it is, in which unit: the comment in the file
@@ -133,7 +133,7 @@ class ColdStartPart(Part):
     batch_size: int = key(32, "items per update", ge=1)
     lr: float = key(1e-5, "learning rate", gt=0, le=1)
 
-# %% ../nbs/06_config.ipynb #cd1f88bf
+# %% ../nbs/06_config.ipynb #70adf226
 def fewer_kept(
     part,   # a `CandidatesPart`
 ):
@@ -146,7 +146,7 @@ def fewer_kept(
                          "candidates; lower it or set preview_steps to null")
     return part
 
-# %% ../nbs/06_config.ipynb #0b1c945b
+# %% ../nbs/06_config.ipynb #7253e939
 class CandidatesPart(Part):
     "Clips sampled for each prompt, and what becomes a pair."
     prompts_per_round: int = key(1000, "prompts sampled in each round", ge=1)
@@ -170,7 +170,7 @@ class CandidatesPart(Part):
 
     fewer = model_validator(mode="after")(fewer_kept)
 
-# %% ../nbs/06_config.ipynb #e7975ba9
+# %% ../nbs/06_config.ipynb #9cf05188
 class AlignPart(Part):
     "Preference training of the generator."
     objective: str = key("dpo",
@@ -198,7 +198,7 @@ class AlignPart(Part):
         if name not in ("dpo", "kto") and ":" not in name: raise ValueError("give dpo, kto, or package.module:Class")
         return name
 
-# %% ../nbs/06_config.ipynb #e7a44914
+# %% ../nbs/06_config.ipynb #046e500f
 class VotesPart(Part):
     "Pseudo-labels for the judge."
     k: int = key(8, "paths per pair, even, from 2: half see them swapped (nbs/studies/certainty.ipynb)", le=10_000)
@@ -225,7 +225,7 @@ class VotesPart(Part):
             raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
         return self
 
-# %% ../nbs/06_config.ipynb #821dbada
+# %% ../nbs/06_config.ipynb #2713b930
 class PCEPart(Part):
     "The certainty of a pseudo-label."
     form: Literal["bradley_terry", "paths", "normal", "votes"] = key("votes",
@@ -235,7 +235,7 @@ class PCEPart(Part):
         "what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = key(1., "temperature of bradley_terry, nats", ge=1e-6, le=1e6)
 
-# %% ../nbs/06_config.ipynb #f7397a4b
+# %% ../nbs/06_config.ipynb #623d9fc6
 class SRPOPart(Part):
     "Preference training of the judge."
     steps: int = key(100, "updates per round; 0: the judge stays as the cold start made it", ge=0)
@@ -247,14 +247,14 @@ class SRPOPart(Part):
     lambda_human: float = key(1.,
         "weight of the NLL on the human pairs, which keeps what they taught (nbs/studies/judge.ipynb)", ge=0, le=1e6)
 
-# %% ../nbs/06_config.ipynb #efda0132
+# %% ../nbs/06_config.ipynb #b67fe8d5
 class EvaluatePart(Part):
     "Evaluation of the generator."
     measure: str | None = key(None, "package.module:function(videos, prompts) -> scores; null: human pairs only")
     prompts: int = key(100, "evaluation prompts", ge=2)
     videos_per_prompt: int = key(2, "clips of each, always from the same noise", ge=2)
 
-# %% ../nbs/06_config.ipynb #3e862b29
+# %% ../nbs/06_config.ipynb #d966561b
 def votes_fit(
     config,   # a `Config`
 ):
@@ -291,7 +291,7 @@ class Config(Part):
     evaluate: EvaluatePart = EvaluatePart()
     whole_votes = model_validator(mode="after")(votes_fit)
 
-# %% ../nbs/06_config.ipynb #729340d6
+# %% ../nbs/06_config.ipynb #b8a0419b
 def told(
     error: ValidationError,
 ) -> str:
@@ -342,7 +342,7 @@ def choices_of(
     words = [kind for kind in kinds if isinstance(kind, str)]
     return ["true", "false", *words] if bool in kinds else words
 
-# %% ../nbs/06_config.ipynb #df9eaacc
+# %% ../nbs/06_config.ipynb #cb5db83f
 def allowed(
     field: FieldInfo,   # of a `Part`
 ) -> str:               # in brackets, a space before them; "" where any value will do
@@ -354,7 +354,7 @@ def allowed(
     if "le" in bounds: return f" [{low} to {bounds['le']}]" if low else f" [at most {bounds['le']}]"
     return f" [{low}]" if low.startswith("above") else f" [{low} or more]" if low else ""
 
-# %% ../nbs/06_config.ipynb #1828bca5
+# %% ../nbs/06_config.ipynb #7e99677a
 def yaml_value(
     x: object,   # a key's value
 ) -> str:
@@ -363,7 +363,7 @@ def yaml_value(
         return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
     return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
 
-# %% ../nbs/06_config.ipynb #613e6601
+# %% ../nbs/06_config.ipynb #37941c6d
 def commented_lines(
     part: Part,
     indent: str,   # before each key
@@ -396,7 +396,7 @@ GENERATORS = {   # name → what differs from the defaults
     "cogvideox-5b": COG | dict(path="THUDM/CogVideoX-5b"),
     "cogvideox1.5-5b": COG | dict(path="THUDM/CogVideoX1.5-5B", num_frames=81, height=768, width=1360, fps=16.)}
 
-# %% ../nbs/06_config.ipynb #74647382
+# %% ../nbs/06_config.ipynb #5bda99a1
 def config_for(
     generator: str = "wan2.1-1.3b",   # one of `GENERATORS`
     judge: str | None = None,         # folder or hub id; None: the default

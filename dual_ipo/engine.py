@@ -47,7 +47,7 @@ def adapter_settings(
     settings = dict(model=judge.source, tokenizer=str(folder), enable_lora=True, max_lora_rank=max_rank)
     return settings, dict(lora_request=LoRARequest("judge", 1, str(folder / "adapter")))
 
-# %% ../nbs/15_engine.ipynb #ceb953c7
+# %% ../nbs/15_engine.ipynb #87f85be8
 def start(
     judge: Judge,
     settings: dict[str, object],   # of the engine
@@ -63,7 +63,7 @@ def start(
         raise UserError(f"reward.backend: vllm does not start with this judge ({reason}); "
                         "set it to transformers") from error
 
-# %% ../nbs/15_engine.ipynb #0892b9e0
+# %% ../nbs/15_engine.ipynb #9ab4f0a9
 def shut_down(
     engine,   # of `start`
 ):
@@ -105,7 +105,7 @@ def token_ids(
     text = judge.chat(item)
     return judge.tokenizer(text, add_special_tokens=judge.special(text))["input_ids"]
 
-# %% ../nbs/15_engine.ipynb #f7e77137
+# %% ../nbs/15_engine.ipynb #bab9ea37
 def question(
     judge: Judge,
     item: Item,
@@ -115,7 +115,7 @@ def question(
     for video in item.videos: images += Video(judge.fit(video.frames_at(judge.frames_per_video)), 1.).pil()
     return dict(prompt_token_ids=token_ids(judge, item), multi_modal_data=dict(image=images))
 
-# %% ../nbs/15_engine.ipynb #7f4286d0
+# %% ../nbs/15_engine.ipynb #88423ea3
 def longest(
     judge: Judge,
     items: list[Item],
@@ -124,21 +124,21 @@ def longest(
     lengths = [len(token_ids(judge, item)) for item in items]
     return max(lengths) + judge.inputs(items[:1])["input_ids"].shape[1] - lengths[0]
 
-# %% ../nbs/15_engine.ipynb #234b5db5
+# %% ../nbs/15_engine.ipynb #219fd0a3
 class Engine:
     "Writes a judge's responses with vLLM. Inside `open` it stays from call to call, outside it ends with the call."
     def __init__(self, judge: Judge):
         self.judge, self.opened, self.kept = judge, ExitStack(), False
         self.llm, self.call, self.length = None, {}, 0   # once it runs: the engine, what its calls take, its room
 
-# %% ../nbs/15_engine.ipynb #64295e09
+# %% ../nbs/15_engine.ipynb #4846ba46
 @patch
 def close(self: Engine):
     "End the engine, if there is one."
     self.opened.close()
     self.llm, self.length = None, 0
 
-# %% ../nbs/15_engine.ipynb #688bd436
+# %% ../nbs/15_engine.ipynb #4217d511
 @patch
 @contextmanager
 def open(self: Engine) -> AbstractContextManager:
@@ -149,7 +149,7 @@ def open(self: Engine) -> AbstractContextManager:
         self.kept = False
         self.close()
 
-# %% ../nbs/15_engine.ipynb #2f475353
+# %% ../nbs/15_engine.ipynb #d36360e5
 @patch
 def started(self: Engine,
     length: int,   # tokens of the longest question and its response
@@ -164,7 +164,7 @@ def started(self: Engine,
         self.length = room
     return self.llm
 
-# %% ../nbs/15_engine.ipynb #42d651a6
+# %% ../nbs/15_engine.ipynb #e5be8e0f
 def sampling_settings(
     judge: Judge,
     k: int,
@@ -174,7 +174,7 @@ def sampling_settings(
     return dict(n=k, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
                 stop_token_ids=sorted(judge.eos), logit_bias=dict.fromkeys(judge.control, -100.))
 
-# %% ../nbs/15_engine.ipynb #64d7520a
+# %% ../nbs/15_engine.ipynb #84d6806f
 AT_ONCE = 64   # questions whose frames are in memory together
 
 @patch
@@ -191,7 +191,7 @@ def write(self: Engine,
                          for o in answer.outputs])
     return rows
 
-# %% ../nbs/15_engine.ipynb #95f1f77f
+# %% ../nbs/15_engine.ipynb #b75e5260
 @patch
 def sample(self: Engine,
     items: list[Item],

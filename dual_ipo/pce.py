@@ -69,7 +69,7 @@ def certainty_of(
     if form == "bradley_terry": return float(bradley_terry(R, Q, tau))
     return float(paths(R, Q) if form == "paths" else normal(R, Q))
 
-# %% ../nbs/12_pce.ipynb #5132d5b8
+# %% ../nbs/12_pce.ipynb #d3a24817
 def pce(
     R: list[Tensor],              # per item: R of its winning paths
     Q: float,                     # see `mean_reward`

@@ -61,7 +61,7 @@ def at_once(
     tokens = judge.inputs(pairs)["input_ids"].shape[1] + max(len(judge.ids(item.response)) for item in pairs)
     return Room(max(1, AT_ONCE // (responses * tokens * judge.base.config.get_text_config().hidden_size)), what)
 
-# %% ../nbs/14_srpo.ipynb #0ed59f92
+# %% ../nbs/14_srpo.ipynb #1eb270a3
 def in_shares(
     batch: list[Item] | list[int],   # items, or numbers of examples
     room: Room,
@@ -96,7 +96,7 @@ def kind_of(
     shares = torch.tensor([KINDS[kind] for kind in kinds])
     return kinds[torch.multinomial(shares, 1, generator=generator(*keys, "kind", index)).item()]
 
-# %% ../nbs/14_srpo.ipynb #09b99fa3
+# %% ../nbs/14_srpo.ipynb #68b575e0
 def batches_by_kind(
     items: list[Item],  # with responses
     size: int,          # of a batch
@@ -108,7 +108,7 @@ def batches_by_kind(
     own = [item for item in items if item.kind == kind]
     return [own[i] for i in take(len(own), 2 * size if kind == "grade" else size, index, *keys, kind)]
 
-# %% ../nbs/14_srpo.ipynb #06755b83
+# %% ../nbs/14_srpo.ipynb #4641a49e
 def mean_nll(
     logp: Tensor,   # [B, N] log-probabilities of tokens, nats
     mask: Tensor,   # [B, N] 1 where a token counts
@@ -127,7 +127,7 @@ def response_nll(
     c, y = mean_nll(logp, mask * before), mean_nll(logp, mask * ~before)
     return torch.where(reasons > 0, (c + y) / 2, y)
 
-# %% ../nbs/14_srpo.ipynb #9eceaf3b
+# %% ../nbs/14_srpo.ipynb #a65dcb08
 def other_grades(
     response: str,   # to the question about one clip
 ) -> str:
@@ -158,7 +158,7 @@ def human_nll(
     reasons = [len(judge.ids(item.response[:item.response.rindex("<answer>")])) - 1 for item in items]
     return response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
 
-# %% ../nbs/14_srpo.ipynb #e36db114
+# %% ../nbs/14_srpo.ipynb #47385822
 def cold_start(
     judge,               # a `Judge`; changed in place
     items: list[Item],   # from `cold_start_items`
@@ -186,7 +186,7 @@ def cold_start(
         return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start",
                      shares=shares, room=room, made_of=made_of, **training)
 
-# %% ../nbs/14_srpo.ipynb #dd7ffb4f
+# %% ../nbs/14_srpo.ipynb #be4f7a34
 def judgement_of(
     row: dict[str, object],   # a judgement as `asdict` has it
 ) -> Judgement:
@@ -215,7 +215,7 @@ def cast(
         rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, asked, name=pair_digest)
     return [judgement_of(row) for row in rows]
 
-# %% ../nbs/14_srpo.ipynb #25ce53d2
+# %% ../nbs/14_srpo.ipynb #dc77b2ee
 def log_probs_of(
     judgement: Judgement,   # with its votes
 ) -> dict[str, list[float]]:
@@ -223,7 +223,7 @@ def log_probs_of(
     return dict(log_prob=[vote.log_prob for vote in judgement.votes],
                 log_prob_ref=[vote.log_prob_ref for vote in judgement.votes])
 
-# %% ../nbs/14_srpo.ipynb #b950abaf
+# %% ../nbs/14_srpo.ipynb #76deaaa5
 def refer_in_shards(
     judge,                # a `Judge`
     voted: list[tuple[Pair, Judgement]],   # the votes of these are given their log-probabilities
@@ -244,7 +244,7 @@ def refer_in_shards(
         for vote, own, before in zip(judgement.votes, row["log_prob"], row["log_prob_ref"]):
             vote.log_prob, vote.log_prob_ref = own, before
 
-# %% ../nbs/14_srpo.ipynb #c5005bfb
+# %% ../nbs/14_srpo.ipynb #6d150768
 def label_by_grades(
     judgement: Judgement,   # with its votes
     min_gap: float,         # grade points; a smaller gap is a tie
@@ -255,7 +255,7 @@ def label_by_grades(
     gap = grade_gap(judgement, dimensions)
     return replace(judgement, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie")
 
-# %% ../nbs/14_srpo.ipynb #473e2530
+# %% ../nbs/14_srpo.ipynb #f6c8184e
 def weigh(
     certainty: Tensor,     # [B] 0..1
     R: list[Tensor],       # of the winning paths; empty where nobody asks
@@ -273,7 +273,7 @@ def weigh(
         rows.append(dict(pce=c if is_decided else None, kept=k, weight=w, reward=reward))
     return rows
 
-# %% ../nbs/14_srpo.ipynb #f205b1ba
+# %% ../nbs/14_srpo.ipynb #6b52497f
 def label_row(
     pair: Pair,
     judgement: Judgement,
@@ -329,7 +329,7 @@ def turned(
     start, end = answer_at(text)
     return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
-# %% ../nbs/14_srpo.ipynb #42c9dc36
+# %% ../nbs/14_srpo.ipynb #bb8ab449
 def best_path(
     row: dict[str, object],   # of `pseudo_label`
     order: str,               # "ab" or "ba"
@@ -340,7 +340,7 @@ def best_path(
     fitting = [path for path, label in paths if path["order"] == order and label in labels]
     return max(fitting, key=lambda path: path["log_prob"], default=None)
 
-# %% ../nbs/14_srpo.ipynb #44c8323f
+# %% ../nbs/14_srpo.ipynb #b191e62b
 class Example(NamedTuple):
     "What one order of a kept pair teaches."
     item: Item
@@ -348,7 +348,7 @@ class Example(NamedTuple):
     other: list[int] | str       # one that doesn't
     weight: float                # 0..1
 
-# %% ../nbs/14_srpo.ipynb #ad2011ad
+# %% ../nbs/14_srpo.ipynb #4b7a1f1e
 def preferences(
     pairs: list[Pair],
     rows: list[dict[str, object]],   # of `pseudo_label`, in the same order
@@ -366,7 +366,7 @@ def preferences(
             found.append(Example(pair_item(pair, order, dimensions), agrees["ids"], other, row["weight"]))
     return found
 
-# %% ../nbs/14_srpo.ipynb #4324dbef
+# %% ../nbs/14_srpo.ipynb #f775eee4
 def contents_of(
     examples: list[Example],
 ) -> list[list[object]]:
@@ -374,7 +374,7 @@ def contents_of(
     words = contents([example.item for example in examples])
     return [[own, *example[1:]] for own, example in zip(words, examples)]
 
-# %% ../nbs/14_srpo.ipynb #4d5adf44
+# %% ../nbs/14_srpo.ipynb #53818919
 @dataclass
 class Preference:
     "The loss of SRPO on numbered examples."
@@ -384,7 +384,7 @@ class Preference:
     lambda_win: float                # weight of the NLL on the preferred responses
     reference: Tensor | None = None  # [examples, 2] log-probabilities of both responses before the training, nats
 
-# %% ../nbs/14_srpo.ipynb #1a69bbad
+# %% ../nbs/14_srpo.ipynb #563c0315
 @patch
 def responses(self: Preference,
     some: list[int],   # numbers of examples
@@ -393,7 +393,7 @@ def responses(self: Preference,
     own = [self.examples[i] for i in some]
     return [e.item for e in own] * 2, [e.preferred for e in own] + [e.other for e in own]
 
-# %% ../nbs/14_srpo.ipynb #eadc148f
+# %% ../nbs/14_srpo.ipynb #8ebfe0ab
 @patch
 def log_probs(self: Preference,
     some: list[int],
@@ -401,7 +401,7 @@ def log_probs(self: Preference,
     "Log-probabilities of both responses, as the judge is now."
     with torch.no_grad(), ordered(): return self.judge.log_probs(*self.responses(some)).view(2, -1).T.tolist()
 
-# %% ../nbs/14_srpo.ipynb #545be6c3
+# %% ../nbs/14_srpo.ipynb #7cb55dde
 @patch
 def refer(self: Preference,
     asked: list[list[object]],   # `contents_of` the examples
@@ -414,7 +414,7 @@ def refer(self: Preference,
     rows = rows_in_shards(list(range(len(asked))), size, folder, "reference", referred, name=asked.__getitem__)
     self.reference = torch.tensor([[row["w"], row["l"]] for row in rows])
 
-# %% ../nbs/14_srpo.ipynb #bfdcc72a
+# %% ../nbs/14_srpo.ipynb #742afce8
 FACTS = "nll_w", "accuracy", "reward_w", "reward_l", "weight"   # of the examples, in the history
 
 @patch

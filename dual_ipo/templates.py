@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from .core import UserError
 
-# %% ../nbs/08_templates.ipynb #ec560695
+# %% ../nbs/08_templates.ipynb #3bd06155
 SECONDS, MEMORY, LENGTH = 3, 2**30, 10**6   # of a trial: the processor's time, bytes, characters that come of it
 
 LIMITS = f"""
@@ -24,7 +24,7 @@ resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 """
 
-# %% ../nbs/08_templates.ipynb #2461b618
+# %% ../nbs/08_templates.ipynb #6ef8c1bf
 RENDERED = f"""
 class Generation(Extension):
     tags = {{"generation"}}
@@ -54,7 +54,7 @@ def trial(
     except subprocess.TimeoutExpired: return False
     return process.returncode in (0, 1)   # 1: the trial itself could not be made
 
-# %% ../nbs/08_templates.ipynb #67be98bb
+# %% ../nbs/08_templates.ipynb #e8428848
 def sample_question(
     images: int,
 ) -> dict[str, object]:   # what a chat template is rendered with

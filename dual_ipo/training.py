@@ -65,7 +65,7 @@ def epoch_order(
     "The items of one epoch, shuffled."
     return torch.randperm(n, generator=generator("order", epoch, *keys)).tolist()
 
-# %% ../nbs/04_training.ipynb #ef8d38a6
+# %% ../nbs/04_training.ipynb #e971154e
 def take(
     n: int,       # items
     size: int,    # of a batch, over all ranks
@@ -96,7 +96,7 @@ def trained(
     "The parameters that are trained, by name."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-# %% ../nbs/04_training.ipynb #b78a20fd
+# %% ../nbs/04_training.ipynb #09dd436e
 def mixed_precision(
     model: nn.Module,     # with fp32 weights; changed in place
     dtype: torch.dtype,   # of the arithmetic
@@ -108,7 +108,7 @@ def mixed_precision(
     model.forward = torch.autocast(device, dtype)(forward)
     return model
 
-# %% ../nbs/04_training.ipynb #07b0fb8e
+# %% ../nbs/04_training.ipynb #88fb8893
 class LowLinear(nn.Linear):
     "A linear map with fp32 weights and arithmetic in the dtype of its input."
     def forward(self, x): return F.linear(x, self.weight.to(x.dtype))
@@ -133,7 +133,7 @@ class Room:
         what: str,    # for the message
     ): self.n, self.what = n, what
 
-# %% ../nbs/04_training.ipynb #7da31a93
+# %% ../nbs/04_training.ipynb #8ec30d1e
 @patch
 def fitting(self: Room,
     run: Callable,                   # what may run out of memory; reads `n`
@@ -149,7 +149,7 @@ def fitting(self: Room,
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         print(f"{self.what}: not enough memory for {failed} at once; {self.n} at once from here on", flush=True)
 
-# %% ../nbs/04_training.ipynb #e6d119d7
+# %% ../nbs/04_training.ipynb #21716072
 @patch
 def map(self: Room,
     run: Callable,   # list of items -> as many results
@@ -162,7 +162,7 @@ def map(self: Room,
         results += self.fitting(lambda: run(items[len(results):len(results) + self.n*unit]))
     return results
 
-# %% ../nbs/04_training.ipynb #45654cce
+# %% ../nbs/04_training.ipynb #855cc62e
 def groups_of(
     items: list[object],
     size: int,            # items of a group; the last may have fewer
@@ -191,7 +191,7 @@ def in_shards(
         for old in set(Path(folder).glob("shard_*")) - set(shards): shutil.rmtree(old)   # of a longer list
     return list(shards)
 
-# %% ../nbs/04_training.ipynb #33c99c8f
+# %% ../nbs/04_training.ipynb #b56f2b89
 def rows_in_shards(
     items: list[object],
     size: int,             # items of a shard
@@ -258,7 +258,7 @@ def save_checkpoint(
     mark_done(new, step=step, settings=settings)
     keep_only(new)
 
-# %% ../nbs/04_training.ipynb #7cdf2cfc
+# %% ../nbs/04_training.ipynb #2fef6c0e
 def check_checkpoint(
     path: Path,                      # of a complete checkpoint
     saved: dict[str, Tensor],        # what it holds
@@ -298,7 +298,7 @@ def ordered() -> AbstractContextManager:
     try: yield
     finally: torch.backends.cuda.enable_mem_efficient_sdp(was)
 
-# %% ../nbs/04_training.ipynb #2ef11d39
+# %% ../nbs/04_training.ipynb #7893a91f
 def shares_of(
     shares: Callable,   # see `train`
     step: int,
@@ -332,7 +332,7 @@ def gradients(
     mean = accelerator.reduce((torch.stack(rows).sum(0)/accumulate).to(accelerator.device), "mean")
     return dict(zip(["loss", *metrics], mean.tolist()))
 
-# %% ../nbs/04_training.ipynb #c574a2a8
+# %% ../nbs/04_training.ipynb #dd5148b2
 def guarded_update(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
@@ -365,7 +365,7 @@ def check_anomaly(
         raise TrainingAnomaly(f"{stage}: loss or gradient was not finite in steps {first} to {last}; "
                               "lower the learning rate")
 
-# %% ../nbs/04_training.ipynb #bae83711
+# %% ../nbs/04_training.ipynb #993b11f5
 def rate_at(
     step: int,     # from 0
     steps: int,    # of the training

@@ -36,13 +36,13 @@ class Vote:
     log_prob_ref: float = math.nan    # the same under the reference
     ids: list[int] = field(default_factory=list, repr=False)  # its tokens as sampled
 
-# %% ../nbs/11_voting.ipynb #f48db1c1
+# %% ../nbs/11_voting.ipynb #b66f16fa
 @patch(as_prop=True)
 def label(self: Vote) -> str | None:
     "Whom it means: `A`, `B`, `tie`, or None where it could not be read."
     return to_label(self.answer, self.order)
 
-# %% ../nbs/11_voting.ipynb #57286138
+# %% ../nbs/11_voting.ipynb #116b5509
 @patch(cls_method=True)
 def read(cls: Vote,
     text: str,    # a response
@@ -61,7 +61,7 @@ def majority(
     if not top: return None
     return "tie" if len(top) == 2 and top[0][1] == top[1][1] else top[0][0]
 
-# %% ../nbs/11_voting.ipynb #07148036
+# %% ../nbs/11_voting.ipynb #32ee1b2b
 def labels_of(
     votes: list[Vote],
     order: str | None = None,   # "ab" or "ba"; None: both
@@ -88,7 +88,7 @@ def mean(
     values = list(values)
     return sum(values)/len(values) if values else math.nan
 
-# %% ../nbs/11_voting.ipynb #403784c2
+# %% ../nbs/11_voting.ipynb #7cdddc28
 @lru_cache(256)
 def outcomes(
     n: int,       # votes that are missing
@@ -134,7 +134,7 @@ def entropy(
     counts = Counter(labels_of(judgement.votes)).values()
     return -sum(n/sum(counts)*math.log(n/sum(counts)) for n in counts) + 0.
 
-# %% ../nbs/11_voting.ipynb #4a0da1ea
+# %% ../nbs/11_voting.ipynb #7a7f8c15
 def all_votes(
     judgements: list[Judgement],   # with their votes
 ) -> list[Vote]:
