@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Dtype', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'RewardPart', 'DataPart', 'ColdStartPart',
-           'fewer_kept', 'CandidatesPart', 'AlignPart', 'VotesPart', 'PCEPart', 'SRPOPart', 'EvaluatePart', 'votes_fit',
-           'Config', 'told', 'parse_config', 'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines',
-           'commented_yaml', 'config_for']
+           'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given', 'VotesPart',
+           'PCEPart', 'SRPOPart', 'EvaluatePart', 'votes_fit', 'Config', 'told', 'parse_config', 'read_config',
+           'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
@@ -31,7 +31,7 @@ def check_text(
     if isinstance(x, str) and "\0" in x: raise ValueError("holds a zero byte; remove it")
     json.dumps(x, ensure_ascii=False, default=str, skipkeys=True).encode()   # a ValueError of half a character
 
-# %% ../nbs/06_config.ipynb #e3ce6928
+# %% ../nbs/06_config.ipynb #2e98c1f2
 class Part(BaseModel):
     "A section of the config; unknown keys are errors, and so are numbers that are none."
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -53,7 +53,7 @@ class Part(BaseModel):
             raise ValueError(f"write 0, or a number between 1e-12 and {largest:g}")
         return x
 
-# %% ../nbs/06_config.ipynb #745162fb
+# %% ../nbs/06_config.ipynb #ffd27f4f
 def key(
     default: object,
     text: str,   # what it is, in which unit: the comment in the file
@@ -65,6 +65,7 @@ def key(
 # %% ../nbs/06_config.ipynb #206984f3
 Dtype = Literal["float32", "bfloat16"]
 
+# %% ../nbs/06_config.ipynb #b661b403
 class GeneratorPart(Part):
     "The text-to-video model."
     path: str = key("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "folder or hub id of a Wan 2.1, 2.2 or CogVideoX pipeline")
@@ -133,7 +134,7 @@ class ColdStartPart(Part):
     batch_size: int = key(32, "items per update", ge=1)
     lr: float = key(1e-5, "learning rate", gt=0, le=1)
 
-# %% ../nbs/06_config.ipynb #70adf226
+# %% ../nbs/06_config.ipynb #df6356c4
 def fewer_kept(
     part,   # a `CandidatesPart`
 ):
@@ -146,7 +147,7 @@ def fewer_kept(
                          "candidates; lower it or set preview_steps to null")
     return part
 
-# %% ../nbs/06_config.ipynb #7253e939
+# %% ../nbs/06_config.ipynb #d4a77f05
 class CandidatesPart(Part):
     "Clips sampled for each prompt, and what becomes a pair."
     prompts_per_round: int = key(1000, "prompts sampled in each round", ge=1)
@@ -170,7 +171,13 @@ class CandidatesPart(Part):
 
     fewer = model_validator(mode="after")(fewer_kept)
 
-# %% ../nbs/06_config.ipynb #9cf05188
+# %% ../nbs/06_config.ipynb #da6f2cb4
+def objective_named(name: str) -> str:
+    "ValueError for an objective that is neither ours nor a class of the user's."
+    if name not in ("dpo", "kto") and ":" not in name: raise ValueError("give dpo, kto, or package.module:Class")
+    return name
+
+# %% ../nbs/06_config.ipynb #76fb8357
 class AlignPart(Part):
     "Preference training of the generator."
     objective: str = key("dpo",
@@ -192,13 +199,24 @@ class AlignPart(Part):
         "what is computed twice: nothing, all but attention, everything; auto: as little as memory allows")
     save_every: int = key(20, "updates between checkpoints", ge=1)
 
-    @field_validator("objective")
-    @classmethod
-    def named(cls, name):
-        if name not in ("dpo", "kto") and ":" not in name: raise ValueError("give dpo, kto, or package.module:Class")
-        return name
+    is_one = field_validator("objective")(objective_named)
 
-# %% ../nbs/06_config.ipynb #046e500f
+# %% ../nbs/06_config.ipynb #b0982760
+def even(k: int) -> int:
+    "ValueError where votes can't be split over both orders."
+    if k < 2 or k % 2: raise ValueError("half of the votes see the videos swapped; give an even number, 2 or more")
+    return k
+
+# %% ../nbs/06_config.ipynb #8efc33db
+def grades_are_given(
+    votes,   # a `VotesPart`
+):
+    "ValueError where labels come from grades that nobody gives."
+    if votes.by == "grades" and not votes.reasons:
+        raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
+    return votes
+
+# %% ../nbs/06_config.ipynb #1f382f53
 class VotesPart(Part):
     "Pseudo-labels for the judge."
     k: int = key(8, "paths per pair, even, from 2: half see them swapped (nbs/studies/certainty.ipynb)", le=10_000)
@@ -213,19 +231,10 @@ class VotesPart(Part):
         "by grades: A and B must differ by more, grade points, all dimensions together", ge=0, le=1e6)
     early: bool = key(False, "stop writing about a pair whose label is decided; takes by: answers and pce.use: none")
 
-    @field_validator("k")
-    @classmethod
-    def even(cls, k):
-        if k < 2 or k % 2: raise ValueError("half of the votes see the videos swapped; give an even number, 2 or more")
-        return k
+    split = field_validator("k")(even)
+    reasoned = model_validator(mode="after")(grades_are_given)
 
-    @model_validator(mode="after")
-    def reasoned(self):
-        if self.by == "grades" and not self.reasons:
-            raise ValueError("by: grades are part of the reasons; set reasons to true, or by to answers")
-        return self
-
-# %% ../nbs/06_config.ipynb #2713b930
+# %% ../nbs/06_config.ipynb #1cb79974
 class PCEPart(Part):
     "The certainty of a pseudo-label."
     form: Literal["bradley_terry", "paths", "normal", "votes"] = key("votes",
@@ -235,7 +244,7 @@ class PCEPart(Part):
         "what certainty decides: which labels are kept, their weight, both or neither")
     tau: float = key(1., "temperature of bradley_terry, nats", ge=1e-6, le=1e6)
 
-# %% ../nbs/06_config.ipynb #623d9fc6
+# %% ../nbs/06_config.ipynb #7541a16c
 class SRPOPart(Part):
     "Preference training of the judge."
     steps: int = key(100, "updates per round; 0: the judge stays as the cold start made it", ge=0)
@@ -247,14 +256,14 @@ class SRPOPart(Part):
     lambda_human: float = key(1.,
         "weight of the NLL on the human pairs, which keeps what they taught (nbs/studies/judge.ipynb)", ge=0, le=1e6)
 
-# %% ../nbs/06_config.ipynb #b67fe8d5
+# %% ../nbs/06_config.ipynb #5069d9b1
 class EvaluatePart(Part):
     "Evaluation of the generator."
     measure: str | None = key(None, "package.module:function(videos, prompts) -> scores; null: human pairs only")
     prompts: int = key(100, "evaluation prompts", ge=2)
     videos_per_prompt: int = key(2, "clips of each, always from the same noise", ge=2)
 
-# %% ../nbs/06_config.ipynb #d966561b
+# %% ../nbs/06_config.ipynb #cb2cf861
 def votes_fit(
     config,   # a `Config`
 ):
@@ -291,7 +300,7 @@ class Config(Part):
     evaluate: EvaluatePart = EvaluatePart()
     whole_votes = model_validator(mode="after")(votes_fit)
 
-# %% ../nbs/06_config.ipynb #b8a0419b
+# %% ../nbs/06_config.ipynb #9c61d3b3
 def told(
     error: ValidationError,
 ) -> str:
@@ -342,7 +351,7 @@ def choices_of(
     words = [kind for kind in kinds if isinstance(kind, str)]
     return ["true", "false", *words] if bool in kinds else words
 
-# %% ../nbs/06_config.ipynb #cb5db83f
+# %% ../nbs/06_config.ipynb #47b6d3e2
 def allowed(
     field: FieldInfo,   # of a `Part`
 ) -> str:               # in brackets, a space before them; "" where any value will do
@@ -354,7 +363,7 @@ def allowed(
     if "le" in bounds: return f" [{low} to {bounds['le']}]" if low else f" [at most {bounds['le']}]"
     return f" [{low}]" if low.startswith("above") else f" [{low} or more]" if low else ""
 
-# %% ../nbs/06_config.ipynb #7e99677a
+# %% ../nbs/06_config.ipynb #eb1d5234
 def yaml_value(
     x: object,   # a key's value
 ) -> str:
@@ -363,7 +372,7 @@ def yaml_value(
         return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
     return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
 
-# %% ../nbs/06_config.ipynb #37941c6d
+# %% ../nbs/06_config.ipynb #91907c11
 def commented_lines(
     part: Part,
     indent: str,   # before each key
@@ -396,7 +405,7 @@ GENERATORS = {   # name → what differs from the defaults
     "cogvideox-5b": COG | dict(path="THUDM/CogVideoX-5b"),
     "cogvideox1.5-5b": COG | dict(path="THUDM/CogVideoX1.5-5B", num_frames=81, height=768, width=1360, fps=16.)}
 
-# %% ../nbs/06_config.ipynb #5bda99a1
+# %% ../nbs/06_config.ipynb #0642023f
 def config_for(
     generator: str = "wan2.1-1.3b",   # one of `GENERATORS`
     judge: str | None = None,         # folder or hub id; None: the default

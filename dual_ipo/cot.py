@@ -63,7 +63,7 @@ RANGE = re.compile(  # an end of words that makes the grade after it a part of s
     r"(\d)[\s*_`)\]]*(?:[-–—−~.,/&+→]\s*|(?:to|or|and|through|versus|vs|out|of)\b\s*)+$", re.IGNORECASE)
 TAGS = re.compile(r"<\s*/?\s*answer\s*>|<\|(?:begin|end)_of_box\|>", re.IGNORECASE)
 
-# %% ../nbs/10_cot.ipynb #30059830
+# %% ../nbs/10_cot.ipynb #70871e4a
 def tidy(
     words: str,              # what a person or a judge wrote about a video
     dimensions: list[str],
@@ -73,10 +73,11 @@ def tidy(
     words = re.sub(rf"({'|'.join(map(re.escape, dimensions))})[\s*_`:]*:", r"\1 ", words, flags=re.IGNORECASE)
     return RANGE.sub(r"\1", " ".join(words.split()))
 
-# %% ../nbs/10_cot.ipynb #45f9267f
+# %% ../nbs/10_cot.ipynb #e2132e73
 Row = dict[str, str | int | bool]   # what is said of both videos in a dimension: a, b (words), grade_a, grade_b (1..5)
 Rationale = dict[str, Row]          # by dimension
 
+# %% ../nbs/10_cot.ipynb #08df9595
 def better_of(
     row: Row,
     order: str,   # "ab" or "ba"
@@ -85,7 +86,7 @@ def better_of(
     a, b = row["grade_a"], row["grade_b"]
     return to_answer("A" if a > b else "B" if b > a else "tie", order)
 
-# %% ../nbs/10_cot.ipynb #a2463c24
+# %% ../nbs/10_cot.ipynb #837947a6
 def reason_line(
     dimension: str,
     row: Row,
@@ -113,7 +114,7 @@ def grade_stems(
     "The grades of a clip are written between these."
     return [f"{', ' if i else '<answer>'}{d} " for i, d in enumerate(dimensions)]
 
-# %% ../nbs/10_cot.ipynb #664ffffc
+# %% ../nbs/10_cot.ipynb #3ab7c42c
 def clip_response(
     grades: dict[str, int],   # {dimension: 1..5}
 ) -> str:
@@ -127,6 +128,7 @@ MEANINGS = dict(
     consistency="do things and people keep their shape and look from frame to frame?",
     quality="is the picture sharp, clean and pleasing?")
 
+# %% ../nbs/10_cot.ipynb #252b92e1
 def list_of(
     dimensions: list[str],
 ) -> str:
@@ -140,6 +142,7 @@ EXAMPLE = dict(   # made up
     consistency=dict(a="the dog keeps its shape", b="one leg vanishes", grade_a=4, grade_b=3),
     quality=dict(a="sharp and clean", b="sharp and clean", grade_a=4, grade_b=4))
 
+# %% ../nbs/10_cot.ipynb #6ce46a0b
 def pair_example(
     dimensions: list[str],
 ) -> str:
@@ -153,6 +156,7 @@ def pair_example(
 CLIPS = "These are frames of two videos, each with its time in seconds. Both videos were made from this prompt:\n"
 VERDICTS = "<answer>1</answer>, <answer>2</answer> or <answer>tie</answer>"
 
+# %% ../nbs/10_cot.ipynb #47c30dea
 def pair_form(
     dimensions: list[str],
 ) -> str:
@@ -164,7 +168,7 @@ def pair_form(
             "Here is an example of the form. It is about two other videos, made from \"a brown dog runs on a beach\":\n"
             f"{pair_example(dimensions)}")
 
-# %% ../nbs/10_cot.ipynb #1bc0a9b5
+# %% ../nbs/10_cot.ipynb #66f83b17
 def pair_question(
     prompt: str,                         # what both videos were made from
     dimensions: list[str] = DIMENSIONS,  # reasons wanted; none: only the verdict
@@ -201,7 +205,7 @@ def frame_labels(
         labels += [("\n\n" if labels else "") + name + head, *others]
     return labels
 
-# %% ../nbs/10_cot.ipynb #36ecaa82
+# %% ../nbs/10_cot.ipynb #65560674
 def frame_list(
     videos: list[Video],
     n: int,               # frames of each
@@ -219,7 +223,7 @@ THINK = re.compile(r"<\s*(/?)\s*think(?:ing)?\s*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*answer\s*>((?:(?!<\s*/?\s*answer\s*>).)*)<\s*/\s*answer\s*>", re.IGNORECASE | re.DOTALL)
 BOX = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)   # how GLM marks its answers
 
-# %% ../nbs/10_cot.ipynb #97c5a901
+# %% ../nbs/10_cot.ipynb #e57879a3
 def reply_at(
     text: str,   # a response
 ) -> int:        # 0 where there is no thinking block, the end of the text where it was not closed
@@ -227,7 +231,7 @@ def reply_at(
     marks = [*THINK.finditer(text)]
     return 0 if not marks else marks[-1].end() if marks[-1][1] else len(text)
 
-# %% ../nbs/10_cot.ipynb #0ff4129c
+# %% ../nbs/10_cot.ipynb #05d63d7e
 def answer_at(
     text: str,                  # a response
 ) -> tuple[int, int] | None:    # (start, end) in the text; None: there is no complete one
@@ -245,7 +249,7 @@ def read_verdict(
     found = re.fullmatch(r"[\s*_`'\"(\[]*(?:video\s*(?=[12]))?(1|2|tie)[\s*_`'\")\].]*", text, re.IGNORECASE)
     return found[1].lower() if found else None
 
-# %% ../nbs/10_cot.ipynb #b2b28d34
+# %% ../nbs/10_cot.ipynb #e4a8eb90
 def parse_answer(
     text: str,       # a response
 ) -> str | None:     # "1", "2", "tie"; None: no verdict
@@ -253,7 +257,7 @@ def parse_answer(
     span = answer_at(text)
     return read_verdict(text[slice(*span)]) if span else None
 
-# %% ../nbs/10_cot.ipynb #2637e563
+# %% ../nbs/10_cot.ipynb #e687a9bd
 def head_of(
     dimensions: list[str],
 ) -> re.Pattern:   # its group is the name
@@ -262,7 +266,7 @@ def head_of(
     bullets = r"(?:^|(?<=\s))(?:[-*_`•#>]\s*|\d+\s*[.)]\s*)*"
     return re.compile(rf"{bullets}({names})[*_`]*\s*:[*_`]*", re.IGNORECASE | re.ASCII)
 
-# %% ../nbs/10_cot.ipynb #7bf494f4
+# %% ../nbs/10_cot.ipynb #0b08952d
 def ends_in_verdict(
     text: str,
 ) -> bool:
@@ -280,7 +284,7 @@ def one_row(
     a, b = sides
     return dict(a=a[1], b=b[1], grade_a=int(a[2]), grade_b=int(b[2]))
 
-# %% ../nbs/10_cot.ipynb #5f54e566
+# %% ../nbs/10_cot.ipynb #5f8f4e8f
 def read_row(
     body: str,     # all that follows a dimension's name
 ) -> Row | None:   # as of `one_row`
@@ -290,7 +294,7 @@ def read_row(
     if ends_in_verdict(line) or not broken_row or row == broken_row: return row
     return None if row else broken_row
 
-# %% ../nbs/10_cot.ipynb #c5fcc9b3
+# %% ../nbs/10_cot.ipynb #a4f04cb4
 def reasons_of(
     text: str,   # a response
 ) -> str:
@@ -366,7 +370,7 @@ def check_rationales(
         raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, reward.dimensions are {wanted}; "
                         f"set reward.dimensions to what is there, or add {missing[0]}")
 
-# %% ../nbs/10_cot.ipynb #49489f49
+# %% ../nbs/10_cot.ipynb #1447e737
 def items_of(
     pair: Pair,              # with its label
     dimensions: list[str],
@@ -381,7 +385,7 @@ def items_of(
         items.append(clip_item(pair.prompt, video, dimensions, {d: row[f"grade_{side}"] for d, row in rows.items()}))
     return items
 
-# %% ../nbs/10_cot.ipynb #39a1ff9e
+# %% ../nbs/10_cot.ipynb #e19e1e26
 def cold_start_items(
     pairs: Iterable[Pair],   # of people, with labels
     dimensions: list[str] = DIMENSIONS,
@@ -406,7 +410,7 @@ def annotation_prompt(
             f"A careful viewer {verdict}. Explain why in exactly this form, with grades from 1 (bad) to 5 (good):\n"
             f"{form}\n<answer>{answer}</answer>")
 
-# %% ../nbs/10_cot.ipynb #59bff3b6
+# %% ../nbs/10_cot.ipynb #d0031815
 def annotation_question(
     pair: Pair,              # with its label
     dimensions: list[str] = DIMENSIONS,
@@ -434,9 +438,10 @@ def check_readable(
                     f"reward.min_readable is {share:.0%}), not such as {shown}; "
                     "take another judge, raise reward.max_new_tokens if they are cut off, or lower reward.min_readable")
 
-# %% ../nbs/10_cot.ipynb #f31b01ec
+# %% ../nbs/10_cot.ipynb #0b3dd3ae
 Ways = dict[int, tuple[float, tuple]]   # by how much A leads → (log-probability, grades in each dimension so far)
 
+# %% ../nbs/10_cot.ipynb #2fd64935
 def one_more(
     ways: Ways,
     a: list[float],   # [5] log-probabilities of A's grades in the next dimension
@@ -459,7 +464,7 @@ def likeliest(
     for a, b in zip(*logp): ways = one_more(ways, a, b)
     return max(way for lead, way in ways.items() if (lead > 0) - (lead < 0) == wanted)[1]
 
-# %% ../nbs/10_cot.ipynb #5defb9a8
+# %% ../nbs/10_cot.ipynb #b91762fe
 def forced_rationale(
     grades: tuple[tuple[int, int], ...],   # from `likeliest`
     dimensions: list[str],
@@ -468,7 +473,7 @@ def forced_rationale(
     rows = [dict(a="", b="", grade_a=a, grade_b=b, forced=True) for a, b in grades]
     return dict(zip(dimensions, rows))
 
-# %% ../nbs/10_cot.ipynb #b733d40f
+# %% ../nbs/10_cot.ipynb #dcaba5a8
 def force(
     judge,                # anything with `choose`
     pairs: list[Pair],    # with labels
@@ -483,7 +488,7 @@ def force(
     grades = [likeliest(both, pair.label) for pair, *both in zip(pairs, logp[::2], logp[1::2])]
     return [forced_rationale(own, dimensions) for own in grades]
 
-# %% ../nbs/10_cot.ipynb #f0197085
+# %% ../nbs/10_cot.ipynb #6b78289d
 def annotation_item(
     pair: Pair,              # with its label
     dimensions: list[str],
@@ -492,7 +497,7 @@ def annotation_item(
     question = annotation_question(pair, dimensions)
     return Item(annotation_prompt(pair, dimensions), [pair.a, pair.b], explained=question)
 
-# %% ../nbs/10_cot.ipynb #c5a369e0
+# %% ../nbs/10_cot.ipynb #0a48cea4
 def read_annotation(
     text: str,               # a response
     dimensions: list[str],

@@ -32,6 +32,7 @@ def vllm() -> ModuleType:
 # %% ../nbs/15_engine.ipynb #65c0e3ce
 RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512   # that vLLM's kernels have room for
 
+# %% ../nbs/15_engine.ipynb #c1a8461b
 def adapter_settings(
     judge: Judge,
     folder: Path,   # where it was saved
@@ -47,7 +48,7 @@ def adapter_settings(
     settings = dict(model=judge.source, tokenizer=str(folder), enable_lora=True, max_lora_rank=max_rank)
     return settings, dict(lora_request=LoRARequest("judge", 1, str(folder / "adapter")))
 
-# %% ../nbs/15_engine.ipynb #87f85be8
+# %% ../nbs/15_engine.ipynb #24ae0e26
 def start(
     judge: Judge,
     settings: dict[str, object],   # of the engine
@@ -63,7 +64,7 @@ def start(
         raise UserError(f"reward.backend: vllm does not start with this judge ({reason}); "
                         "set it to transformers") from error
 
-# %% ../nbs/15_engine.ipynb #9ab4f0a9
+# %% ../nbs/15_engine.ipynb #0885dd32
 def shut_down(
     engine,   # of `start`
 ):
@@ -105,7 +106,7 @@ def token_ids(
     text = judge.chat(item)
     return judge.tokenizer(text, add_special_tokens=judge.special(text))["input_ids"]
 
-# %% ../nbs/15_engine.ipynb #bab9ea37
+# %% ../nbs/15_engine.ipynb #64c83012
 def question(
     judge: Judge,
     item: Item,
@@ -115,7 +116,7 @@ def question(
     for video in item.videos: images += Video(judge.fit(video.frames_at(judge.frames_per_video)), 1.).pil()
     return dict(prompt_token_ids=token_ids(judge, item), multi_modal_data=dict(image=images))
 
-# %% ../nbs/15_engine.ipynb #88423ea3
+# %% ../nbs/15_engine.ipynb #55ad7436
 def longest(
     judge: Judge,
     items: list[Item],
@@ -124,21 +125,21 @@ def longest(
     lengths = [len(token_ids(judge, item)) for item in items]
     return max(lengths) + judge.inputs(items[:1])["input_ids"].shape[1] - lengths[0]
 
-# %% ../nbs/15_engine.ipynb #219fd0a3
+# %% ../nbs/15_engine.ipynb #43b38dea
 class Engine:
     "Writes a judge's responses with vLLM. Inside `open` it stays from call to call, outside it ends with the call."
     def __init__(self, judge: Judge):
         self.judge, self.opened, self.kept = judge, ExitStack(), False
         self.llm, self.call, self.length = None, {}, 0   # once it runs: the engine, what its calls take, its room
 
-# %% ../nbs/15_engine.ipynb #4846ba46
+# %% ../nbs/15_engine.ipynb #293e3df9
 @patch
 def close(self: Engine):
     "End the engine, if there is one."
     self.opened.close()
     self.llm, self.length = None, 0
 
-# %% ../nbs/15_engine.ipynb #4217d511
+# %% ../nbs/15_engine.ipynb #881fa8b4
 @patch
 @contextmanager
 def open(self: Engine) -> AbstractContextManager:
@@ -149,7 +150,7 @@ def open(self: Engine) -> AbstractContextManager:
         self.kept = False
         self.close()
 
-# %% ../nbs/15_engine.ipynb #d36360e5
+# %% ../nbs/15_engine.ipynb #9f318682
 @patch
 def started(self: Engine,
     length: int,   # tokens of the longest question and its response
@@ -164,7 +165,7 @@ def started(self: Engine,
         self.length = room
     return self.llm
 
-# %% ../nbs/15_engine.ipynb #e5be8e0f
+# %% ../nbs/15_engine.ipynb #66c47ef8
 def sampling_settings(
     judge: Judge,
     k: int,
@@ -174,9 +175,10 @@ def sampling_settings(
     return dict(n=k, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
                 stop_token_ids=sorted(judge.eos), logit_bias=dict.fromkeys(judge.control, -100.))
 
-# %% ../nbs/15_engine.ipynb #84d6806f
+# %% ../nbs/15_engine.ipynb #7c1c7d57
 AT_ONCE = 64   # questions whose frames are in memory together
 
+# %% ../nbs/15_engine.ipynb #9649f940
 @patch
 def write(self: Engine,
     items: list[Item],
@@ -191,7 +193,7 @@ def write(self: Engine,
                          for o in answer.outputs])
     return rows
 
-# %% ../nbs/15_engine.ipynb #b75e5260
+# %% ../nbs/15_engine.ipynb #bada9c8c
 @patch
 def sample(self: Engine,
     items: list[Item],

@@ -58,6 +58,7 @@ def normal(
 # %% ../nbs/12_pce.ipynb #cb2d7ba5
 FORMS = ["bradley_terry", "paths", "normal"]
 
+# %% ../nbs/12_pce.ipynb #0ead4ec4
 def certainty_of(
     R: Tensor,     # [n] of the winning paths of one item
     Q: float,      # see `mean_reward`
@@ -69,7 +70,7 @@ def certainty_of(
     if form == "bradley_terry": return float(bradley_terry(R, Q, tau))
     return float(paths(R, Q) if form == "paths" else normal(R, Q))
 
-# %% ../nbs/12_pce.ipynb #d3a24817
+# %% ../nbs/12_pce.ipynb #8ea6f74a
 def pce(
     R: list[Tensor],              # per item: R of its winning paths
     Q: float,                     # see `mean_reward`

@@ -50,6 +50,7 @@ def freeze_vision(
 # %% ../nbs/14_srpo.ipynb #ef97e0a2
 AT_ONCE = 2**24   # tokens times width
 
+# %% ../nbs/14_srpo.ipynb #a1079ad9
 def at_once(
     judge,               # a `Judge`
     items: list[Item],   # the longest question of the first few is measured
@@ -61,7 +62,7 @@ def at_once(
     tokens = judge.inputs(pairs)["input_ids"].shape[1] + max(len(judge.ids(item.response)) for item in pairs)
     return Room(max(1, AT_ONCE // (responses * tokens * judge.base.config.get_text_config().hidden_size)), what)
 
-# %% ../nbs/14_srpo.ipynb #1eb270a3
+# %% ../nbs/14_srpo.ipynb #51c2dd7c
 def in_shares(
     batch: list[Item] | list[int],   # items, or numbers of examples
     room: Room,
@@ -85,6 +86,7 @@ def contents(
 # %% ../nbs/14_srpo.ipynb #11d50cab
 KINDS = dict(cot=.6, grade=.35, verdict=.05)  # share of the batches
 
+# %% ../nbs/14_srpo.ipynb #9cdacdd6
 def kind_of(
     items: list[Item],
     index: int,   # of a batch
@@ -96,7 +98,7 @@ def kind_of(
     shares = torch.tensor([KINDS[kind] for kind in kinds])
     return kinds[torch.multinomial(shares, 1, generator=generator(*keys, "kind", index)).item()]
 
-# %% ../nbs/14_srpo.ipynb #68b575e0
+# %% ../nbs/14_srpo.ipynb #37bd6118
 def batches_by_kind(
     items: list[Item],  # with responses
     size: int,          # of a batch
@@ -108,7 +110,7 @@ def batches_by_kind(
     own = [item for item in items if item.kind == kind]
     return [own[i] for i in take(len(own), 2 * size if kind == "grade" else size, index, *keys, kind)]
 
-# %% ../nbs/14_srpo.ipynb #4641a49e
+# %% ../nbs/14_srpo.ipynb #5bfb7695
 def mean_nll(
     logp: Tensor,   # [B, N] log-probabilities of tokens, nats
     mask: Tensor,   # [B, N] 1 where a token counts
@@ -127,7 +129,7 @@ def response_nll(
     c, y = mean_nll(logp, mask * before), mean_nll(logp, mask * ~before)
     return torch.where(reasons > 0, (c + y) / 2, y)
 
-# %% ../nbs/14_srpo.ipynb #a65dcb08
+# %% ../nbs/14_srpo.ipynb #34d1c74d
 def other_grades(
     response: str,   # to the question about one clip
 ) -> str:
@@ -158,7 +160,7 @@ def human_nll(
     reasons = [len(judge.ids(item.response[:item.response.rindex("<answer>")])) - 1 for item in items]
     return response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
 
-# %% ../nbs/14_srpo.ipynb #47385822
+# %% ../nbs/14_srpo.ipynb #85f44bb2
 def cold_start(
     judge,               # a `Judge`; changed in place
     items: list[Item],   # from `cold_start_items`
@@ -186,7 +188,7 @@ def cold_start(
         return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start",
                      shares=shares, room=room, made_of=made_of, **training)
 
-# %% ../nbs/14_srpo.ipynb #be4f7a34
+# %% ../nbs/14_srpo.ipynb #170f9e41
 def judgement_of(
     row: dict[str, object],   # a judgement as `asdict` has it
 ) -> Judgement:
@@ -215,7 +217,7 @@ def cast(
         rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, asked, name=pair_digest)
     return [judgement_of(row) for row in rows]
 
-# %% ../nbs/14_srpo.ipynb #dc77b2ee
+# %% ../nbs/14_srpo.ipynb #52fa2290
 def log_probs_of(
     judgement: Judgement,   # with its votes
 ) -> dict[str, list[float]]:
@@ -223,7 +225,7 @@ def log_probs_of(
     return dict(log_prob=[vote.log_prob for vote in judgement.votes],
                 log_prob_ref=[vote.log_prob_ref for vote in judgement.votes])
 
-# %% ../nbs/14_srpo.ipynb #76deaaa5
+# %% ../nbs/14_srpo.ipynb #d9bf81e7
 def refer_in_shards(
     judge,                # a `Judge`
     voted: list[tuple[Pair, Judgement]],   # the votes of these are given their log-probabilities
@@ -244,7 +246,7 @@ def refer_in_shards(
         for vote, own, before in zip(judgement.votes, row["log_prob"], row["log_prob_ref"]):
             vote.log_prob, vote.log_prob_ref = own, before
 
-# %% ../nbs/14_srpo.ipynb #6d150768
+# %% ../nbs/14_srpo.ipynb #3e00d053
 def label_by_grades(
     judgement: Judgement,   # with its votes
     min_gap: float,         # grade points; a smaller gap is a tie
@@ -255,7 +257,7 @@ def label_by_grades(
     gap = grade_gap(judgement, dimensions)
     return replace(judgement, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie")
 
-# %% ../nbs/14_srpo.ipynb #f6c8184e
+# %% ../nbs/14_srpo.ipynb #5e27079c
 def weigh(
     certainty: Tensor,     # [B] 0..1
     R: list[Tensor],       # of the winning paths; empty where nobody asks
@@ -273,7 +275,7 @@ def weigh(
         rows.append(dict(pce=c if is_decided else None, kept=k, weight=w, reward=reward))
     return rows
 
-# %% ../nbs/14_srpo.ipynb #6b52497f
+# %% ../nbs/14_srpo.ipynb #7f9829c3
 def label_row(
     pair: Pair,
     judgement: Judgement,
@@ -329,7 +331,7 @@ def turned(
     start, end = answer_at(text)
     return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
-# %% ../nbs/14_srpo.ipynb #bb8ab449
+# %% ../nbs/14_srpo.ipynb #a135d353
 def best_path(
     row: dict[str, object],   # of `pseudo_label`
     order: str,               # "ab" or "ba"
@@ -340,7 +342,7 @@ def best_path(
     fitting = [path for path, label in paths if path["order"] == order and label in labels]
     return max(fitting, key=lambda path: path["log_prob"], default=None)
 
-# %% ../nbs/14_srpo.ipynb #b191e62b
+# %% ../nbs/14_srpo.ipynb #1eb1b609
 class Example(NamedTuple):
     "What one order of a kept pair teaches."
     item: Item
@@ -348,7 +350,7 @@ class Example(NamedTuple):
     other: list[int] | str       # one that doesn't
     weight: float                # 0..1
 
-# %% ../nbs/14_srpo.ipynb #4b7a1f1e
+# %% ../nbs/14_srpo.ipynb #9b929a34
 def preferences(
     pairs: list[Pair],
     rows: list[dict[str, object]],   # of `pseudo_label`, in the same order
@@ -366,7 +368,7 @@ def preferences(
             found.append(Example(pair_item(pair, order, dimensions), agrees["ids"], other, row["weight"]))
     return found
 
-# %% ../nbs/14_srpo.ipynb #f775eee4
+# %% ../nbs/14_srpo.ipynb #3b3a759c
 def contents_of(
     examples: list[Example],
 ) -> list[list[object]]:
@@ -374,7 +376,7 @@ def contents_of(
     words = contents([example.item for example in examples])
     return [[own, *example[1:]] for own, example in zip(words, examples)]
 
-# %% ../nbs/14_srpo.ipynb #53818919
+# %% ../nbs/14_srpo.ipynb #f4f0f703
 @dataclass
 class Preference:
     "The loss of SRPO on numbered examples."
@@ -384,7 +386,7 @@ class Preference:
     lambda_win: float                # weight of the NLL on the preferred responses
     reference: Tensor | None = None  # [examples, 2] log-probabilities of both responses before the training, nats
 
-# %% ../nbs/14_srpo.ipynb #563c0315
+# %% ../nbs/14_srpo.ipynb #458d1b07
 @patch
 def responses(self: Preference,
     some: list[int],   # numbers of examples
@@ -393,7 +395,7 @@ def responses(self: Preference,
     own = [self.examples[i] for i in some]
     return [e.item for e in own] * 2, [e.preferred for e in own] + [e.other for e in own]
 
-# %% ../nbs/14_srpo.ipynb #8ebfe0ab
+# %% ../nbs/14_srpo.ipynb #984e2aef
 @patch
 def log_probs(self: Preference,
     some: list[int],
@@ -401,7 +403,7 @@ def log_probs(self: Preference,
     "Log-probabilities of both responses, as the judge is now."
     with torch.no_grad(), ordered(): return self.judge.log_probs(*self.responses(some)).view(2, -1).T.tolist()
 
-# %% ../nbs/14_srpo.ipynb #7cb55dde
+# %% ../nbs/14_srpo.ipynb #918553cd
 @patch
 def refer(self: Preference,
     asked: list[list[object]],   # `contents_of` the examples
@@ -414,9 +416,10 @@ def refer(self: Preference,
     rows = rows_in_shards(list(range(len(asked))), size, folder, "reference", referred, name=asked.__getitem__)
     self.reference = torch.tensor([[row["w"], row["l"]] for row in rows])
 
-# %% ../nbs/14_srpo.ipynb #742afce8
+# %% ../nbs/14_srpo.ipynb #8325a054
 FACTS = "nll_w", "accuracy", "reward_w", "reward_l", "weight"   # of the examples, in the history
 
+# %% ../nbs/14_srpo.ipynb #61315974
 @patch
 def loss(self: Preference,
     some: list[int],
