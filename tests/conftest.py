@@ -1,4 +1,5 @@
-"""One thread for each process that a test starts: the tests of two cores share them better, and results don't depend on the machine.
+"""One thread for each process that a test starts: the tests of two cores share them better, and results don't depend
+on the machine.
 
 What is deprecated is an error, whoever says so: what a call of ours sets off in a library counts as ours. Below are
 the warnings that libraries set off themselves."""
@@ -8,9 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FILTERS = [
     "error::DeprecationWarning", "error::FutureWarning", "error::PendingDeprecationWarning",
-    r"ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:transformers\.",   # GLM's processor
-    r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",                                  # torch's compiler
-    r"ignore:`is_gradient_checkpointing`:FutureWarning",                                                  # peft asks transformers
+    # GLM's processor, torch's compiler, and what peft asks transformers
+    r"ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:transformers\.",
+    r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    r"ignore:`is_gradient_checkpointing`:FutureWarning",
     r"ignore::DeprecationWarning:(jupyter|nbformat|nbconvert|nbclient|papermill|ipykernel|zmq|traitlets|notebook)",
 ]
 

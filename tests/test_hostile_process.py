@@ -1,4 +1,5 @@
-"What others put into names, tables and command lines: shown as text, kept inside, told in a line. HOSTILE=15 tries fifteen times as much."
+"""What others put into names, tables and command lines: shown as text, kept inside, told in a line.
+HOSTILE=15 tries fifteen times as much."""
 import base64
 import io
 import json
@@ -15,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dual_ipo import cli
 from dual_ipo.core import Judgement, Pair, UserError, Video, write_mp4
 from dual_ipo.ending import main
 from dual_ipo.terminal import one_line
@@ -32,7 +32,8 @@ COUNTS = {}
 
 def some(n):
     "Hypothesis with `n` examples, more when asked for."
-    return settings(max_examples=max(1, int(n*HOSTILE)), derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=max(1, int(n*HOSTILE)), derandomize=True, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))
 
 
 def count(name): COUNTS[name] = COUNTS.get(name, 0) + 1
@@ -44,13 +45,17 @@ def counts():
     print("\nhostile:", ", ".join(f"{n} {name}" for name, n in COUNTS.items()))
 
 
-BAIT = st.sampled_from(["<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "\"><svg/onload=alert(1)>", "' onmouseover='x", "</p><iframe src=//e.com>", "&lt;b&gt;",
-                        "<a href=javascript:x>", "<video src=\"../../secret.mp4\">", "src=\"../../secret.mp4\"", "[x](javascript:x)", "\x1b]0;x\x07", "{x}", "%s", "a\nb", "\u202e", "\ud800"])
+BAIT = st.sampled_from([
+    "<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "\"><svg/onload=alert(1)>", "' onmouseover='x",
+    "</p><iframe src=//e.com>", "&lt;b&gt;", "<a href=javascript:x>", "<video src=\"../../secret.mp4\">",
+    "src=\"../../secret.mp4\"", "[x](javascript:x)", "\x1b]0;x\x07", "{x}", "%s", "a\nb", "\u202e", "\ud800"])
 TEXT = st.one_of(BAIT, st.text(max_size=30), st.builds("".join, st.lists(BAIT, max_size=3)))
 SOUND = TEXT.filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))   # what Parquet and UTF-8 can hold
-VALUE = st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats(), st.lists(TEXT, max_size=2), st.dictionaries(TEXT, TEXT, max_size=2))
+VALUE = st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats(), st.lists(TEXT, max_size=2),
+                  st.dictionaries(TEXT, TEXT, max_size=2))
 TAGS = {"div", "p", "b", "br", "span", "table", "tr", "th", "td", "details", "summary", "video", "h1", "ul", "li"}
-ATTRIBUTES = {"class", "style", "width", "src", "loop", "muted", "playsinline", "autoplay", "controls", "preload", "title"}
+ATTRIBUTES = {"class", "style", "width", "src", "loop", "muted", "playsinline", "autoplay", "controls", "preload",
+              "title"}
 
 
 class Tags(HTMLParser):
@@ -66,10 +71,17 @@ class Tags(HTMLParser):
         self.sources += [value for name, value in attributes if name == "src"]
 
 
+def inside(source):
+    "Whether a page shows a clip of its own."
+    if source.startswith("data:video/mp4;base64,"): return True
+    return source.endswith(".mp4") and not source.startswith(("/", "..", "http"))
+
+
 def harmless(page, secret=b""):
     found = Tags(page)
-    assert found.tags <= TAGS and found.attributes <= ATTRIBUTES, (found.tags - TAGS, found.attributes - ATTRIBUTES, page[:2000])
-    assert all(source.startswith("data:video/mp4;base64,") or source.endswith(".mp4") and not source.startswith(("/", "..", "http")) for source in found.sources), found.sources
+    tags, attributes = found.tags - TAGS, found.attributes - ATTRIBUTES
+    assert not tags and not attributes, (tags, attributes, page[:2000])
+    assert all(map(inside, found.sources)), found.sources
     assert not secret or base64.b64encode(secret[-300:-3])[4:-4] not in page.encode()
     return page
 
@@ -82,7 +94,8 @@ def made(tmp_path_factory):
     write_mp4(root/"secret.mp4", torch.randint(0, 255, (9, 3, 32, 32), dtype=torch.uint8), 8)
     (folder/"round_01/candidates/link.mp4").symlink_to(root/"secret.mp4")
     (folder/"round_01/out").symlink_to(root)
-    return SimpleNamespace(folder=folder, secret=(root/"secret.mp4").read_bytes(), pairs=read_results(folder).rows(1, "pairs.parquet"), votes=read_results(folder).rows(1, "votes.parquet"))
+    pairs, votes = [read_results(folder).rows(1, f"{name}.parquet") for name in ("pairs", "votes")]
+    return SimpleNamespace(folder=folder, secret=(root/"secret.mp4").read_bytes(), pairs=pairs, votes=votes)
 
 
 @some(400)
@@ -97,29 +110,34 @@ def test_a_message_is_one_line(text, limit):
 @given(VALUE, TEXT, VALUE, VALUE, VALUE, VALUE)
 def test_progress_of_others(round, stage, done, total, elapsed, eta):
     with tempfile.TemporaryDirectory() as folder:
-        for data in (dict(round=round, stage=stage, done=done, total=total, elapsed=elapsed, eta=eta), dict(round=1, stage=stage, done=1, total=2, elapsed=3., eta=None)):
+        entry = dict(round=stage, generator=dict(total=stage), reward=dict(accuracy=[stage]))
+        for data in (dict(round=round, stage=stage, done=done, total=total, elapsed=elapsed, eta=eta),
+                     dict(round=1, stage=stage, done=1, total=2, elapsed=3., eta=None)):
             (Path(folder)/"progress.json").write_text(json.dumps(data), "utf-8")
-            write_json(Path(folder)/"round_00/round.json", dict(round=stage, generator=dict(total=stage), reward=dict(accuracy=[stage])))
+            write_json(Path(folder)/"round_00/round.json", entry)
             with suppress(UserError): harmless(state_html(state_of(folder)))   # a round.json of another type is told
-            shown = dict(entries=[], finished=False, silent=500., progress=dict(round=stage, stage=stage, done=stage, total=0, elapsed=1., eta=None))
-            harmless(state_html(shown))
+            at = dict(round=stage, stage=stage, done=stage, total=0, elapsed=1., eta=None)
+            harmless(state_html(dict(entries=[], finished=False, silent=500., progress=at)))
         assert read_progress(folder)["stage"] == stage
     count("progress files")
 
 
-PATHS = st.one_of(SOUND, st.sampled_from(["../../secret.mp4", "link.mp4", "../out/secret.mp4", "../../../secret.mp4", "/etc/passwd", "http://e.com/x.mp4", "a\0b.mp4", "file:x.mp4", "x"*400 + ".mp4"]))
+PATHS = st.one_of(SOUND, st.sampled_from([
+    "../../secret.mp4", "link.mp4", "../out/secret.mp4", "../../../secret.mp4", "/etc/passwd", "http://e.com/x.mp4",
+    "a\0b.mp4", "file:x.mp4", "x"*400 + ".mp4"]))
 
 
 @some(40)
 @given(st.data())
 def test_votes_of_others(made, data):
     texts = [data.draw(SOUND) for _ in range(5)]
-    row = made.votes[0] | dict(prompt=texts[0], label=data.draw(st.sampled_from(["A", "tie", texts[1]])), n_valid=texts[2], n_votes=texts[3], votes=[texts[4], "A", None],
-                               paths=[dict(order=texts[1], text=texts[2])]*3, pce=.5, kept=True)
+    label = data.draw(st.sampled_from(["A", "tie", texts[1]]))
+    row = made.votes[0] | dict(prompt=texts[0], label=label, n_valid=texts[2], n_votes=texts[3], pce=.5, kept=True,
+                               votes=[texts[4], "A", None], paths=[dict(order=texts[1], text=texts[2])]*3)
     row |= {f"path_{side}": data.draw(PATHS) for side in "ab"}
     harmless(vote_card(row, made.folder/"round_01").data, made.secret)
-    judgement = Judgement(texts[0], .5, texts[1], texts[2], None, [SimpleNamespace(order=texts[3], answer=texts[4], text=texts[0])])
-    harmless(judgement._repr_html_())
+    vote = SimpleNamespace(order=texts[3], answer=texts[4], text=texts[0])
+    harmless(Judgement(texts[0], .5, texts[1], texts[2], None, [vote])._repr_html_())
     count("votes")
 
 
@@ -130,7 +148,8 @@ def test_pairs_of_others(made, data):
     names = [data.draw(SOUND) for _ in range(4)]
     folder = made.folder
     entry = dict(round=names[0], generator={}, reward=dict(accuracy=.5), seconds={names[1]: 3.})
-    results = Results(folder, dict(seed=names[2], generator=dict(path=names[3]), align=dict(objective=names[0])), [entry])
+    config = dict(seed=names[2], generator=dict(path=names[3]), align=dict(objective=names[0]))
+    results = Results(folder, config, [entry])
     results.tables = lambda name: {1: rows} if name == "pairs.parquet" else {}
     page = pairs_gallery(results).data
     harmless(page, made.secret)
@@ -141,7 +160,8 @@ def test_pairs_of_others(made, data):
     with tempfile.TemporaryDirectory() as other:
         write_table(Path(other)/"quarantine.parquet", [dict(path=names[0], reason=names[1])])
         harmless(quarantine_table(Results(Path(other), {}, [])).data)
-        write_json(Path(other)/"round_00/round.json", dict(round=names[0], generator=dict(total=names[1]), reward=dict(accuracy=None)))
+        entry = dict(round=names[0], generator=dict(total=names[1]), reward=dict(accuracy=None))
+        write_json(Path(other)/"round_00/round.json", entry)
         with suppress(UserError): harmless(read_results(other)._repr_html_())
     clip = Video(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 8)
     clip.mp4 = lambda: b"mp4"
@@ -153,11 +173,13 @@ def test_a_pair_of_others():
     harmless(Pair("<img src=x onerror=alert(1)>", clip, clip, "<b>")._repr_html_())
 
 
-NAMES = ["a b", "a'b\"c", "{x}", "{run}", "{", "}}", "%s %(x)s", "$HOME ${x}", "a\nb", "红色", "-rf", "@file", "~", "s3:", "a:b", "a?b.x", "#", "back\\slash", "`x`", "*", "x;y", "é", " lead "]
+NAMES = ["a b", "a'b\"c", "{x}", "{run}", "{", "}}", "%s %(x)s", "$HOME ${x}", "a\nb", "红色", "-rf", "@file", "~",
+         "s3:", "a:b", "a?b.x", "#", "back\\slash", "`x`", "*", "x;y", "é", " lead "]
+LETTERS = st.characters(exclude_characters="/\0", exclude_categories=["Cs"])
 
 
 @some(3)
-@given(st.lists(st.one_of(st.sampled_from(NAMES), st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20)), min_size=1, max_size=3))
+@given(st.lists(st.one_of(st.sampled_from(NAMES), st.text(LETTERS, min_size=1, max_size=20)), min_size=1, max_size=3))
 def test_names_of_folders(names):
     "A notebook goes where it is told, and is told where that is."
     names = [name for name in names if name not in (".", "..")]
@@ -166,26 +188,35 @@ def test_names_of_folders(names):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/"b.ipynb").write_text("{}", "utf-8")
         tagged = nbformat.v4.new_code_cell("run = ''", metadata=dict(tags=["parameters"]))
-        nbformat.write(nbformat.v4.new_notebook(cells=[tagged, nbformat.v4.new_code_cell("import os\nprint(ascii(run), os.path.isdir(run))")]), folder/"a.ipynb")
+        tells = nbformat.v4.new_code_cell("import os\nprint(ascii(run), os.path.isdir(run))")
+        nbformat.write(nbformat.v4.new_notebook(cells=[tagged, tells]), folder/"a.ipynb")
         before = {str(p) for p in Path(root).rglob("*")}
         done = run_notebook(folder/"a.ipynb", folder/"b.ipynb", run=str(folder.resolve()))
         assert done.cells[-1].outputs[0].text == f"{ascii(str(folder.resolve()))} True\n"
-        assert nbformat.read(folder/"b.ipynb", 4).cells[-1].outputs and {str(p) for p in Path(root).rglob("*")} == before
+        assert nbformat.read(folder/"b.ipynb", 4).cells[-1].outputs
+        assert {str(p) for p in Path(root).rglob("*")} == before
     count("folders")
 
 
-WORDS = ["run", "demo", "init", "plan", "gate", "export", "status", "report", "--out", "--rounds", "--count", "--gpu", "H100", "--seed", "--share", "--price", "--prompts", "--generator", "--judge",
-         "--round", "--format", "comfyui", "wan2.1-1.3b", "--", "-h", "0", "-1", "1", "nan", "1e999", "9"*50, "file", "folder", "made", "made/run.yaml", "dangling", "file/x", "x"*300, "", ".", "/proc/x"]
+WORDS = ["run", "demo", "init", "plan", "gate", "export", "status", "report", "--out", "--rounds", "--count", "--gpu",
+         "H100", "--seed", "--share", "--price", "--prompts", "--generator", "--judge", "--round", "--format",
+         "comfyui", "wan2.1-1.3b", "--", "-h", "0", "-1", "1", "nan", "1e999", "9"*50, "file", "folder", "made",
+         "made/run.yaml", "dangling", "file/x", "x"*300, "", ".", "/proc/x"]
+TYPED = st.one_of(st.sampled_from(WORDS), st.sampled_from(NAMES),
+                  st.text(st.characters(exclude_characters="\0"), max_size=12))
+
+
+def not_now(*_, **__): raise UserError("not now")
 
 
 @some(120)
-@given(st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(NAMES), st.text(st.characters(exclude_characters="\0"), max_size=12)), max_size=6))
+@given(st.lists(TYPED, max_size=6))
 def test_command_lines(made, words):
     "Whatever is typed: an exit code and at most a line."
     here, said = Path.cwd(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        for name in ("cli.run_all", "demo.write_toy_input"): patch.setattr(f"dual_ipo.{name}", lambda *_: (_ for _ in ()).throw(UserError("not now")))
-        patch.setattr("dual_ipo.report.run_notebook", lambda *_, **__: (_ for _ in ()).throw(UserError("not now")))
+        for name in ("cli.run_all", "demo.write_toy_input", "report.run_notebook"):
+            patch.setattr(f"dual_ipo.{name}", not_now)
         patch.chdir(folder)
         (Path(folder)/"file").write_text("x", "utf-8")
         (Path(folder)/"folder").mkdir()
@@ -194,5 +225,6 @@ def test_command_lines(made, words):
         with redirect_stderr(said), redirect_stdout(io.StringIO()):
             try: code = main(words)
             except SystemExit as end: code = end.code
-    assert Path.cwd() == here and code in (0, 1, 2) and said.getvalue().count("\n") <= 1 and len(said.getvalue()) < 1200, (words, said.getvalue())
+    told = said.getvalue()
+    assert Path.cwd() == here and code in (0, 1, 2) and told.count("\n") <= 1 and len(told) < 1200, (words, told)
     count("command lines")

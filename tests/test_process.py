@@ -74,7 +74,8 @@ def start(run, tmp_path, **kwargs):
     "The command at work on a round whose notebook waits; (process, pid of its kernel)."
     notebook = lesson(tmp_path/"wait.ipynb", WAIT, "run", "round")
     given = [sys.executable, "-c", COMMAND, str(notebook), "run", "x.yaml", "--out", str(run.path)]
-    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heard, **kwargs)
+    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                               preexec_fn=heard, **kwargs)
     pid = run.path/"pid"
     until(lambda: process.poll() is not None or (pid.is_file() and pid.read_text("utf-8")))
     write_json(run.path/"progress.json", dict(round=0, stage="cold start", done=3, total=8, elapsed=1., eta=2.))
@@ -82,14 +83,20 @@ def start(run, tmp_path, **kwargs):
     return process, int(pid.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("number, code, word", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")])
+def lines_of(said):
+    "What was said, without the bar."
+    return [line for line in said.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+
+
+@pytest.mark.parametrize("number, code, word", [
+    (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")])
 def test_a_signal_ends_in_one_line(run, tmp_path, number, code, word):
     process, kernel = start(run, tmp_path)
     process.send_signal(number)
     time.sleep(.3)
     process.send_signal(number)   # an impatient one changes nothing
     said = process.communicate(timeout=60)[1]
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]   # without the bar
+    lines = lines_of(said)
     assert process.returncode == code and len(lines) == 1, said
     assert all(each in lines[0] for each in (word, "round_00", "cold start, 3 of 8", "goes on")), lines
     assert not alive(kernel)
@@ -99,7 +106,7 @@ def test_a_kernel_killed_for_memory(run, tmp_path):
     process, kernel = start(run, tmp_path)
     os.kill(kernel, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+    lines = lines_of(said)
     assert process.returncode == 137 and len(lines) == 1, said
     assert all(each in lines[0] for each in ("memory", "round_00", "cold start, 3 of 8", "goes on")), lines
 
@@ -124,14 +131,19 @@ def test_ctrl_c_while_it_imports():
     code = "import sys; sys.modules['torch'] = None; import dual_ipo.ending as e; assert 'pyarrow' not in sys.modules\n"
     code += "import os, signal\nclass Finder:\n    def find_spec(*_): os.kill(os.getpid(), signal.SIGINT)\n"
     code += "sys.meta_path.insert(0, Finder()); sys.exit(e.main(['status', 'x']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, encoding="utf-8", preexec_fn=heard)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, encoding="utf-8",
+                          preexec_fn=heard)
     assert done.returncode == 130 and done.stderr.count("\n") == 1 and "Ctrl-C" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("cell, code, words", [
-    ("1/0", 1, ["ZeroDivisionError", "round.ipynb"]), ("import os; os._exit(0)", 1, ["exit code 0"]), ("import sys; sys.exit(0)", 1, ["without finishing"]),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", 139, ["SIGSEGV"]), ("raise KeyError('a\\nb' * 3000)", 1, ["KeyError"]),
-    ("from dual_ipo.core import UserError; raise UserError('a.csv: row 3\\nis wrong')", 2, ["a.csv: row 3 is wrong"])], ids=["bug", "exit", "sys.exit", "crash", "long", "user"])
+    pytest.param("1/0", 1, ["ZeroDivisionError", "round.ipynb"], id="bug"),
+    pytest.param("import os; os._exit(0)", 1, ["exit code 0"], id="exit"),
+    pytest.param("import sys; sys.exit(0)", 1, ["without finishing"], id="sys.exit"),
+    pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", 139, ["SIGSEGV"], id="crash"),
+    pytest.param("raise KeyError('a\\nb' * 3000)", 1, ["KeyError"], id="long"),
+    pytest.param("from dual_ipo.core import UserError; raise UserError('a.csv: row 3\\nis wrong')", 2,
+                 ["a.csv: row 3 is wrong"], id="user")])
 def test_bad_ends(run, tmp_path, capsys, monkeypatch, cell, code, words):
     monkeypatch.setattr(cli, "ROUND", lesson(tmp_path/"round.ipynb", cell, "run", "round"))
     monkeypatch.setattr(cli, "start_run", lambda args: run)
@@ -143,8 +155,9 @@ def test_bad_ends(run, tmp_path, capsys, monkeypatch, cell, code, words):
 def test_nothing_of_the_run_is_imported(tmp_path, monkeypatch):
     "Modules, startup files and configs in the run's folder, which is the current one, with every path that names it."
     folder, mark = synthetic_run(tmp_path/"run", rounds=1, n=2), tmp_path/"ran"
-    names = ["plotly", "dual_ipo", "sitecustomize", "usercustomize", "av", "json", "torch", "ipykernel", "IPython", "ipython_config", "ipython_kernel_config",
-             "jupyter_config", "ipykernel_launcher", "startup/00", "profile_default/startup/00", "profile_default/ipython_config", ".ipython/profile_default/startup/00"]
+    names = ["plotly", "dual_ipo", "sitecustomize", "usercustomize", "av", "json", "torch", "ipykernel", "IPython",
+             "ipython_config", "ipython_kernel_config", "jupyter_config", "ipykernel_launcher", "startup/00",
+             "profile_default/startup/00", "profile_default/ipython_config", ".ipython/profile_default/startup/00"]
     for name in names:
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/f"{name}.py").write_text(EVIL.format(mark=str(mark)), "utf-8")
@@ -166,13 +179,15 @@ def test_always_this_python(tmp_path, monkeypatch):
     for name in ("data", "hub"):
         spec = tmp_path/name/"kernels/python3"
         spec.mkdir(parents=True)
-        (spec/"kernel.json").write_text(json.dumps(dict(argv=["/opt/other/python", "-f", "{connection_file}"], display_name="x", language="python")), "utf-8")
+        argv = ["/opt/other/python", "-f", "{connection_file}"]
+        (spec/"kernel.json").write_text(json.dumps(dict(argv=argv, display_name="x", language="python")), "utf-8")
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path/"data"))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"hub"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     monkeypatch.setenv("JUPYTER_DEFAULT_PROVISIONER_NAME", "remote")
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/dev/null/runtime")
-    done = run_notebook(lesson(tmp_path/"a.ipynb", "import sys, dual_ipo\nprint(sys.executable, dual_ipo.__file__)", "x"), None, x=1)
+    cell = "import sys, dual_ipo\nprint(sys.executable, dual_ipo.__file__)"
+    done = run_notebook(lesson(tmp_path/"a.ipynb", cell, "x"), None, x=1)
     assert output(done).split() == [sys.executable, execute.dual_ipo.__file__]
 
 
@@ -184,6 +199,14 @@ def test_a_link_is_not_written_through(run, tmp_path):
     assert (tmp_path/"precious").read_text("utf-8") == "mine" and (run.round(0)/"round.ipynb").is_file()
 
 
+UNUSUAL = [   # commands, a word each; `xxx` is a name of 300 letters
+    "run folder.yaml", "run loop", "run dangling", "run file/x.yaml", "run xxx", "plan folder.yaml", "gate folder.yaml",
+    "init file/run.yaml", "init loop", "init folder.yaml", "init xxx/run.yaml", "init /proc/run.yaml",
+    "init caf\udce9.yaml", "status file", "status loop", "status xxx", "status .", "report file", "report loop/x",
+    "export dangling", "demo --out file", "demo --out file/below", "demo --out dangling/..", "demo --out loop",
+    "demo --out /proc/run", "demo --out xxx"]
+
+
 def test_unusual_folders(tmp_path, monkeypatch):
     "Folders that aren't, names that can't be, rights that are missing: a line each."
     monkeypatch.chdir(tmp_path)
@@ -191,15 +214,11 @@ def test_unusual_folders(tmp_path, monkeypatch):
     (tmp_path/"loop").symlink_to("loop")
     (tmp_path/"dangling").symlink_to("nowhere")
     (tmp_path/"folder.yaml").mkdir()
-    commands = [["run", "folder.yaml"], ["run", "loop"], ["run", "dangling"], ["run", "file/x.yaml"], ["run", "x"*300], ["plan", "folder.yaml"], ["gate", "folder.yaml"],
-                ["init", "file/run.yaml"], ["init", "loop"], ["init", "folder.yaml"], ["init", "y"*300 + "/run.yaml"], ["init", "/proc/run.yaml"], ["init", "caf\udce9.yaml"],
-                ["status", "file"], ["status", "loop"], ["status", "z"*300], ["status", "."], ["report", "file"], ["report", "loop/x"], ["export", "dangling"],
-                ["demo", "--out", "file"], ["demo", "--out", "file/below"], ["demo", "--out", "dangling/.."], ["demo", "--out", "loop"], ["demo", "--out", "/proc/run"],
-                ["demo", "--out", "w"*300]]
-    for command in commands:
+    for command in UNUSUAL:
         said = io.StringIO()
-        with redirect_stderr(said): code = main(command)
-        assert code == 2 and said.getvalue().count("\n") == 1 and len(said.getvalue()) < 1000, (command, said.getvalue())
+        with redirect_stderr(said): code = main(command.replace("xxx", "x"*300).split())
+        told = said.getvalue()
+        assert code == 2 and told.count("\n") == 1 and len(told) < 1000, (command, told)
     def refused(*_, **__): raise PermissionError(13, "Permission denied", "/srv/run")
     monkeypatch.setattr(report, "run_notebook", refused)
     synthetic_run(tmp_path/"made", rounds=1, n=2)
@@ -216,7 +235,8 @@ def test_a_config_without_a_name_asks_for_a_folder():
 def test_a_reader_that_leaves(tmp_path):
     folder = synthetic_run(tmp_path/"run", rounds=1, n=2)
     code = "import sys; from dual_ipo.ending import main; sys.stdin.readline(); sys.exit(main(['status', sys.argv[1]]))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes, text=True, encoding="utf-8")
     process.stdout.close()
     process.stdin.write("\n")
     process.stdin.close()
@@ -225,8 +245,10 @@ def test_a_reader_that_leaves(tmp_path):
 
 def test_a_terminal_without_the_letters(tmp_path):
     folder = synthetic_run(tmp_path/"红色", rounds=1, n=2)
-    done = subprocess.run([sys.executable, "-c", "import sys; from dual_ipo.ending import main; sys.exit(main(['status', sys.argv[1]]))", str(folder)],
-                          env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, text=True, timeout=60, encoding="utf-8")
+    code = "import sys; from dual_ipo.ending import main; sys.exit(main(['status', sys.argv[1]]))"
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=latin, capture_output=True, text=True,
+                          timeout=60, encoding="utf-8")
     assert done.returncode == 0 and "0 of 2 rounds done" in done.stdout, done.stderr
 
 

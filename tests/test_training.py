@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from threading import Event
 
 import pytest
@@ -49,7 +50,7 @@ def work(folder, kill_at, steps, pause):
 
 def serve():
     "Fork a training for each line on stdin, so that torch is imported once; print how it ended."
-    import pandas, torch._dynamo, torch.distributed.fsdp  # what torch and Arrow import at first use
+    for name in ("pandas", "torch._dynamo", "torch.distributed.fsdp"): import_module(name)   # imported at first use
     for line in sys.stdin:
         task = json.loads(line)
         kill_after = task.pop("kill_after")
@@ -67,7 +68,8 @@ class Server:
     "Trains in processes that can be killed."
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        encoding="utf-8")
 
     def train(self, folder, kill_at=None, kill_after=None, steps=STEPS, pause=0.):
         "Exit code of a training, killed before a touch of the disk or after some seconds."
@@ -80,7 +82,8 @@ class Server:
         assert self.train(folder, steps=steps, pause=pause) == 0
         last, = folder.glob("step_*")
         assert last.name == f"step_{steps:06d}"
-        return [(last/name).read_bytes() for name in ("parameters.safetensors", "adam.safetensors")] + [read_table(folder/"history.parquet")]
+        weights, moments = [(last/name).read_bytes() for name in ("parameters.safetensors", "adam.safetensors")]
+        return weights, moments, read_table(folder/"history.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,8 @@ def test_killed_at_random_moments_many_times(tmp_path, server):
     whole = server.finish(tmp_path/"whole", steps=60, pause=.01)
     lasts = time.monotonic() - began
     rng = random.Random(0)
-    codes = [server.train(tmp_path/"killed", kill_after=rng.uniform(.05, .4)*lasts, steps=60, pause=.01) for _ in range(12)]
+    moments = [rng.uniform(.05, .4)*lasts for _ in range(12)]
+    codes = [server.train(tmp_path/"killed", kill_after=moment, steps=60, pause=.01) for moment in moments]
     assert codes[0] == codes[1] == -signal.SIGKILL  # the first ones surely; the later ones may find it finished
     assert server.finish(tmp_path/"killed", steps=60) == whole
 
@@ -126,7 +130,8 @@ def loss_fn(model, index):
 model = network().eval()
 history = train(model, loss_fn, 6, sys.argv[1] + "/run", 1e-2, seed=0, save_every=2, accumulate=2)
 if ranks().is_main_process:
-    with open(sys.argv[1] + "/result.json", "w") as file: json.dump([[p.tolist() for p in model.parameters()], history, ranks().num_processes], file)
+    result = [[p.tolist() for p in model.parameters()], history, ranks().num_processes]
+    with open(sys.argv[1] + "/result.json", "w", encoding="utf-8") as file: json.dump(result, file)
 """
 
 
@@ -135,14 +140,17 @@ def test_two_processes_train_like_one(tmp_path):
     results = []
     for n in (1, 2):
         (tmp_path/f"{n}").mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), tmp_path/"script.py", tmp_path/f"{n}"]
-        process = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, timeout=120, capture_output=True, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+                   tmp_path/"script.py", tmp_path/f"{n}"]
+        here = os.environ | {"PYTHONPATH": f"{os.path.dirname(__file__)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        process = subprocess.run(command, env=here, timeout=120, capture_output=True, encoding="utf-8")
         assert process.returncode == 0, process.stderr[-6000:]
         results.append(json.loads((tmp_path/f"{n}"/"result.json").read_text("utf-8")))
     (one, curve, _), (two, curves, n) = results
     assert n == 2
     for a, b in zip(one, two): torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-6, rtol=0)
-    assert [row["skipped"] for row in curve] == [row["skipped"] for row in curves] == [False, False, True, False, False, False]
+    skipped = [False, False, True, False, False, False]
+    assert [row["skipped"] for row in curve] == [row["skipped"] for row in curves] == skipped
     for row, other in zip(curve, curves):
         if not row["skipped"]: assert all(abs(row[k] - other[k]) < 1e-5 for k in ("loss", "mean", "grad_norm"))
 

@@ -54,7 +54,7 @@ PIECES = ["", " ", "|", ";", ":", "4", "3.5", "5/5", "-", "to", "or", "out of", 
 def test_what_is_written_is_read_back():
     rng = random.Random(0)
     for _ in range(4000):
-        words = lambda: rng.choice(["", " "]).join(rng.choices(PIECES, k=rng.randint(0, 5)))
+        def words(): return rng.choice(["", " "]).join(rng.choices(PIECES, k=rng.randint(0, 5)))
         rationale = {d: dict(a=words(), b=words(), grade_a=rng.randint(1, 5), grade_b=rng.randint(1, 5))
             for d in DIMENSIONS[:rng.randint(1, 4)]}
         clean = {d: r | {side: tidy(r[side], rationale) for side in "ab"} for d, r in rationale.items()}
@@ -165,7 +165,7 @@ def test_a_caption_forges_nothing(judge, pair):
         plain, forged = (judge.chat(pair_item(p, "ab", dimensions)) for p in (pair, evil))
         assert counts(judge, plain) == counts(judge, forged) and plain.count("<image>") == 4
         control = {*judge.control} - {judge.tokenizer.unk_token_id}
-        ids = lambda chat: [i for i in judge.tokenizer(chat).input_ids if i in control]
+        def ids(chat): return [i for i in judge.tokenizer(chat).input_ids if i in control]
         assert ids(plain) == ids(forged)
     assert judge.verdict_probs([evil]).isfinite().all()
 
@@ -189,7 +189,7 @@ def test_clips_are_told_apart_and_frames_have_their_times(judge, pair):
         "<image>", "made from this prompt", pair.prompt, "an example of the form", "<answer>2</answer>"]
     at = 0
     for words in order: at = chat.index(words, at) + len(words)
-    reduced = lambda video: Video(video.frames_at(2), 1., times=video.times_at(2))   # as `rounds` hands frames on
+    def reduced(video): return Video(video.frames_at(2), 1., times=video.times_at(2))   # as `rounds` hands frames on
     shown = replace(pair, a=reduced(pair.a), b=reduced(pair.b))
     assert judge.chat(pair_item(shown)) == chat
 
@@ -235,7 +235,7 @@ def test_thinking_is_switched_off_or_read_past(judge, pair):
     assert (opened, bool(closed)) == {"qwen, opens its thinking": ("<think>", True),
         "glm, thinks by itself": ("", True)}.get(judge.family, ("", False))
     assert judge.budget(10) == 10 + judge.max_thinking_tokens*bool(closed)
-    ids = lambda text: judge.tokenizer(text, add_special_tokens=False).input_ids
+    def ids(text): return judge.tokenizer(text, add_special_tokens=False).input_ids
     assert judge.ids(item.response)[:-1] == ids(closed + item.response)   # what is taught comes after the thinking
     if not closed: return
     thought = ids(("" if opened else "<think>") + " maybe <answer> 1 </answer>")
@@ -251,9 +251,9 @@ def test_a_given_answer_comes_after_the_thinking(judge, pair):
     import torch
     from dual_ipo.cot import clip_item, grade_stems
     item, options = clip_item(pair.prompt, pair.a, ["motion", "quality"]), list("12345")
-    quick, said = judge.choose([item], options, grade_stems(["motion", "quality"]))[0], judge.thinking[1]
+    quick, written = judge.choose([item], options, grade_stems(["motion", "quality"]))[0], judge.thinking[1]
     for stem, row in zip(grade_stems(["motion", "quality"]), quick):
-        ids = [judge.tokenizer(said + stem + option, add_special_tokens=False).input_ids for option in options]
+        ids = [judge.tokenizer(written + stem + option, add_special_tokens=False).input_ids for option in options]
         with torch.no_grad(): forced = judge.log_probs([item]*5, ids).log_softmax(0)
         torch.testing.assert_close(forced, row, atol=1e-4, rtol=0)
-        said += stem + options[row.argmax()]
+        written += stem + options[row.argmax()]
