@@ -47,7 +47,7 @@ def test_one_notebook_a_module():
 
 def test_package_does_without_dev_requirements():
     for name, text in texts(ROOT, "dual_ipo/*.py").items():
-        assert not any(line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("fastcore", "nbdev", "execnb", "trl")
+        assert not any(line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("nbdev", "execnb", "trl")
                        for line in text.splitlines()), name
 
 
