@@ -34,7 +34,7 @@ def config_of(folder, name, **align):
 @pytest.mark.parametrize("name, forward, saved", [("Wan2.1-1.3B", 283.0e12, 79.1e9),
                                                   ("CogVideoX-2B", 120.0e12, 29.3e9)])
 def test_real_models_are_counted_right(tmp_path, name, forward, saved):
-    """FLOP of a forward pass without adapters, and saved activations of a bf16 LoRA of rank 64, as counted independently
+    """FLOP of a forward pass without adapters, and saved activations of a bf16 LoRA of rank 64, counted independently
     (diffusers 0.42.1), uncompiled. Ours is fp32 and keeps more."""
     config = config_of(tmp_path, name)
     config.generator.compile = False
@@ -60,7 +60,8 @@ def test_wan_22_is_planned_from_its_config_files(tmp_path):
     one, two, tokens = facts("wan unipc"), facts("wan 2.2 a14b"), facts("wan 2.2 5b")
     assert two["idle"] == two["weights"] == one["weights"] and not one["idle"]
     assert two["forward"] == one["forward"] != tokens["forward"] and tokens["tokens"] == 12
-    config = Config(generator=dict(path=str(tmp_path/"wan 2.2 a14b")) | tiny.SETTINGS, reward=dict(path=str(CHECKPOINTS/"judge")))
+    config = Config(generator=dict(path=str(tmp_path/"wan 2.2 a14b")) | tiny.SETTINGS,
+                    reward=dict(path=str(CHECKPOINTS/"judge")))
     judge, large = judge_facts(config), GPUS["H100"]
     def memory(facts, card): return {row["stage"]: row["memory"] for row in stages(config, facts, judge, card)}
     small = large._replace(memory=1.2*(two["weights"] + two["others"] + two["idle"]))
@@ -138,7 +139,7 @@ def test_pipelines_that_are_not_supported_are_refused_before_anything_is_compute
 @pytest.mark.parametrize("name, measured", [("Wan2.1-1.3B", [(150.1e9, 29, 126.8e9), (85.2e9, 11, 69e9)]),
                                             ("CogVideoX-5B", [(150.1e9, 35, 128.1e9), (85.2e9, 14, 72e9)])])
 def test_a_compiled_step_is_what_was_measured(tmp_path, name, measured):
-    "A DPO step on one pair, LoRA of rank 64, on an H200 and an H100: blocks that kept all, and the peak (studies/speed)."
+    "A DPO step on a pair, LoRA of rank 64, on an H200 and an H100: blocks that kept all, and the peak (studies/speed)."
     config = config_of(tmp_path, name)
     g, j = generator_facts(meta_generator(config)), judge_facts(config)
     for memory, whole, peak in measured:
@@ -203,7 +204,8 @@ def test_out_of_memory_is_one_line(tmp_path):
     remedies = dict(align="generator.lora_rank: 64", previews="reward.frames_per_video: 4",
                     votes="reward.frames_per_video: 4", cold_start="reward.lora_rank: 64")
     for name, setting in remedies.items():
-        line = rf"{name}: the 0.0 GB of the GPU are not enough.*\(.* GB were estimated\); set {setting}.*`dual-ipo plan`"
+        said = rf"\(.* GB were estimated\); set {setting}.*`dual-ipo plan`"
+        line = f"{name}: the 0.0 GB of the GPU are not enough.*{said}"
         with pytest.raises(UserError, match=line) as error:
             with r.stage(name): raise torch.OutOfMemoryError("CUDA out of memory")
         assert "\n" not in str(error.value)
