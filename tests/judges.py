@@ -15,13 +15,16 @@ TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atten
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-square = lambda n: dict(height=n, width=n)
+def square(n):
+    return dict(height=n, width=n)
 
 def template(image, user="<|im_start|>user\n", end="<|im_end|>\n", judge="<|im_start|>assistant\n", start="",
              images_first=False):
     "A chat template: `image` where an image stands."
-    part = lambda kind, text: "{% if c.type == '" + kind + "' %}" + text + "{% endif %}"
-    each = lambda *parts: "{% for c in m.content %}" + "".join(parts) + "{% endfor %}"
+    def part(kind, text):
+        return "{% if c.type == '" + kind + "' %}" + text + "{% endif %}"
+    def each(*parts):
+        return "{% for c in m.content %}" + "".join(parts) + "{% endfor %}"
     words, images = part("text", "{{ c.text }}"), part("image", image)
     content = each(images) + each(words) if images_first else each(images, words)
     turns = "{% for m in messages %}" + user + content + end + "{% endfor %}"
@@ -280,7 +283,8 @@ def make(
                  video_preprocessor_config=made.get("videos"))
     for file, data in files.items():
         if data is None: continue
-        (folder/f"{file}.json").write_text(json.dumps(data | dict(processor_class=made["processor"]), indent=1), "utf-8")
+        text = json.dumps(data | dict(processor_class=made["processor"]), indent=1)
+        (folder/f"{file}.json").write_text(text, "utf-8")
     special = dict(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id)
     text = made["text"] | special | dict(vocab_size=len(words), max_position_embeddings=made["context"])
     ids = {key: words.convert_tokens_to_ids(token) for key, token in made["ids"].items()}

@@ -5,18 +5,20 @@ import pytest
 import torch
 
 from dual_ipo.core import UserError, generator, write_mp4
-from dual_ipo.evaluate import VBENCH, export_vbench, read_vbench, reward_accuracy, score_videos, summarise, vbench_name, vbench_scores
+from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, reward_accuracy, score_videos, summarise,
+                               vbench_name, vbench_scores)
 from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 
 
 def trial(i, P=30, N=6):
     "Scores of `P` prompts with `N` clips each; most of the spread lies between prompts. Their true mean is 0."
     g = generator("coverage", i)
-    return (torch.randn(P, 1, generator=g) + .5*torch.randn(P, N, generator=g)).flatten().tolist(), [j//N for j in range(P*N)]
+    values = torch.randn(P, 1, generator=g) + .5*torch.randn(P, N, generator=g)
+    return values.flatten().tolist(), [j//N for j in range(P*N)]
 
 
 def test_bootstrap_covers_the_truth():
-    "95% by name: between 90% and 99% in 300 trials. Drawing clips instead of prompts would hold the truth in about 60%."
+    "95% by name: between 90% and 99% in 300 trials. Drawing clips, not prompts, would hold the truth in about 60%."
     inside, naive = 0, 0
     for i in range(300):
         values, prompts = trial(i)
@@ -30,7 +32,8 @@ def test_bootstrap_is_named_and_fair():
     assert bootstrap_ci(values, prompts) == bootstrap_ci(values, prompts) != bootstrap_ci(values, prompts, seed=1)
     state = torch.get_rng_state(); bootstrap_ci(values); assert torch.equal(state, torch.get_rng_state())
     assert bootstrap_ci([2., 2., 2.]) == (2., 2.) and bootstrap_ci([1.], ["p"]) == (1., 1.)
-    assert bootstrap_ci([0., 0., 0., 1.], list("aaab"), level=1)[0] == 0 and bootstrap_ci([0., 1.], list("aa")) == (.5, .5)   # a prompt comes whole
+    assert bootstrap_ci([0., 0., 0., 1.], list("aaab"), level=1)[0] == 0
+    assert bootstrap_ci([0., 1.], list("aa")) == (.5, .5)   # a prompt comes whole
     narrow, wide = bootstrap_ci(values, prompts, level=.5), bootstrap_ci(values, prompts, level=.99)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
@@ -39,21 +42,27 @@ def test_paired_difference_matches_clips():
     before = [dict(prompt=p, seed=s, total=p/10) for p in range(5) for s in range(2)]
     after = [dict(prompt=p, seed=s, total=p/10 + .03) for p in reversed(range(4)) for s in range(3)]
     gain = paired_difference(before, after)
-    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_videos"] == 8 and all(abs(x - 3) < 1e-9 for x in gain["ci95"])
-    with pytest.raises(UserError, match="no prompt and seed"): paired_difference(before, [dict(prompt=9, seed=0, total=.1)])
+    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_videos"] == 8
+    assert all(abs(x - 3) < 1e-9 for x in gain["ci95"])
+    with pytest.raises(UserError, match="no prompt and seed"):
+        paired_difference(before, [dict(prompt=9, seed=0, total=.1)])
 
 
-LEADERBOARD = dict(zip(["subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree", "aesthetic_quality",
-    "imaging_quality", "object_class", "multiple_objects", "human_action", "color", "spatial_relationship", "scene", "appearance_style", "temporal_style",
-    "overall_consistency"], [.9623, .9652, .9866, .9692, .7097, .6198, .6290, .8523, .6211, .9940, .8281, .6635, .5320, .2491, .2538, .2759]))
+LEADERBOARD = dict(
+    subject_consistency=.9623, background_consistency=.9652, temporal_flickering=.9866, motion_smoothness=.9692,
+    dynamic_degree=.7097, aesthetic_quality=.6198, imaging_quality=.6290, object_class=.8523, multiple_objects=.6211,
+    human_action=.9940, color=.8281, spatial_relationship=.6635, scene=.5320, appearance_style=.2491,
+    temporal_style=.2538, overall_consistency=.2759)
 
 
 @pytest.mark.parametrize("raw, quality, semantic, total", [
-    ({name: high for name, (_, high, _) in VBENCH.items()}, 1, 1, 1), (dict.fromkeys(VBENCH, 0.), -.714598, -.000351, -.571748),
-    (dict.fromkeys(VBENCH, .5), .143361, .845452, .283779), (LEADERBOARD, .827560, .770374, .816123)], ids=["max", "zero", "half", "CogVideoX-5B"])
+    ({name: high for name, (_, high, _) in VBENCH.items()}, 1, 1, 1),
+    (dict.fromkeys(VBENCH, 0.), -.714598, -.000351, -.571748), (dict.fromkeys(VBENCH, .5), .143361, .845452, .283779),
+    (LEADERBOARD, .827560, .770374, .816123)], ids=["max", "zero", "half", "CogVideoX-5B"])
 def test_vbench_aggregation(raw, quality, semantic, total):
     got = vbench_scores(raw)
-    assert all(math.isclose(got[name], value, abs_tol=6e-7) for name, value in dict(quality=quality, semantic=semantic, total=total).items())
+    answer = dict(quality=quality, semantic=semantic, total=total)
+    assert all(math.isclose(got[name], value, abs_tol=6e-7) for name, value in answer.items())
 
 
 @pytest.mark.parametrize("name", VBENCH)
@@ -62,13 +71,19 @@ def test_vbench_refuses_a_missing_dimension(name):
 
 
 def test_vbench_results(tmp_path):
-    write = lambda name, data: (tmp_path/name).write_text(json.dumps(data), "utf-8")
-    write("a_eval_results.json", {"subject consistency": [.9, [{"video_path": "x", "video_results": .9}]], "imaging_quality": [.6, [{"video_path": "x", "video_results": 60.}]]})
-    assert read_vbench(tmp_path) == {"subject_consistency": .9, "imaging_quality": .6} == read_vbench(tmp_path/"a_eval_results.json")
-    for content, match in (({"scene": [math.nan, []]}, "not a number"), ({"scene": []}, "isn't a result"), ([1], "isn't a result"), ({"imaging_quality": [.1, []]}, "too")):
+    def write(name, data):
+        return (tmp_path/name).write_text(json.dumps(data), "utf-8")
+    write("a_eval_results.json", {"subject consistency": [.9, [{"video_path": "x", "video_results": .9}]],
+                                  "imaging_quality": [.6, [{"video_path": "x", "video_results": 60.}]]})
+    raw = {"subject_consistency": .9, "imaging_quality": .6}
+    assert read_vbench(tmp_path) == raw == read_vbench(tmp_path/"a_eval_results.json")
+    wrong = [({"scene": [math.nan, []]}, "not a number"), ({"scene": []}, "isn't a result"), ([1], "isn't a result"),
+             ({"imaging_quality": [.1, []]}, "too")]
+    for content, match in wrong:
         write("b_eval_results.json", content)
         with pytest.raises(UserError, match=match): read_vbench(tmp_path)
-    with pytest.raises(UserError, match="no \\*_eval_results"): (tmp_path/"empty").mkdir(); read_vbench(tmp_path/"empty")
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(UserError, match="no \\*_eval_results"): read_vbench(tmp_path/"empty")
 
 
 @pytest.mark.parametrize("prompt", ["../up", "a/b", "a\\b", "a\nb", "", "  ", ".hidden", "é"*130, "nul\0"])
@@ -79,21 +94,28 @@ def test_vbench_names_stay_in_their_folder(prompt):
 def test_export_is_whole_or_absent(tmp_path):
     write_mp4(tmp_path/"clip.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
     rows = [dict(prompt="a dog", path=tmp_path/"clip.mp4")]*5
-    with pytest.raises(UserError, match="fewer clips"): export_vbench(rows + [dict(prompt="a cat", path=tmp_path/"clip.mp4")], tmp_path/"out")
-    with pytest.raises(FileNotFoundError): export_vbench([dict(prompt="a dog", path=tmp_path/"none.mp4")], tmp_path/"out")
+    with pytest.raises(UserError, match="fewer clips"):
+        export_vbench(rows + [dict(prompt="a cat", path=tmp_path/"clip.mp4")], tmp_path/"out")
+    with pytest.raises(FileNotFoundError):
+        export_vbench([dict(prompt="a dog", path=tmp_path/"none.mp4")], tmp_path/"out")
     assert not (tmp_path/"out").exists()
     out = export_vbench(rows, tmp_path/"out")
     assert sorted(p.name for p in out.iterdir()) == [f"a dog-{i}.mp4" for i in range(5)] + ["manifest.json"]
-    assert json.loads((out/"manifest.json").read_text("utf-8"))[4] == dict(file="a dog-4.mp4", prompt="a dog", index=4, source=str(tmp_path/"clip.mp4"))
+    manifest = json.loads((out/"manifest.json").read_text("utf-8"))
+    assert manifest[4] == dict(file="a dog-4.mp4", prompt="a dog", index=4, source=str(tmp_path/"clip.mp4"))
 
 
 def test_scores_of_paths_and_tensors(tmp_path):
     videos = torch.full((5, 3, 3, 16, 16), 128, dtype=torch.uint8)
-    measure = lambda videos, prompts: dict(total=videos.float().mean((1, 2, 3, 4))/255, length=torch.tensor([len(p) for p in prompts]))
+    def measure(videos, prompts):
+        return dict(total=videos.float().mean((1, 2, 3, 4))/255, length=torch.tensor([len(p) for p in prompts]))
     scores = score_videos(measure, videos, list("abcde"), batch=2)
     assert scores["total"].shape == (5,) and scores["length"].tolist() == [1]*5
-    with pytest.raises(UserError, match="shape"): score_videos(lambda v, p: dict(total=torch.ones(1)), videos, list("abcde"))
-    with pytest.raises(UserError, match="isn't finite for 2"): score_videos(lambda v, p: dict(total=torch.tensor([1, math.nan, 1, math.inf, 1])), videos, list("abcde"))
+    with pytest.raises(UserError, match="shape"):
+        score_videos(lambda v, p: dict(total=torch.ones(1)), videos, list("abcde"))
+    broken = torch.tensor([1, math.nan, 1, math.inf, 1])
+    with pytest.raises(UserError, match="isn't finite for 2"):
+        score_videos(lambda v, p: dict(total=broken), videos, list("abcde"))
     with pytest.raises(UserError, match="no videos"): summarise({}, [])
 
 
@@ -101,15 +123,19 @@ def test_tie_threshold_is_the_best_there_is():
     "Against every threshold that can be: no grid does better."
     for i in range(30):
         g = generator("ties", i)
-        p = torch.rand(40, generator=g).double() if i % 2 else torch.randint(0, 9, (40,), generator=g).double()/8   # smooth, or vote fractions
+        smooth = i % 2   # or vote fractions
+        p = torch.rand(40, generator=g).double() if smooth else torch.randint(0, 9, (40,), generator=g).double()/8
         truth = [["A", "B", "same"][j] for j in torch.randint(0, 3, (40,), generator=g).tolist()]
         best = accuracy_with_ties(p, truth, tie_threshold(p, truth))
-        assert best >= max(accuracy_with_ties(p, truth, epsilon) for epsilon in [-1] + torch.linspace(0, .5, 101).tolist())
+        epsilons = [-1] + torch.linspace(0, .5, 101).tolist()
+        assert best >= max(accuracy_with_ties(p, truth, epsilon) for epsilon in epsilons)
     assert tie_threshold(torch.tensor([.9]), ["A"]) == -1 and accuracy_with_ties(torch.tensor([.9]), ["A"], -1) == 1
 
 
 def test_accuracy_leaves_ties_out():
     assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "same"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
-    entry = reward_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]), gap=[.4, .3, .1, .2])
-    assert entry | dict(ece=None) == dict(accuracy=.75, accuracy_static=.25, accuracy_clear=1., ece=None, parse_rate=None, position_consistency=None, n_pairs=4)
+    entry = reward_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
+                            gap=[.4, .3, .1, .2])
+    assert entry | dict(ece=None) == dict(accuracy=.75, accuracy_static=.25, accuracy_clear=1., ece=None,
+                                          parse_rate=None, position_consistency=None, n_pairs=4)
     assert reward_accuracy(["A", "B"], torch.tensor([.9, .9]), gap=[.4, .3], clear=.35)["accuracy_clear"] == 1

@@ -27,7 +27,8 @@ def test_a_cache_changes_little_and_is_gone_afterwards():
 
 @pytest.mark.parametrize("arch", ["wan", "cogvideox"])
 def test_without_guidance_a_step_is_one_pass_and_the_rest_is_the_same(arch):
-    "Guided to the end it is the pipeline's own clip; guided once it is what a guidance of 1 makes of the first step's latents."
+    """Guided to the end it is the pipeline's own clip; guided once it is what a guidance of 1 makes of the first step's
+    latents."""
     config = demo_config(arch, "dpo", 1, 0)
     g = Generator.load(config.generator.path, **config.generator.model_dump(exclude={"path", "batch_size", "dtype"}))
     keys, passes = [("guided", i) for i in range(len(PROMPTS))], []
@@ -48,16 +49,18 @@ def test_without_guidance_a_step_is_one_pass_and_the_rest_is_the_same(arch):
         g.sample(PROMPTS, keys, sampling=replace(short, guidance_stop=.5))
     (_, _), (out, latents) = seen
     t = g.pipe.scheduler.timesteps[1].expand(len(PROMPTS))
-    with torch.no_grad(): theirs = g.predict(g.transformer, latents.to(g.transformer.dtype), t, g.pad(g.encode_prompts(PROMPTS)))
+    texts = g.pad(g.encode_prompts(PROMPTS))
+    with torch.no_grad(): theirs = g.predict(g.transformer, latents.to(g.transformer.dtype), t, texts)
     torch.testing.assert_close(out, theirs.to(out.dtype), rtol=1e-4, atol=1e-4)
     assert g.sampling.guidance_scale > 1
     unguided = replace(short, guidance_scale=1.)   # where nothing is guided nothing ends
-    assert (g.sample(PROMPTS, keys, sampling=unguided)[0] == g.sample(PROMPTS, keys, sampling=replace(unguided, guidance_stop=.5))[0]).all()
+    one, other = (g.sample(PROMPTS, keys, sampling=replace(unguided, guidance_stop=stop))[0] for stop in (None, .5))
+    assert (one == other).all()
 
 
 def test_previews_choose_what_is_sampled_in_full(tmp_path):
     "The ends of the previews are sampled in full, from the same noise as ever."
-    config = TOY.model_copy(update=dict(candidates=TOY.candidates.model_copy(update=dict(preview_steps=3, keep=1, per_prompt=4, prompts_per_round=4))))
+    config = with_candidates(TOY, preview_steps=3, keep=1, per_prompt=4, prompts_per_round=4)
     r = Round(Run.open(tmp_path/"run", config.model_dump()), 0)
     mark_done(r.folder)
     r = Round(r.run, 1)
@@ -96,16 +99,22 @@ def test_command(tmp_path, capsys):
     assert main(ask) == 0
     said = capsys.readouterr().out
     assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
-    path.write_text(yaml.safe_dump(data | dict(candidates=data["candidates"] | dict(num_inference_steps=None))), "utf-8")
-    assert main(ask) == 2 and "set candidates.num_inference_steps, num_frames, guidance_stop, cache or preview_steps" in capsys.readouterr().err
-    with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"): parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
+    data["candidates"]["num_inference_steps"] = None
+    path.write_text(yaml.safe_dump(data), "utf-8")
+    assert main(ask) == 2
+    remedy = "set candidates.num_inference_steps, num_frames, guidance_stop, cache or preview_steps"
+    assert remedy in capsys.readouterr().err
+    with pytest.raises(UserError, match="keep: 2 from the top and as many from the bottom are all 4"):
+        parse_config(dict(candidates=dict(preview_steps=5, per_prompt=4, keep=2)), "run.yaml")
 
 
 def test_after_previews_the_ends_are_sampled_in_full(tmp_path):
-    "The best of the kept, in full, is at least as good as the preview's choice: with most kept, the pair is nearly always the full one."
+    """The best of the kept, in full, is at least as good as the preview's choice: with most kept, the pair is nearly
+    always the full one."""
     config = with_candidates(TOY, preview_steps=3, keep=1, per_prompt=4)
     said = gate(config, PROMPTS, tmp_path)
-    rows = {where: {row["name"]: row["score"] for row in read_table(tmp_path/where/"scores.parquet")} for where in ("full", "preview_steps_3_keep_1")}
-    assert len(rows["preview_steps_3_keep_1"]) == 8
-    for name, score in rows["preview_steps_3_keep_1"].items(): assert score == pytest.approx(rows["full"][name], abs=.05)
+    def scores(where): return {row["name"]: row["score"] for row in read_table(tmp_path/where/"scores.parquet")}
+    full, kept = scores("full"), scores("preview_steps_3_keep_1")
+    assert len(kept) == 8
+    for name, score in kept.items(): assert score == pytest.approx(full[name], abs=.05)
     assert said["label"]["mean"] == 1

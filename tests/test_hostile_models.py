@@ -1,8 +1,8 @@
-"Checkpoints that were damaged or edited at random: one line or a model, never a traceback, a hang or other weights. HOSTILE=15 tries more."
+"""Checkpoints that were damaged or edited at random: one line or a model, never a traceback, a hang or other weights.
+HOSTILE=15 tries more."""
 import json
 import os
 import time
-from pathlib import Path
 from shutil import copytree, rmtree
 
 import pytest
@@ -22,7 +22,9 @@ from dual_ipo.toyworld import CHECKPOINTS
 
 TIMES = int(os.environ.get("HOSTILE", 1))
 COUNTS = {}
-often = lambda n: settings(max_examples=n*TIMES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def often(n):
+    return settings(max_examples=n*TIMES, derandomize=True, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))
 
 
 def opened(kind, run, limit=30):
@@ -70,7 +72,9 @@ def try_judge(path):
 
 TRY = dict(pipeline=try_generator, generator=try_generator, judge=try_judge, tuned=try_judge)
 WHICH = st.sampled_from(list(TRY))
-VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([0, -1, 1, 2, 10**9, 10**400, 0.5, float("nan"), 1e308, "", "x", "\ud800", "../../etc", [], [1], {}, {"a": 1}, "null"]))
+ODD = [0, -1, 1, 2, 10**9, 10**400, 0.5, float("nan"), 1e308, "", "x", "\ud800", "../../etc", [], [1], {}, {"a": 1},
+       "null"]
+VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from(ODD))
 
 
 def places(x, at=()):
@@ -140,7 +144,8 @@ def test_headers_with_flipped_bits(good, tmp_path_factory, which, data):
     file = pick(path, data, ".safetensors")
     raw = bytearray(file.read_bytes())
     length = int.from_bytes(raw[:8], "little")
-    for _ in range(data.draw(st.integers(1, 2))): raw[data.draw(st.integers(0, 7 + length))] ^= 1 << data.draw(st.integers(0, 7))
+    for _ in range(data.draw(st.integers(1, 2))):
+        raw[data.draw(st.integers(0, 7 + length))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(raw)
     model = TRY[which](path)
     if model is not None:
@@ -149,9 +154,11 @@ def test_headers_with_flipped_bits(good, tmp_path_factory, which, data):
     rmtree(path)
 
 
-PIECES = ["{{ messages }}", "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}", "{% if true %}", "{% endif %}", "{% include 'x' %}", "{% raw %}",
-    "{{ 'x'*9**9 }}", "{{ 9**9**9 }}", "{% for a in range(99999) %}", "{{ a }}", "{% set x = namespace(n=0) %}", "{% macro f() %}{{ f() }}{% endmacro %}", "{{ f() }}", "<image>",
-    "{{ '%999999999d' | format(1) }}", "{{ [1]*9**9 }}", "{{ 'x' | center(9**9) }}", "{% generation %}", "{% endgeneration %}", "{{", "{%", "}}", "{#", "words", "{{ x.y.z }}"]
+PIECES = ["{{ messages }}", "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}",
+    "{% if true %}", "{% endif %}", "{% include 'x' %}", "{% raw %}", "{{ 'x'*9**9 }}", "{{ 9**9**9 }}",
+    "{% for a in range(99999) %}", "{{ a }}", "{% set x = namespace(n=0) %}", "{% macro f() %}{{ f() }}{% endmacro %}",
+    "{{ f() }}", "<image>", "{{ '%999999999d' | format(1) }}", "{{ [1]*9**9 }}", "{{ 'x' | center(9**9) }}",
+    "{% generation %}", "{% endgeneration %}", "{{", "{%", "}}", "{#", "words", "{{ x.y.z }}"]
 
 
 @often(12)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from dual_ipo.core import Pair, UserError, Video, generator
-from dual_ipo.cot import clip_item, cold_start_items, grade_stems, pair_item, pair_response
+from dual_ipo.cot import clip_item, cold_start_items, grade_stems, pair_item
 from dual_ipo.reward import EXAMPLE, PER_TOKEN, Judge, check_judge, chosen, open_judge, scaled_down
 from dual_ipo.srpo import cold_start, freeze_vision, srpo
 from dual_ipo.voting import Vote
@@ -106,20 +106,22 @@ def test_a_shared_prefill_is_a_fresh_one(judge, items):
 def test_choices_are_teacher_forcing_renormalised(judge, pairs):
     item, digits, said = clip_item(pairs[0].prompt, pairs[0].a), list("12345"), ""
     for stem, own in list(zip(grade_stems(), judge.choose([item], digits, grade_stems())[0]))[:2]:
-        forced = log_probs(judge, [item]*5,
-                           [judge.tokenizer(f"{judge.thinking[1]}{said}{stem}{d}", add_special_tokens=False).input_ids for d in digits])
+        texts = [f"{judge.thinking[1]}{said}{stem}{digit}" for digit in digits]
+        forced = log_probs(judge, [item]*5, judge.tokenizer(texts, add_special_tokens=False).input_ids)
         torch.testing.assert_close(own, forced.log_softmax(0), **CLOSE)
         said += stem + digits[own.argmax()]
 
 def test_nothing_depends_on_the_batch(judge, pairs, items, monkeypatch):
-    vote = lambda some: [v.ids for j in judge.vote(some, 4, ("t",), [], max_new_tokens=8) for v in j.votes]
+    def vote(some):
+        return [v.ids for j in judge.vote(some, 4, ("t",), [], max_new_tokens=8) for v in j.votes]
     assert vote(pairs) == [ids for p in pairs for ids in vote([p])]
     clips = [(p.prompt, p.a) for p in pairs]
     torch.testing.assert_close(judge.grades(clips), torch.cat([judge.grades([clip]) for clip in clips]), **CLOSE)
     chat = judge.chat
     # one token less until the answer, so that there is padding between
     monkeypatch.setattr(judge, "chat", lambda item: chat(item) + "?"*(item is items[1]))
-    both = lambda some: judge.choose(some, ["1", "2"], ("<answer>", "</answer> <answer>"))
+    def both(some):
+        return judge.choose(some, ["1", "2"], ("<answer>", "</answer> <answer>"))
     torch.testing.assert_close(both(items), torch.cat([both([item]) for item in items]), **CLOSE)
 
 def test_it_learns_and_the_margin_starts_at_zero(judge, pairs, tmp_path):
@@ -129,7 +131,8 @@ def test_it_learns_and_the_margin_starts_at_zero(judge, pairs, tmp_path):
     assert trained and not any(re.search("vision|visual|image_newline", name) for name in trained)
     moe = "experts" in "".join(name for name, _ in judge.base.named_parameters())
     assert moe == any(".experts." in name for name in trained)
-    write = lambda text, order: vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
+    def write(text, order):
+        return vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
     rows = [dict(pair_id=p.pair_id, kept=True, weight=.8, label="A", votes=["A"],
                  paths=[write("<answer>1</answer>", "ab")]) for p in pairs]
     judge.merge(4)
@@ -212,7 +215,8 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end(tmp_path, items):
 @pytest.mark.skipif(TORCHVISION, reason="one that works is here")
 def test_a_torchvision_that_cannot_be_imported_is_none(checkpoints, tmp_path):
     (tmp_path/"torchvision").mkdir()
-    (tmp_path/"torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')", "utf-8")
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path/"torchvision/__init__.py").write_text(broken, "utf-8")
     code = """if True:
         import sys, torch
         from dual_ipo.reward import open_judge

@@ -56,23 +56,28 @@ def test_clips_that_do_not_fit_together_are_sampled_apart(tmp_path, monkeypatch)
         return sample_candidates(model, ["a red circle", "a blue square"], 3, folder, 0, 1, batch_size=6)
     whole, apart = rows(tmp_path/"whole"), rows(tmp_path/"apart", 1)
     assert whole == apart
-    for r in whole: torch.testing.assert_close(*(read_latents(tmp_path/name, r["latents"], r["name"]) for name in ("whole", "apart")), atol=1e-4, rtol=1e-3)
+    for r in whole:
+        one, other = (read_latents(tmp_path/name, r["latents"], r["name"]) for name in ("whole", "apart"))
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_all_weights_of_a_bf16_judge_move_as_in_fp32(checkpoint, pairs, tmp_path):
     "30 steps at 1e-5: in bf16 itself most updates are lost."
     items, moved = cold_start_items(pairs), {}
-    for name, how in dict(fp32=dict(), masters=dict(dtype=torch.bfloat16, learns=True), bf16=dict(dtype=torch.bfloat16)).items():
+    low = dict(dtype=torch.bfloat16)
+    for name, how in dict(fp32=dict(), masters=low | dict(learns=True), bf16=low).items():
         judge = load(checkpoint, **how)
         before = {n: p.detach().clone() for n, p in trained(judge.model).items()}
         cold_start(judge, items, tmp_path/name, steps=30, lr=1e-5, batch_size=4)
         after = {n: p for n, p in trained(judge.model).items() if not any(w in n for w in ("vision", "visual"))}
-        moved[name] = sum((p != before[n]).sum().item() for n, p in after.items())/sum(p.numel() for p in after.values())
+        changed = sum((p != before[n]).sum().item() for n, p in after.items())
+        moved[name] = changed/sum(p.numel() for p in after.values())
     assert moved["masters"] == pytest.approx(moved["fp32"], abs=.02) and moved["bf16"] < .8*moved["fp32"]
 
 
 @pytest.mark.parametrize("lora_rank", [4, None])
-def test_a_batch_in_shares_and_blocks_computed_twice_learn_the_same(checkpoint, pairs, tmp_path, monkeypatch, lora_rank):
+def test_a_batch_in_shares_and_blocks_computed_twice_learn_the_same(checkpoint, pairs, tmp_path, monkeypatch,
+                                                                    lora_rank):
     items, bare = cold_start_items(pairs), [replace(p, label=None, rationale=None) for p in pairs]
     def path(judge, p, label, order, log_prob):
         text = pair_response(p.rationale, label, order)
@@ -85,18 +90,23 @@ def test_a_batch_in_shares_and_blocks_computed_twice_learn_the_same(checkpoint, 
         if judge.is_lora: judge.merge(4)
         paths = [[path(judge, p, "A", "ab", -1.), path(judge, p, "B", "ab", -2.)] for p in pairs]
         rows = [dict(label="A", kept=True, pce=.8, weight=.8, votes=["A", "B"], paths=own) for own in paths]
-        then = srpo(judge, bare, rows, tmp_path/f"{name} srpo", steps=3, lr=1e-4, beta=.5, batch_size=6, human=items, lambda_human=1., lambda_win=1., checkpointing=twice)
-        assert not judge.model.training and judge.verdict_probs(pairs[:1]).isfinite().all()   # sampling has its cache again
+        then = srpo(judge, bare, rows, tmp_path/f"{name} srpo", steps=3, lr=1e-4, beta=.5, batch_size=6, human=items,
+                    lambda_human=1., lambda_win=1., checkpointing=twice)
+        assert not judge.model.training   # sampling has its cache again
+        assert judge.verdict_probs(pairs[:1]).isfinite().all()
         found[name] = [row["loss"] for row in first + then]
         assert abs(then[0]["reward_w"]) < 1e-3
-    assert found["shares"] == pytest.approx(found["whole"], rel=2e-4) and found["twice"] == pytest.approx(found["whole"], rel=2e-4)
+    for name in ("shares", "twice"): assert found[name] == pytest.approx(found["whole"], rel=2e-4)
 
 
 def test_adapters_do_not_copy_their_input_to_fp32(checkpoint, pairs):
     judge = load(checkpoint, lora_rank=4, dtype=torch.bfloat16)
     item, kept = pair_item(pairs[0]), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x): judge.log_probs([item], [item.response]).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        judge.log_probs([item], [item.response]).sum().backward()
     width, adapters = judge.base.config.get_text_config().hidden_size, set(map(id, trained(judge.model).values()))
-    wide = [x for x in kept if x.dtype == torch.float32 and x.ndim == 3 and x.shape[-1] == width and id(x) not in adapters]
+    wide = [x for x in kept if x.dtype == torch.float32 and x.ndim == 3 and x.shape[-1] == width
+            and id(x) not in adapters]
     norms = sum("norm" in name for name, _ in judge.model.named_modules() if "vision" not in name)
-    assert len(wide) <= 2*norms and all(p.grad.dtype == torch.float32 for p in trained(judge.model).values() if p.grad is not None)
+    grads = [p.grad for p in trained(judge.model).values() if p.grad is not None]
+    assert len(wide) <= 2*norms and all(grad.dtype == torch.float32 for grad in grads)

@@ -1,15 +1,17 @@
 "The judge: what has to hold exactly, whatever the weights."
 import math
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from dual_ipo.core import Pair, UserError, Video, generator, noise
-from dual_ipo.cot import DIMENSIONS, annotate, clip_item, cold_start_items, grade_stems, pair_item, pair_response, parse_answer, parse_grades, parse_rationale
-from dual_ipo.pce import FORMS, ece, log_ratios, mean_reward, pce
-from dual_ipo.reward import Judge, uniform
+from dual_ipo.core import Pair, UserError, generator, noise
+from dual_ipo.cot import (DIMENSIONS, annotate, clip_item, cold_start_items, grade_stems, pair_item, pair_response,
+                          parse_answer, parse_grades, parse_rationale)
+from dual_ipo.pce import FORMS, ece, log_ratios, pce
+from dual_ipo.reward import Judge, ids_of, uniform
 from dual_ipo.srpo import cold_start, preferences, pseudo_label, srpo, srpo_loss, turned
 from dual_ipo.store import read_json, read_table, write_table
 from dual_ipo.toymodels import blank_judge
@@ -45,10 +47,12 @@ def scores(judge, pairs):
 # --- reading
 
 @pytest.mark.parametrize("text, answer", [
-    ("Video 1 is better in style and motion. <answer>2</answer>", "2"), ("<answer>1</answer> hm <answer>tie</answer>", "tie"),
-    ("<answer> TIE </answer>", "tie"), ("< answer > 2 < / answer >", "2"), ("<answer>\n1\n</answer>", "1"), ("<answer>1 <answer>2</answer>", "2"),
-    ("<answer>1", None), ("1</answer>", None), ("<answer>1</answer> <answer>neither</answer>", None), ("<answer></answer>", None),
-    ("<answer>video 1</answer>", "1"), ("<answer>12</answer>", None), ("<answer>1.</answer>", "1"), ("<answer>video 1 or 2</answer>", None), ("Video 1 is better", None), ("", None)])
+    ("Video 1 is better in style and motion. <answer>2</answer>", "2"),
+    ("<answer>1</answer> hm <answer>tie</answer>", "tie"), ("<answer> TIE </answer>", "tie"),
+    ("< answer > 2 < / answer >", "2"), ("<answer>\n1\n</answer>", "1"), ("<answer>1 <answer>2</answer>", "2"),
+    ("<answer>1", None), ("1</answer>", None), ("<answer>1</answer> <answer>neither</answer>", None),
+    ("<answer></answer>", None), ("<answer>video 1</answer>", "1"), ("<answer>12</answer>", None),
+    ("<answer>1.</answer>", "1"), ("<answer>video 1 or 2</answer>", None), ("Video 1 is better", None), ("", None)])
 def test_answers_are_read_strictly(text, answer): assert parse_answer(text) == answer
 
 def test_what_a_person_said_is_read_back(pairs):
@@ -76,12 +80,14 @@ def test_k_is_even(judge, pairs, k):
     with pytest.raises(UserError, match="even"): check_k(k)
     with pytest.raises(UserError, match="even"): judge.vote(pairs, k, ())
 
-def votes(ab, ba): return [Vote({"t": "tie", "?": None}.get(x, x), order) for order, answers in (("ab", ab), ("ba", ba)) for x in answers]
+def votes_in(order, answers): return [Vote({"t": "tie", "?": None}.get(x, x), order) for x in answers]
+def votes(ab, ba): return votes_in("ab", ab) + votes_in("ba", ba)
 
 @pytest.mark.parametrize("ab, ba, label, consistent", [
     ("1111", "2222", "A", True), ("2222", "1111", "B", True), ("1112", "2221", "A", True),
-    ("1111", "1111", "tie", False), ("1111", "2211", "tie", False), ("tttt", "tttt", "tie", True), ("12", "21", "tie", True),
-    ("????", "????", "invalid", None), ("1???", "2???", "invalid", True), ("11??", "22??", "A", True), ("1111", "????", "A", None)])
+    ("1111", "1111", "tie", False), ("1111", "2211", "tie", False), ("tttt", "tttt", "tie", True),
+    ("12", "21", "tie", True), ("????", "????", "invalid", None), ("1???", "2???", "invalid", True),
+    ("11??", "22??", "A", True), ("1111", "????", "A", None)])
 def test_invalid_is_no_tie_and_orders_must_agree(ab, ba, label, consistent):
     judgement = tally(votes(ab, ba))
     assert (judgement.label, judgement.consistent) == (label, consistent)
@@ -90,7 +96,8 @@ def test_invalid_is_no_tie_and_orders_must_agree(ab, ba, label, consistent):
 
 def test_stats_keep_kinds_of_trouble_apart():
     s = stats([tally(votes("1111", "1111")), tally(votes("????", "????")), tally(votes("tttt", "tttt"))])
-    assert (s["parse_rate"], s["tie_rate"], s["invalid_rate"], s["first_position_rate"], s["position_consistency"]) == (2/3, 2/3, 1/3, 1., .5)
+    names = "parse_rate", "tie_rate", "invalid_rate", "first_position_rate", "position_consistency"
+    assert [s[name] for name in names] == [2/3, 2/3, 1/3, 1., .5]
 
 # --- certainty
 
@@ -112,12 +119,14 @@ def test_calibration():
 def test_random_numbers_have_names():
     import numpy as np
     seeds = np.arange(1000, dtype=np.uint64)
-    assert (uniform(seeds, 7)[10:20] == uniform(seeds[10:20], 7)).all() and len(set(uniform(seeds, 7)) & set(uniform(seeds, 8))) == 0
+    assert (uniform(seeds, 7)[10:20] == uniform(seeds[10:20], 7)).all()
+    assert len(set(uniform(seeds, 7)) & set(uniform(seeds, 8))) == 0
 
 def test_a_response_does_not_depend_on_its_batch(judge, pairs):
     pairs = [replace(p, prompt=p.prompt + " and"*i) for i, p in enumerate(pairs)]      # prompts of different lengths
     together = judge.vote(pairs, 4, ("t",), **SHORT)
-    for batch in (2, 6): assert [v.ids for j in judge.vote(pairs, 4, ("t",), batch=batch, **SHORT) for v in j.votes] == [v.ids for j in together for v in j.votes]
+    def ids(judgements): return [ids_of(j.votes) for j in judgements]
+    for batch in (2, 6): assert ids(judge.vote(pairs, 4, ("t",), batch=batch, **SHORT)) == ids(together)
     for pair, judgement in zip(pairs[::-1], together[::-1]):
         assert [v.ids for v in judge.vote([pair], 4, ("t",), **SHORT)[0].votes] == [v.ids for v in judgement.votes]
     assert [v.ids for v in judge.vote(pairs[:1], 4, ("u",), **SHORT)[0].votes] != [v.ids for v in together[0].votes]
@@ -126,7 +135,8 @@ def test_log_probs_agree(judge, pairs):
     items = [pair_item(p) for p in pairs]
     drawn = judge.sample(items, 3, [("l", i) for i in range(5)], **SHORT)
     sampled = torch.tensor([[r.log_prob for r in row] for row in drawn])
-    with torch.no_grad(): forced = judge.log_probs([i for i in items for _ in range(3)], [r.ids for row in drawn for r in row]).view(5, 3)
+    flat = [*chain.from_iterable(drawn)]
+    with torch.no_grad(): forced = judge.log_probs([items[i//3] for i in range(15)], ids_of(flat)).view(5, 3)
     torch.testing.assert_close(sampled, forced, **CLOSE)
     torch.testing.assert_close(judge.path_log_probs(items, [[r.ids for r in row] for row in drawn]), forced, **CLOSE)
     torch.testing.assert_close(scores(judge, pairs)[1:2], scores(judge, pairs[1:2]), **CLOSE)
@@ -134,7 +144,8 @@ def test_log_probs_agree(judge, pairs):
 def test_swapping_turns_the_verdict(judge, pairs):
     swapped = judge.verdict_probs([p.swap() for p in pairs])
     torch.testing.assert_close(judge.verdict_probs(pairs), 1 - swapped, atol=1e-5, rtol=0)
-    torch.testing.assert_close(judge.verdict_probs([Pair(p.prompt, p.a, p.a) for p in pairs]), torch.full((5,), .5), atol=1e-5, rtol=0)
+    same = judge.verdict_probs([Pair(p.prompt, p.a, p.a) for p in pairs])
+    torch.testing.assert_close(same, torch.full((5,), .5), atol=1e-5, rtol=0)
 
 def test_grades_are_expectations_over_digits(judge, pairs):
     grades = judge.grades([(p.prompt, p.a) for p in pairs])
@@ -165,8 +176,10 @@ def test_saving_keeps_the_judge(checkpoint, judge, pairs, tmp_path):
     judge.save(tmp_path/"lora")
     again = Judge.load(tmp_path/"lora")
     assert again.frames_per_video == 2 and torch.equal(scores(again, pairs), scores(judge, pairs))
-    assert read_json(tmp_path/"lora/judge.json")["base"] == str(checkpoint.resolve()) and not (tmp_path/"lora/model.safetensors").exists()
-    assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {n for n, p in judge.model.named_parameters() if p.requires_grad}
+    assert read_json(tmp_path/"lora/judge.json")["base"] == str(checkpoint.resolve())
+    assert not (tmp_path/"lora/model.safetensors").exists()
+    def trained(one): return {name for name, p in one.model.named_parameters() if p.requires_grad}
+    assert trained(again) == trained(judge)
     learned = scores(judge, pairs)
     judge.merge(4)
     with judge.reference(): torch.testing.assert_close(scores(judge, pairs), learned, **CLOSE)
@@ -179,8 +192,10 @@ def test_saving_keeps_the_judge(checkpoint, judge, pairs, tmp_path):
 def test_five_small_updates_in_bf16_are_kept(checkpoint, pairs, tmp_path):
     "As large as 200 steps at 1e-5 make them: in the judge that goes on, in its reference and when it is loaded again."
     judge, learned = Judge.load(checkpoint, lora_rank=8, frames_per_video=2, dtype=torch.bfloat16), {}
-    changes = lambda m: {name: sum(2*layer.lora_B[a].weight.float() @ layer.lora_A[a].weight.float() for a in layer.lora_A)
-                         for name, layer in m.named_modules() if isinstance(layer, BaseTunerLayer)}
+    def changes(m):
+        layers = {name: layer for name, layer in m.named_modules() if isinstance(layer, BaseTunerLayer)}
+        def change(layer, a): return 2*layer.lora_B[a].weight.float() @ layer.lora_A[a].weight.float()
+        return {name: sum(change(layer, a) for a in layer.lora_A) for name, layer in layers.items()}
     for k in range(5):
         with torch.no_grad():
             for name, p in judge.model.named_parameters():
@@ -190,13 +205,15 @@ def test_five_small_updates_in_bf16_are_kept(checkpoint, pairs, tmp_path):
         learned = {name: learned.get(name, 0) + 2*layer.lora_B["default"].weight @ layer.lora_A["default"].weight
                    for name, layer in judge.model.named_modules() if isinstance(layer, BaseTunerLayer)}
         judge.merge(8)
-        with judge.reference(): torch.testing.assert_close(scores(judge, pairs), trained, atol=.2, rtol=0)   # rounded once less
+        with judge.reference():   # rounded once less
+            torch.testing.assert_close(scores(judge, pairs), trained, atol=.2, rtol=0)
     wanted = torch.cat([w.flatten() for w in learned.values()])
     again = Judge.load(tmp_path/"round_4", dtype=torch.bfloat16)
     for model in (judge.model, again.model):
         used = torch.cat([w.flatten() for w in changes(model).values()])
         assert abs(used @ wanted/wanted.square().sum() - 1) < .01 and (used - wanted).norm() < .02*wanted.norm()
-    assert read_json(tmp_path/"round_4"/"judge.json")["base"] == str(checkpoint.resolve()) and not list((tmp_path/"round_4").glob("model*"))
+    assert read_json(tmp_path/"round_4"/"judge.json")["base"] == str(checkpoint.resolve())
+    assert not list((tmp_path/"round_4").glob("model*"))
 
 def test_no_judge_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"): Judge.load(tmp_path/"nothing")
@@ -210,32 +227,42 @@ def test_annotation_keeps_what_fits_the_label(judge, pairs):
             self.asked = sampling
             return [[Vote(None, "ab", text) for text in self.texts]*k for _ in items]
     bare, scribe = [replace(p, rationale=None, label="A") for p in pairs[:1]], Scribe()
-    scribe.texts = ["<answer>1</answer>", pair_response(pairs[0].rationale, "B"), pair_response(pairs[0].rationale, "A")]
-    assert annotate(scribe, bare, batch=3, max_new_tokens=7)[0].rationale == pairs[0].rationale and scribe.asked == dict(batch=3, max_new_tokens=7)
+    rationale, how = pairs[0].rationale, dict(batch=3, max_new_tokens=7)
+    scribe.texts = ["<answer>1</answer>", pair_response(rationale, "B"), pair_response(rationale, "A")]
+    assert annotate(scribe, bare, **how)[0].rationale == rationale and scribe.asked == how
     scribe.texts = scribe.texts[:2]
     forced = annotate(scribe, bare)[0]
-    assert all(r["forced"] and not r["a"] + r["b"] for r in forced.rationale.values()) and sum(r["grade_a"] - r["grade_b"] for r in forced.rationale.values()) > 0
-    assert [item.kind for item in cold_start_items([forced])] == ["verdict"]*2 + ["grade"]*2 and forced.swap().swap().rationale == forced.rationale
+    reasons = forced.rationale.values()
+    assert all(r["forced"] and not r["a"] + r["b"] for r in reasons)
+    assert sum(r["grade_a"] - r["grade_b"] for r in reasons) > 0
+    assert [item.kind for item in cold_start_items([forced])] == ["verdict"]*2 + ["grade"]*2
+    assert forced.swap().swap().rationale == forced.rationale
 
 def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
     from itertools import product
     from dual_ipo.cot import force, likeliest
     logp = torch.randn(2, 2, 5, generator=generator("forced")).log_softmax(-1).tolist()
     ways = [((a, b), (c, d)) for a, b, c, d in product(range(1, 6), repeat=4)]
-    for label, agrees in dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0, same=lambda lead: lead == 0, tie=lambda lead: lead == 0).items():
+    rules = dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0,
+                 same=lambda lead: lead == 0, tie=lambda lead: lead == 0)
+    for label, agrees in rules.items():
         fits = [way for way in ways if agrees(sum(a - b for a, b in way))]
-        assert likeliest(logp, label) == max(fits, key=lambda way: sum(logp[0][d][a - 1] + logp[1][d][b - 1] for d, (a, b) in enumerate(way)))
+        def likelihood(way): return sum(logp[0][d][a - 1] + logp[1][d][b - 1] for d, (a, b) in enumerate(way))
+        assert likeliest(logp, label) == max(fits, key=likelihood)
     assert force(judge, pairs, batch=3) == force(judge, pairs) and force(judge, []) == []
 
 def test_too_few_readable_answers_end_the_run(judge, pairs):
     bare = [replace(p, label=None, rationale=None) for p in pairs]
-    with pytest.raises(UserError, match=r"votes: 0 of 20 answers of the judge can be read \(0%, reward.min_readable is 50%\), not such as '") as error:
+    line = r"votes: 0 of 20 answers of the judge can be read \(0%, reward.min_readable is 50%\), not such as '"
+    with pytest.raises(UserError, match=line) as error:
         pseudo_label(judge, bare, 4, ("t",), min_readable=.5, **SHORT)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     with pytest.raises(UserError, match="annotation: 0 of 10 answers"):
         annotate(judge, [replace(p, rationale=None) for p in pairs], k=2, min_readable=.1, **SHORT)
     from dual_ipo.cot import check_readable
-    check_readable(["x"], [True], 1., "votes"), check_readable([], [], 1., "votes"), check_readable(["x"], [False], 0., "votes")
+    check_readable(["x"], [True], 1., "votes")
+    check_readable([], [], 1., "votes")
+    check_readable(["x"], [False], 0., "votes")
     with pytest.raises(UserError) as error: check_readable(["a\nb\u2028c\x1b" + "x"*200]*9, [False]*9, .5, "votes")
     assert str(error.value).isprintable() and str(error.value).count("x"*50) == 3 and "x"*80 not in str(error.value)
 
@@ -254,14 +281,18 @@ def test_srpo_is_trl_sigmoid():
     from test_losses import like_a_model, like_a_trainer, tokens
     from trl.trainer.dpo_trainer import DPOTrainer
     logps = torch.randn(4, 6, generator=generator("trl"), dtype=torch.float64).mul(5).requires_grad_()
-    trainer = like_a_trainer(.1, f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.], label_smoothing=0.)
-    theirs = DPOTrainer._compute_loss(trainer, like_a_model(logps[:2].flatten()), tokens(12) | dict(ref_chosen_logps=logps[2], ref_rejected_logps=logps[3]), False)
+    trainer = like_a_trainer(.1, f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.],
+                             label_smoothing=0.)
+    batch = tokens(12) | dict(ref_chosen_logps=logps[2], ref_rejected_logps=logps[3])
+    theirs = DPOTrainer._compute_loss(trainer, like_a_model(logps[:2].flatten()), batch, False)
     ours = srpo_loss(*logps, torch.ones(6), .1)[0].mean()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs)))
 
 def test_preferences_answer_the_same_question(pairs):
-    paths = [Vote.read(t, o, log_prob=-1., ids=[i]) for i, (t, o) in enumerate([("x <answer>1</answer>", "ab"), ("y <answer>1</answer>", "ab"), ("z <answer>2</answer>", "ba"), ("<answer>1</answer>", "ba")])]
+    texts = [("x <answer>1</answer>", "ab"), ("y <answer>1</answer>", "ab"), ("z <answer>2</answer>", "ba"),
+             ("<answer>1</answer>", "ba")]
+    paths = [Vote.read(text, order, log_prob=-1., ids=[i]) for i, (text, order) in enumerate(texts)]
     row = dict(label="A", kept=True, pce=.7, weight=.7, votes=[v.label for v in paths], paths=[vars(v) for v in paths])
     (ab, w, l, weight), (ba, w2, l2, _) = preferences(pairs[:1], [row])
     assert ab.videos[0] is pairs[0].a and ba.videos[0] is pairs[0].b and weight == .7
@@ -270,18 +301,22 @@ def test_preferences_answer_the_same_question(pairs):
 
 def test_learning_starts_at_a_margin_of_zero(judge, pairs, tmp_path):
     bare = [replace(p, label=None, rationale=None) for p in pairs]
-    first = cold_start(judge, [i for i in cold_start_items(pairs) if i.kind == "verdict"], tmp_path/"cold", steps=6, lr=1e-2, batch_size=4)
+    verdicts = [item for item in cold_start_items(pairs) if item.kind == "verdict"]
+    first = cold_start(judge, verdicts, tmp_path/"cold", steps=6, lr=1e-2, batch_size=4)
     assert first[-1]["loss"] < first[0]["loss"]
     rows = pseudo_label(judge, bare, 4, ("t",), dimensions=[], max_new_tokens=6)
     write_table(tmp_path/"votes.parquet", rows)
     rows = read_table(tmp_path/"votes.parquet")
     assert {"text", "order", "answer", "log_prob", "log_prob_ref", "ids"} <= rows[0]["paths"][0].keys()
     assert not any(row["kept"] for row in rows if row["label"] in ("tie", "invalid") or not row["consistent"])
-    write = lambda text, order: vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
-    rows = [row | dict(kept=True, pce=.8, weight=.8, label="A", votes=["A"], paths=[write("<answer>1</answer>", "ab")]) for row in rows]
+    def write(text, order):
+        return vars(Vote.read(text, order, log_prob=-1., ids=judge.ids(text)))
+    kept = dict(kept=True, pce=.8, weight=.8, label="A", votes=["A"])
+    rows = [row | kept | dict(paths=[write("<answer>1</answer>", "ab")]) for row in rows]
     judge.merge(4)
     history = srpo(judge, bare, rows, tmp_path/"srpo", steps=4, lr=1e-2, beta=.5, batch_size=4, dimensions=[], warmup=0)
-    assert history[0]["loss"] == pytest.approx(.8*math.log(2), abs=1e-3) and history[0]["reward_w"] == pytest.approx(0, abs=1e-3)
+    assert history[0]["loss"] == pytest.approx(.8*math.log(2), abs=1e-3)
+    assert history[0]["reward_w"] == pytest.approx(0, abs=1e-3)
     assert history[-1]["loss"] < history[0]["loss"] and history[-1]["reward_w"] > history[-1]["reward_l"]
     assert srpo(judge, bare, [row | dict(kept=False) for row in rows], tmp_path/"none", steps=4, lr=1e-2, beta=.5) == []
 
@@ -305,9 +340,11 @@ def test_stopping_early_changes_no_label(judge, pairs, monkeypatch):
     few = [Pair(p.prompt, p.a, p.b, pair_id=f"{p.pair_id} {i}") for i in range(6) for p in pairs]
     judge.eos = set(range(4, 40))   # so that responses end at different lengths
     for batch in (8, 512):
-        whole, early = (judge.vote(few, 8, ("early",), [], early=e, batch=batch, temperature=1., top_p=1., **SHORT) for e in (False, True))
+        how = dict(batch=batch, temperature=1., top_p=1., **SHORT)
+        whole, early = (judge.vote(few, 8, ("early",), [], early=stops, **how) for stops in (False, True))
         assert [j.label for j in whole] == [j.label for j in early]
-    assert len({j.label for j in whole}) > 1 and sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
+    assert len({j.label for j in whole}) > 1
+    assert sum(len(j.votes) for j in early) < 8*len(few) == sum(j.n_votes for j in early)
     for a, b in zip(whole, early):   # what was finished is what would have been written
         written = [(v.order, v.ids) for v in a.votes]
         assert all((v.order, v.ids) in written for v in b.votes)
@@ -320,6 +357,8 @@ def test_pseudo_labels_of_votes_that_stopped_early(judge, pairs, monkeypatch):
     asked = dict(dimensions=[], use="none", temperature=1., top_p=1., **SHORT)
     whole, early = (pseudo_label(judge, pairs, 8, ("early",), early=e, **asked) for e in (False, True))
     for key in ("label", "kept", "weight"): assert [row[key] for row in whole] == [row[key] for row in early]
-    with pytest.raises(UserError, match="need every path"): pseudo_label(judge, pairs, 8, ("early",), early=True, **asked | dict(use="both"))
-    with pytest.raises(UserError, match="votes.early: grades and certainty need every path"): parse_config(dict(votes=dict(early=True)), "run.yaml")
+    with pytest.raises(UserError, match="need every path"):
+        pseudo_label(judge, pairs, 8, ("early",), early=True, **asked | dict(use="both"))
+    with pytest.raises(UserError, match="votes.early: grades and certainty need every path"):
+        parse_config(dict(votes=dict(early=True)), "run.yaml")
     parse_config(dict(votes=dict(early=True), pce=dict(use="none")), "run.yaml")
