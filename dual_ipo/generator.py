@@ -75,7 +75,7 @@ def split_lora(
         for part, own in zip(loras, weight.split(ranks, 0 if "lora_A" in name else 1)): part[name] = own
     return loras
 
-# %% ../nbs/22_generator.ipynb #14302a97
+# %% ../nbs/22_generator.ipynb #14fe8f19
 def rank_of(lora: dict[str, Tensor]) -> int:
     "Rows of its A."
     return next(len(weight) for name, weight in lora.items() if "lora_A" in name)
@@ -149,7 +149,7 @@ def class_of(
     library = {"diffusers": diffusers, "transformers": transformers}.get(str(about[0]))
     return getattr(library, str(about[1]), None)
 
-# %% ../nbs/22_generator.ipynb #e9877f52
+# %% ../nbs/22_generator.ipynb #ac07fce8
 def check_part(
     folder: Path,         # PIPELINE/transformer
     kind: type,           # of a model
@@ -166,7 +166,7 @@ def check_part(
     check_weights(folder, kind, must)
     for lora in loras: check_fits(lora, kind, key)
 
-# %% ../nbs/22_generator.ipynb #1abd4de8
+# %% ../nbs/22_generator.ipynb #72a53dd4
 def check_pipeline(
     base: str,                       # a pipeline folder; a hub's files are whole
     loras: list[list[dict]] = (),    # of each expert the adapters to fold in
@@ -197,14 +197,14 @@ class Sampling:
     guidance_stop: float | None = None      # share of the steps that are guided, from the first, lossy; None: all
     cache: float | None = None              # threshold of a first-block cache, lossy; None: none
 
-# %% ../nbs/22_generator.ipynb #914ababf
+# %% ../nbs/22_generator.ipynb #5f364f03
 @patch(as_prop=True)
 def guidance(self: Sampling) -> dict[str, float]:
     "The pipeline's arguments; of one expert it takes no second scale."
     second = {} if self.guidance_scale_2 is None else dict(guidance_scale_2=self.guidance_scale_2)
     return dict(guidance_scale=self.guidance_scale) | second
 
-# %% ../nbs/22_generator.ipynb #2fc39415
+# %% ../nbs/22_generator.ipynb #56858aad
 @patch(as_prop=True)
 def guided_steps(self: Sampling) -> int | None:
     "After how many steps guidance ends; None: it doesn't, or there is none."
@@ -234,19 +234,19 @@ class Generator:
         self.check_model(); self.check_shapes(); self.check_prompts([negative_prompt], "negative_prompt")
         self.open_weights(**weights)
 
-# %% ../nbs/22_generator.ipynb #fca43714
+# %% ../nbs/22_generator.ipynb #c4ace0e0
 @patch(as_prop=True)
 def transformer(self: Generator) -> nn.Module:
     "The expert in turn: what learns, and what `error` asks."
     return self.experts[self.turn]
 
-# %% ../nbs/22_generator.ipynb #af8f7e0b
+# %% ../nbs/22_generator.ipynb #f66422a8
 @patch
 def blocks_of(self: Generator, transformer) -> nn.ModuleList:
     "The repeated blocks of a transformer of this kind; the family says where they are."
     return transformer.get_submodule(self.blocks)
 
-# %% ../nbs/22_generator.ipynb #c873ae25
+# %% ../nbs/22_generator.ipynb #00d72dfb
 @patch
 def check_frames(self: Generator, num_frames: int):
     "UserError if the model can't make, encode and learn from clips of so many frames."
@@ -256,7 +256,7 @@ def check_frames(self: Generator, num_frames: int):
     fitting = max(0, round((num_frames - 1)/t))*t + 1
     if num_frames % t != 1: raise UserError(f"num_frames: {num_frames} is not {t}k+1; use {fitting}")
 
-# %% ../nbs/22_generator.ipynb #0a62e81d
+# %% ../nbs/22_generator.ipynb #a7b0ed67
 @patch
 def check_shapes(self: Generator):
     "UserError if the model can't make videos of this shape."
@@ -267,25 +267,25 @@ def check_shapes(self: Generator):
         if size < 1 or size % multiple:
             raise UserError(f"{key}: {size} is not a multiple of {multiple}; use {fitting}")
 
-# %% ../nbs/22_generator.ipynb #c008d5b7
+# %% ../nbs/22_generator.ipynb #aaab59bb
 NO_TEXT_TO_VIDEO = ("transformer: takes more than noisy latents, as models that start from an image or a clip; "
                     "use one that starts from text alone")
 
-# %% ../nbs/22_generator.ipynb #da60b065
+# %% ../nbs/22_generator.ipynb #845ed8d9
 @patch
 def check_guidance(self: Generator):
     "UserError if a guidance scale is for an expert that isn't there."
     if len(self.experts) < 2 and self.sampling.guidance_scale_2 is not None:
         raise UserError("guidance_scale_2: this model has no second expert; set it to null")
 
-# %% ../nbs/22_generator.ipynb #3508b287
+# %% ../nbs/22_generator.ipynb #0e358e67
 @patch
 def lengths(self: Generator, prompts: list[str]) -> list[int]:
     "Tokens of each prompt, uncut."
     if not prompts: return []
     return [len(ids) for ids in self.pipe.tokenizer(list(map(self.clean, prompts))).input_ids]
 
-# %% ../nbs/22_generator.ipynb #3528c789
+# %% ../nbs/22_generator.ipynb #26c56187
 @patch
 def check_prompts(self: Generator,
     prompts: list[str],
@@ -297,7 +297,7 @@ def check_prompts(self: Generator,
         if n > most: raise UserError(
             f"{what} {row} ({prompt[:40]!r}): its {n} tokens are more than max_sequence_length = {most}; shorten it")
 
-# %% ../nbs/22_generator.ipynb #73286597
+# %% ../nbs/22_generator.ipynb #a72e6a04
 @patch
 @torch.no_grad()
 def embed(self: Generator,
@@ -308,7 +308,7 @@ def embed(self: Generator,
     batches = [prompts[i:i+32] for i in range(0, len(prompts), 32)]
     return torch.cat([self.pipe.encode_prompt(batch, **options)[0].cpu() for batch in batches])
 
-# %% ../nbs/22_generator.ipynb #8bc69ba4
+# %% ../nbs/22_generator.ipynb #3b6820e5
 @patch
 def pad(self: Generator,
     text: list[Tensor],   # each [N, C]
@@ -316,13 +316,13 @@ def pad(self: Generator,
     "Texts as the transformer takes them."
     return torch.stack([F.pad(x.to(self.device), (0, 0, 0, self.max_sequence_length - len(x))) for x in text])
 
-# %% ../nbs/22_generator.ipynb #da58a558
+# %% ../nbs/22_generator.ipynb #18f70ef2
 @patch(as_prop=True)
 def latent_shape(self: Generator) -> tuple[int, ...]:
     "Of a whole clip, see `shape_of`."
     return self.shape_of(self.num_frames)
 
-# %% ../nbs/22_generator.ipynb #f773182a
+# %% ../nbs/22_generator.ipynb #b4339875
 @patch
 @torch.no_grad()
 def encode_videos(self: Generator,
@@ -336,7 +336,7 @@ def encode_videos(self: Generator,
     x = (videos.to(self.device, torch.float32)/127.5 - 1).transpose(1, 2)
     return self.scale(self.pipe.vae.encode(x.to(self.pipe.vae.dtype)).latent_dist.mode().float())
 
-# %% ../nbs/22_generator.ipynb #f9c0615e
+# %% ../nbs/22_generator.ipynb #80d66ab5
 @patch
 def place(self: Generator, k: int):
     "Have expert `k` on the device; the others leave it if it can't hold all."
@@ -344,14 +344,14 @@ def place(self: Generator, k: int):
         for m in self.experts[:k] + self.experts[k+1:]: m.to("cpu")
     self.experts[k].to(self.device)
 
-# %% ../nbs/22_generator.ipynb #d9e96ebd
+# %% ../nbs/22_generator.ipynb #de93da57
 @patch
 def turn_to(self: Generator, k: int):
     "Let expert `k` be the one that learns."
     self.turn, self.frozen = k, None
     self.place(k)
 
-# %% ../nbs/22_generator.ipynb #595ac7ca
+# %% ../nbs/22_generator.ipynb #fd702fba
 @patch
 def adapt(self: Generator, k: int):
     "Put what expert `k` has learned beside its weights, with a fresh adapter on top."
@@ -360,7 +360,7 @@ def adapt(self: Generator, k: int):
     name = len(learned), *EXPERTS[1:][:k]   # of its start: the round, and of the second expert its own
     add_lora(expert, self.lora_rank, *name)
 
-# %% ../nbs/22_generator.ipynb #dd6546b0
+# %% ../nbs/22_generator.ipynb #93a81b87
 @patch
 def prepare(self: Generator, k: int):
     "Give expert `k` what it has learned, and make it ready to learn more."
@@ -373,7 +373,7 @@ def prepare(self: Generator, k: int):
     use_attention(expert, self.attention)
     if self.compiled: compile_blocks(self.blocks_of(expert))
 
-# %% ../nbs/22_generator.ipynb #9cf419f6
+# %% ../nbs/22_generator.ipynb #e8d28ad1
 @patch
 def choose_kernels(self: Generator,
     attention: str, compile,   # of `kernels`: which attention, whether blocks are compiled
@@ -384,7 +384,7 @@ def choose_kernels(self: Generator,
     self.compiled = self.will_compile and not planned
     self.attention = choose_attention("auto" if planned else attention, self.device, self.dtype)
 
-# %% ../nbs/22_generator.ipynb #68779d0f
+# %% ../nbs/22_generator.ipynb #0ca30c18
 @patch
 def open_weights(self: Generator,
     device="cpu", dtype=torch.float32,             # of the arithmetic
@@ -404,14 +404,14 @@ def open_weights(self: Generator,
         self.turn_to(k)
         self.prepare(k)
 
-# %% ../nbs/22_generator.ipynb #208c8991
+# %% ../nbs/22_generator.ipynb #04f8c5cf
 @patch(cls_method=True)
 def dtypes(cls: Generator, dtype: torch.dtype, lora_rank: int | None) -> dict[str, torch.dtype]:
     "Of the pipeline's parts."
     parts = dict.fromkeys(cls.parts, dtype if lora_rank else torch.float32)
     return parts | {"default": dtype, "vae": cls.vae_dtype or dtype}
 
-# %% ../nbs/22_generator.ipynb #5696e92c
+# %% ../nbs/22_generator.ipynb #88f39128
 @patch(cls_method=True)
 def load(cls: Generator,
     path,                                # a pipeline folder, a hub id, or a folder written by `save`
@@ -443,7 +443,7 @@ class CogVideoX(Generator):
     text_width = property(lambda self: self.pipe.transformer.config.text_embed_dim)
     latent_dtype = property(lambda self: self.dtype)
 
-# %% ../nbs/22_generator.ipynb #1800c898
+# %% ../nbs/22_generator.ipynb #5c383d23
 @patch
 def check_model(self: CogVideoX):
     "UserError if this isn't a model we train rightly."
@@ -456,7 +456,7 @@ def check_model(self: CogVideoX):
     if self.max_sequence_length != tokens:
         raise UserError(f"max_sequence_length: this CogVideoX was made for {tokens}; use {tokens}")
 
-# %% ../nbs/22_generator.ipynb #4ddab5d0
+# %% ../nbs/22_generator.ipynb #0017fdfe
 @patch
 def front_frames(self: CogVideoX,
     n: int,   # frames of latents, as the VAE makes them
@@ -464,7 +464,7 @@ def front_frames(self: CogVideoX,
     "Latent frames that CogVideoX1.5 wants in front of them, to come in twos."
     return -n % (self.transformer.config.patch_size_t or 1)
 
-# %% ../nbs/22_generator.ipynb #55281b09
+# %% ../nbs/22_generator.ipynb #952d136b
 @patch
 def shape_of(self: CogVideoX, num_frames: int) -> tuple[int, int, int, int]:
     "[T, C, H, W] of a clip's latents."
@@ -472,7 +472,7 @@ def shape_of(self: CogVideoX, num_frames: int) -> tuple[int, int, int, int]:
     n = (num_frames - 1)//t + 1
     return n + self.front_frames(n), self.transformer.config.in_channels, self.height//s, self.width//s
 
-# %% ../nbs/22_generator.ipynb #1ea79435
+# %% ../nbs/22_generator.ipynb #55dff48c
 @patch
 def scale(self: CogVideoX,
     z: Tensor,   # the VAE's [B, C, T, H, W]
@@ -481,26 +481,26 @@ def scale(self: CogVideoX,
     z = self.pipe.vae.config.scaling_factor*z.transpose(1, 2)
     return torch.cat([z[:, :1].expand(-1, self.front_frames(z.shape[1]), -1, -1, -1), z], 1)
 
-# %% ../nbs/22_generator.ipynb #08c4d397
+# %% ../nbs/22_generator.ipynb #644842a8
 @patch
 def encode_prompts(self: CogVideoX, prompts: list[str]) -> list[Tensor]:
     "Embeddings [max_sequence_length, C], padding and all."
     return list(self.embed(prompts))
 
-# %% ../nbs/22_generator.ipynb #0f8994ea
+# %% ../nbs/22_generator.ipynb #5f0471d8
 @patch
 def timesteps(self: CogVideoX, B: int, *keys) -> Tensor:
     "B timesteps, uniform."
     return torch.randint(self.pipe.scheduler.config.num_train_timesteps, (B,), generator=generator("timesteps", *keys))
 
-# %% ../nbs/22_generator.ipynb #acadedec
+# %% ../nbs/22_generator.ipynb #70d76640
 @patch
 def add_noise(self: CogVideoX, y: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     "(y_t, v)"
     abar = self.pipe.scheduler.alphas_cumprod.to(self.device)[t].float().view(-1, 1, 1, 1, 1)
     return abar.sqrt()*y + (1 - abar).sqrt()*eps, abar.sqrt()*eps - (1 - abar).sqrt()*y
 
-# %% ../nbs/22_generator.ipynb #4c566f15
+# %% ../nbs/22_generator.ipynb #15858143
 @patch
 def predict(self: CogVideoX, model, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
     "f_θ(y_t, t, x)"
@@ -511,7 +511,7 @@ def predict(self: CogVideoX, model, noisy: Tensor, t: Tensor, text: Tensor) -> T
     return model(hidden_states=noisy, encoder_hidden_states=text, timestep=t,
                  image_rotary_emb=positions, return_dict=False)[0]
 
-# %% ../nbs/22_generator.ipynb #3b4712ce
+# %% ../nbs/22_generator.ipynb #2a555aa6
 @contextmanager
 def halved(transformer):
     "Within, a batch of two halves is computed as its second one, which is returned twice."
@@ -523,7 +523,7 @@ def halved(transformer):
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/22_generator.ipynb #cc572902
+# %% ../nbs/22_generator.ipynb #66668d62
 @patch
 def without_guidance(self: CogVideoX):
     "For the steps of a sampling that are left."
@@ -540,7 +540,7 @@ class Wan(Generator):
     patch_size = property(lambda self: self.pipe.transformer.config.patch_size[1])
     text_width = property(lambda self: self.pipe.transformer.config.text_dim)
 
-# %% ../nbs/22_generator.ipynb #5be4dedc
+# %% ../nbs/22_generator.ipynb #63c2ebf9
 @patch
 def check_model(self: Wan):
     "UserError if this isn't a model we train rightly."
@@ -551,7 +551,7 @@ def check_model(self: Wan):
     if self.pipe.scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise UserError("scheduler: prediction_type is not flow_prediction, as Wan has")
 
-# %% ../nbs/22_generator.ipynb #942651fd
+# %% ../nbs/22_generator.ipynb #8e676c5b
 @patch
 def check_experts(self: Wan):
     "UserError if the pipeline's experts and their settings don't belong together."
@@ -563,14 +563,14 @@ def check_experts(self: Wan):
         raise UserError("expand_timesteps: no Wan of two experts has a timestep for every token; "
                         "use Wan 2.2 A14B or 5B as published")
 
-# %% ../nbs/22_generator.ipynb #f0beb754
+# %% ../nbs/22_generator.ipynb #dcdbf992
 @patch
 def shape_of(self: Wan, num_frames: int) -> tuple[int, int, int, int]:
     "[C, T, H, W] of a clip's latents."
     s, t = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
     return self.transformer.config.in_channels, (num_frames - 1)//t + 1, self.height//s, self.width//s
 
-# %% ../nbs/22_generator.ipynb #4bc19653
+# %% ../nbs/22_generator.ipynb #34d7c346
 @patch
 def scale(self: Wan,
     z: Tensor,   # the VAE's [B, C, T, H, W]
@@ -580,26 +580,26 @@ def scale(self: Wan,
     mean, std = torch.tensor([config.latents_mean, config.latents_std], device=z.device).view(2, 1, -1, 1, 1, 1)
     return (z - mean)/std
 
-# %% ../nbs/22_generator.ipynb #22901cc0
+# %% ../nbs/22_generator.ipynb #fa23b98d
 @patch
 def encode_prompts(self: Wan, prompts: list[str]) -> list[Tensor]:
     "Embeddings [N, C] without padding."
     return [x[:n].clone() for x, n in zip(self.embed(prompts), self.lengths(prompts))]
 
-# %% ../nbs/22_generator.ipynb #b2fc8b45
+# %% ../nbs/22_generator.ipynb #49f81e66
 @patch(as_prop=True)
 def shift(self: Wan) -> float:
     "Of the scheduler: UniPC and Euler have other names for it."
     config = self.pipe.scheduler.config
     return config["flow_shift"] if "flow_shift" in config else config["shift"]
 
-# %% ../nbs/22_generator.ipynb #5e5d066b
+# %% ../nbs/22_generator.ipynb #1ee410d1
 @patch(as_prop=True)
 def boundary(self: Wan) -> float:
     "The timestep at which the pipeline changes experts; 0 where there is one."
     return (self.pipe.config.boundary_ratio or 0)*self.pipe.scheduler.config.num_train_timesteps
 
-# %% ../nbs/22_generator.ipynb #ac20739d
+# %% ../nbs/22_generator.ipynb #717f7c94
 @patch(as_prop=True)
 def shares(self: Wan) -> list[float]:
     "Of the noise: the part of all timesteps that each expert has, the high noise first."
@@ -607,7 +607,7 @@ def shares(self: Wan) -> list[float]:
     u = sigma/(self.shift - (self.shift - 1)*sigma)   # the inverse of the shift
     return [1 - u, u][:len(self.experts)]
 
-# %% ../nbs/22_generator.ipynb #fac81dee
+# %% ../nbs/22_generator.ipynb #0eb5cbe9
 @patch
 def timesteps(self: Wan, B: int, *keys) -> Tensor:
     "B timesteps 1000σ, uniform before the shift; of two experts those of the one in turn."
@@ -616,14 +616,14 @@ def timesteps(self: Wan, B: int, *keys) -> Tensor:
     t = self.pipe.scheduler.config.num_train_timesteps*self.shift*u/(1 + (self.shift - 1)*u)
     return t.clamp(max=edge.nextafter(-edge)) if self.turn else t.clamp(min=edge)   # rounding must not cross it
 
-# %% ../nbs/22_generator.ipynb #6898858f
+# %% ../nbs/22_generator.ipynb #b08bf5fc
 @patch
 def add_noise(self: Wan, y: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     "(y_t, v)"
     sigma = (t/self.pipe.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1, 1)
     return (1 - sigma)*y + sigma*eps, eps - y
 
-# %% ../nbs/22_generator.ipynb #02d20452
+# %% ../nbs/22_generator.ipynb #c8e0e2e5
 @patch
 def predict(self: Wan, model, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
     "f_θ(y_t, t, x)"
@@ -632,7 +632,7 @@ def predict(self: Wan, model, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
         t = (tokens*t.view(-1, 1, 1, 1)).flatten(1)
     return model(hidden_states=noisy, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
 
-# %% ../nbs/22_generator.ipynb #0ad207a2
+# %% ../nbs/22_generator.ipynb #5984627a
 @patch
 @contextmanager
 def without_guidance(self: Wan):
@@ -657,7 +657,7 @@ def adapter_of(
                         f"give a plain text-to-video {name}")
     return families[name]
 
-# %% ../nbs/22_generator.ipynb #e656776e
+# %% ../nbs/22_generator.ipynb #dba69610
 @patch
 def error(self: Generator,
     latents: Tensor,        # scaled, from `encode_videos` or `sample`
@@ -673,7 +673,7 @@ def error(self: Generator,
     if model is self.frozen: v = v.detach()
     return (v.float() - target).pow(2).mean((1, 2, 3, 4))
 
-# %% ../nbs/22_generator.ipynb #8c962d04
+# %% ../nbs/22_generator.ipynb #b87432d0
 @patch
 def freeze_reference(self: Generator):
     "Begin of training: remember the weights of the expert in turn, unless adapters leave them as they are."
@@ -684,7 +684,7 @@ def freeze_reference(self: Generator):
         compile_blocks(self.blocks_of(self.frozen))
         keep_nothing(self.frozen)
 
-# %% ../nbs/22_generator.ipynb #81ee62a6
+# %% ../nbs/22_generator.ipynb #8897be68
 @contextmanager
 def adapters_off(modules: list[nn.Module]):
     "peft's own switch without its requires_grad, which took longer than to start the pass."
@@ -694,7 +694,7 @@ def adapters_off(modules: list[nn.Module]):
     finally:
         for m in adapted: m._disable_adapters = False
 
-# %% ../nbs/22_generator.ipynb #6eb4d19e
+# %% ../nbs/22_generator.ipynb #bc02e615
 @patch
 @contextmanager
 def reference(self: Generator):
@@ -704,7 +704,7 @@ def reference(self: Generator):
         with torch.set_grad_enabled(self.compiled and not self.lora_rank):
             yield self.transformer if self.lora_rank else self.frozen
 
-# %% ../nbs/22_generator.ipynb #383d6206
+# %% ../nbs/22_generator.ipynb #efe2021b
 @patch
 @contextmanager
 def alone(self: Generator):
@@ -715,13 +715,13 @@ def alone(self: Generator):
     finally:
         for part in (*parts, *(idle if self.roomy else [])): part.to(self.device)
 
-# %% ../nbs/22_generator.ipynb #ae6b1948
+# %% ../nbs/22_generator.ipynb #00a65b5a
 @patch
 def attending(self: Generator):
     "While sampling and training, backward passes included: the chosen attention kernel, see `kernels.flash4`."
     return flash4(self.attention == "flash4")
 
-# %% ../nbs/22_generator.ipynb #f61d4f37
+# %% ../nbs/22_generator.ipynb #c25a2816
 @patch
 def start(self: Generator,
     key: tuple,        # its name
@@ -730,14 +730,14 @@ def start(self: Generator,
     "The noise that a clip starts from; a shorter one takes the first of it."
     return noise(self.latent_shape, *key)[tuple(slice(n) for n in self.shape_of(num_frames))]
 
-# %% ../nbs/22_generator.ipynb #997ef360
+# %% ../nbs/22_generator.ipynb #c9145a2a
 @patch(as_prop=True)
 def untouched(self: Generator) -> bool:
     "Whether the adapters still add nothing."
     if not self.lora_rank: return False
     return not any(p.any() for name, p in nn.ModuleList(self.experts).named_parameters() if "lora_B" in name)
 
-# %% ../nbs/22_generator.ipynb #02a28563
+# %% ../nbs/22_generator.ipynb #dac18301
 @patch
 @contextmanager
 def caching(self: Generator, threshold: float | None):
@@ -748,7 +748,7 @@ def caching(self: Generator, threshold: float | None):
     finally:
         for expert in cached: expert.disable_cache()
 
-# %% ../nbs/22_generator.ipynb #731fe504
+# %% ../nbs/22_generator.ipynb #d5883cd4
 @patch
 @contextmanager
 def swapping(self: Generator):
@@ -761,7 +761,7 @@ def swapping(self: Generator):
         for hook in hooks: hook.remove()
         self.place(self.turn)
 
-# %% ../nbs/22_generator.ipynb #28d37fbe
+# %% ../nbs/22_generator.ipynb #eb5840ba
 @patch
 def pipeline_inputs(self: Generator,
     text: list[Tensor],   # an embedding a clip
@@ -777,7 +777,7 @@ def pipeline_inputs(self: Generator,
         height=self.height, width=self.width, num_frames=s.num_frames,
         num_inference_steps=s.num_inference_steps, output_type="pt", **s.guidance)
 
-# %% ../nbs/22_generator.ipynb #fbf588e1
+# %% ../nbs/22_generator.ipynb #60dba50e
 @patch
 def sample_batch(self: Generator, text: list[Tensor], keys: list[tuple], sampling: Sampling) -> tuple[Tensor, Tensor]:
     "One call of the pipeline: (latents, videos), see `sample`."
@@ -790,7 +790,7 @@ def sample_batch(self: Generator, text: list[Tensor], keys: list[tuple], samplin
         videos = self.pipe(callback_on_step_end=catch, **self.pipeline_inputs(text, keys, sampling)).frames
     return last["latents"].to("cpu", self.dtype), (videos.float()*255).round().to("cpu", torch.uint8)
 
-# %% ../nbs/22_generator.ipynb #85228b20
+# %% ../nbs/22_generator.ipynb #dffb4d6d
 @patch
 def sample(self: Generator,
     prompts: list[str],
@@ -809,7 +809,7 @@ def sample(self: Generator,
             made.append(self.sample_batch(embedded[part], keys[part], sampling))
     return tuple(torch.cat(x) for x in zip(*made))
 
-# %% ../nbs/22_generator.ipynb #d285f77d
+# %% ../nbs/22_generator.ipynb #44f6c81c
 @patch
 def lora(self: Generator,
     k: int | None = None,   # of which expert; None: the one in turn
@@ -818,7 +818,7 @@ def lora(self: Generator,
     expert = self.experts[self.turn if k is None else k]
     return {name: w.detach().to("cpu", copy=True) for name, w in get_peft_model_state_dict(expert).items()}
 
-# %% ../nbs/22_generator.ipynb #81717b40
+# %% ../nbs/22_generator.ipynb #ad9fe0d8
 @patch
 def merge(self: Generator):
     "End of a round: freeze the adapters and start fresh ones, so that what was learned becomes the reference."
@@ -828,7 +828,7 @@ def merge(self: Generator):
         expert.unload_lora()
         self.adapt(k)
 
-# %% ../nbs/22_generator.ipynb #69d3a8d5
+# %% ../nbs/22_generator.ipynb #3b11e2fd
 @patch
 def save_adapters(self: Generator, folder: Path):
     "A file for each expert, and the ranks of the rounds."
@@ -837,7 +837,7 @@ def save_adapters(self: Generator, folder: Path):
         self.pipe.save_lora_weights(folder, stack_lora(loras), weight_name=name)
     write_json(folder/"generator.json", note_base(self.base, folder) | {"ranks": list(map(rank_of, loras))})
 
-# %% ../nbs/22_generator.ipynb #d62c2485
+# %% ../nbs/22_generator.ipynb #276e4e2d
 @patch
 def save_pipeline(self: Generator, folder: Path):
     "All parts, without a word of where they were read: it says nothing elsewhere."
@@ -846,7 +846,7 @@ def save_pipeline(self: Generator, folder: Path):
     unpadded(self.pipe.tokenizer)
     self.pipe.save_pretrained(folder)
 
-# %% ../nbs/22_generator.ipynb #f7cda66a
+# %% ../nbs/22_generator.ipynb #d0293e2d
 @patch
 def save(self: Generator,
     folder,   # replaced if it is there
@@ -869,7 +869,7 @@ def meta_part(
         if key == "text_encoder": return kind(transformers.AutoConfig.from_pretrained(base, subfolder=key)).to(dtype)
         return nn.Module.to(kind.from_config(kind.load_config(base, subfolder=key)), dtype)
 
-# %% ../nbs/22_generator.ipynb #9401d213
+# %% ../nbs/22_generator.ipynb #41f69fe6
 def described_part(
     base: str, key: str,   # the pipeline, and a part of it
     about: list,           # of it, in model_index.json
@@ -888,7 +888,7 @@ def described_part(
         why = in_a_line(error)
         raise UserError(f"{base}: no {key} to be had there ({why}); check the path or hub id") from None
 
-# %% ../nbs/22_generator.ipynb #d7a22535
+# %% ../nbs/22_generator.ipynb #1b569090
 def meta_parts(
     base: str,                        # the pipeline
     pipeline: type,                   # its class
