@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import UserError
@@ -22,7 +23,7 @@ def dpo_loss(
     E_w: Tensor, E_l: Tensor,          # [B] fp32, errors of winners and losers under θ
     E_w_ref: Tensor, E_l_ref: Tensor,  # [B] fp32, the same t and ε under the reference
     beta: float,                       # 5000 for CogVideoX, 2000 for Wan
-) -> tuple[Tensor, dict]:              # (loss [B], {"logit", "accuracy", "margin_w", "margin_l"}, each [B], detached)
+) -> tuple[Tensor, dict[str, Tensor]]:  # (loss, {"logit", "accuracy", "margin_w", "margin_l"}), all [B], those detached
     "Diffusion-DPO (Wallace et al., 2311.12908, eq. 14): −log σ(−β/2 [(E_w − E_w^ref) − (E_l − E_l^ref)])."
     margin_w, margin_l = E_w - E_w_ref, E_l - E_l_ref
     logit = -beta/2*(margin_w - margin_l)
@@ -37,7 +38,7 @@ def kto_loss(
     beta: float,                # as for DPO
     lambda_d: float = 1.,       # λ_D, weight of desirable videos
     lambda_u: float = 1.,       # λ_U, of undesirable ones
-) -> tuple[Tensor, dict]:       # (loss [B], {"reward", "accuracy"}, each [B], detached)
+) -> tuple[Tensor, dict[str, Tensor]]:   # (loss, {"reward", "accuracy"}), all [B], those detached
     "KTO (Ethayarajh et al., 2402.01306) of errors: λ_y − λ_y σ(±β(r − z)) with r = −(E − E^ref)."
     reward = -(E - E_ref)
     sign = torch.where(desirable, 1., -1.)
@@ -59,15 +60,17 @@ class Objective:
     shared = True   # winner and loser share t and ε
     trace = None    # what it remembers of earlier batches, one entry a batch; None: nothing
 
-    @property
-    def name(self) -> str:
-        "Of its metrics, files and progress bar."
-        return type(self).__name__.lower()
+# %% ../nbs/20_losses.ipynb #2decd42f
+@patch(as_prop=True)
+def name(self: Objective) -> str:
+    "Of its metrics, files and progress bar."
+    return type(self).__name__.lower()
 
-    @property
-    def settings(self) -> dict:
-        "What decides its results, plain data."
-        return {"objective": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+# %% ../nbs/20_losses.ipynb #9b1f9670
+@patch(as_prop=True)
+def settings(self: Objective) -> dict[str, str | float]:
+    "What decides its results, plain data."
+    return {"objective": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
 # %% ../nbs/20_losses.ipynb #a9bd3127
 @dataclass(frozen=True)
@@ -87,27 +90,29 @@ class Kto(Objective):
     lambda_d: float = 1.    # λ_D, weight of desirable videos
     lambda_u: float = 1.    # λ_U, of undesirable ones
     window: int = 64        # videos that make a trustworthy mean
-    trace: list = field(default_factory=list, init=False, repr=False)   # m of every batch
+    trace: list[float] = field(default_factory=list, init=False, repr=False)   # m of every batch
     shared = False
     gather = staticmethod(gather)   # over ranks
-
-    def z(self, E, E_ref, index: int) -> float:
-        "Take in a batch and return its baseline, ≥ 0. A batch with a non-finite error is left out."
-        r = self.gather((E_ref - E).detach().double())
-        m, w, mean = self.trace[index - 1] if index else 0., min(1., len(r)/self.window), r.mean().item()
-        if math.isfinite(mean): m = (1 - w)*m + w*mean
-        self.trace[index:] = [m]
-        return max(0., m)
 
     def __call__(self, E, E_ref, index=0):
         z, winners = self.z(E, E_ref, index), torch.arange(len(E), device=E.device) < len(E)//2
         loss, stats = kto_loss(E, E_ref, winners, z, self.beta, self.lambda_d, self.lambda_u)
         return loss, {"accuracy": stats["accuracy"].mean(), "z": torch.tensor(z)}
 
+# %% ../nbs/20_losses.ipynb #bd755eb3
+@patch
+def z(self: Kto, E: Tensor, E_ref: Tensor, index: int) -> float:
+    "Take in a batch and return its baseline, ≥ 0. A batch with a non-finite error is left out."
+    r = self.gather((E_ref - E).detach().double())
+    m, w, mean = self.trace[index - 1] if index else 0., min(1., len(r)/self.window), r.mean().item()
+    if math.isfinite(mean): m = (1 - w)*m + w*mean
+    self.trace[index:] = [m]
+    return max(0., m)
+
 # %% ../nbs/20_losses.ipynb #728316bf
 def objective_of(
     name: str,        # "dpo", "kto", or "package.module:Class"
-    settings: dict,   # the keys of a config's `align`, of which it takes those it knows
+    settings: dict[str, object],   # the keys of a config's `align`, of which it takes those it knows
 ) -> Objective:
     "The objective of that name; UserError if there is none."
     module, _, kind = {"dpo": "dual_ipo.losses:Dpo", "kto": "dual_ipo.losses:Kto"}.get(name, name).partition(":")
@@ -116,9 +121,9 @@ def objective_of(
         known = {f.name for f in fields(kind) if f.init}
         return kind(**{key: value for key, value in settings.items() if key in known})
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise UserError(
-            f"align.objective: {name!r:.80} is no objective ({told}); give dpo, kto, or package.module:Class") from None
+            f"align.objective: {name!r:.80} is no objective ({why}); give dpo, kto, or package.module:Class") from None
 
 # %% ../nbs/20_losses.ipynb #afc49866
 def nll(

@@ -1,5 +1,6 @@
-"An exported adapter is the trained one: both forms folded by rules written down here, not by the code that wrote them."
-import ast, shutil
+"An exported adapter is the trained one: both forms folded by rules written down here, not by the code that wrote it."
+import ast
+from itertools import product
 from pathlib import Path
 import huggingface_hub, pytest, torch, yaml
 from diffusers import DiffusionPipeline
@@ -9,7 +10,7 @@ import tiny
 from dual_ipo import export as module
 from dual_ipo.ending import main
 from dual_ipo.core import UserError, noise
-from dual_ipo.export import Adapter, card, export
+from dual_ipo.export import Adapter, export
 from dual_ipo.generator import Generator
 from dual_ipo.store import Run, mark_done, read_tensors, write_json, write_table, write_tensors, write_yaml
 
@@ -30,20 +31,28 @@ def finish(run, k, **entry):
 
 def new_run(folder, **generator):
     "A run whose config is that and whose round 0 is finished."
-    config = dict(rounds=3, generator=dict(path=str(folder.parent/"base"), fps=8.) | generator, data=dict(prompts=str(folder/"input/prompts.txt"), pairs=None))
+    config = dict(rounds=3, generator=dict(path=str(folder.parent/"base"), fps=8.) | generator,
+                  data=dict(prompts=str(folder/"input/prompts.txt"), pairs=None))
     write_yaml(folder/"run.yaml", config)
     run = Run.load(folder)
     finish(run, 0)
     return run
 
 
-def invented(run, k, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layer="blocks.0.attn1.to_q", files=("pytorch_lora_weights.safetensors",)):
+HUB = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+FILES = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"   # of the experts
+
+
+def invented(run, k, base=HUB, layer="blocks.0.attn1.to_q", files=FILES[:1]):
     "A finished round with an adapter that nobody trained."
     for name in files:
-        write_tensors(run.round(k)/"generator"/name, {f"transformer.{layer}.lora_{x}.weight": noise((2, 6) if x == "A" else (6, 2), name, k, x) for x in "AB"})
+        lora = dict(A=noise((2, 6), name, k, "A"), B=noise((6, 2), name, k, "B"))
+        weights = {f"transformer.{layer}.lora_{x}.weight": weight for x, weight in lora.items()}
+        write_tensors(run.round(k)/"generator"/name, weights)
     write_json(run.round(k)/"generator/generator.json", dict(base=base, ranks=[2]))
     mark_done(run.round(k)/"generator")
-    finish(run, k, generator=dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={}), reward=dict(accuracy=.75))
+    scores = dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={})
+    finish(run, k, generator=scores, reward=dict(accuracy=.75))
 
 
 @pytest.fixture
@@ -59,7 +68,8 @@ def trained(request, tmp_path_factory):
     "(kind, run of two finished rounds of different rank, the generator after them)"
     folder = tmp_path_factory.mktemp("trained")
     tiny.PIPELINES[request.param]().save_pretrained(folder/"base")
-    run, path = new_run(folder/"run", dtype="float32", negative_prompt="a 'blue' \"square\"", **tiny.SETTINGS), folder/"base"
+    run = new_run(folder/"run", dtype="float32", negative_prompt="a 'blue' \"square\"", **tiny.SETTINGS)
+    path = folder/"base"
     for k, rank in RANKS.items():
         g = Generator.load(path, lora_rank=rank, **tiny.SETTINGS)
         with torch.no_grad():
@@ -74,22 +84,28 @@ def trained(request, tmp_path_factory):
 
 # the rules
 
+def wan_name(theirs):
+    "By diffusers' converter of the original checkpoints."
+    return next(iter(convert_wan_transformer_to_diffusers({f"{theirs}.weight": torch.zeros(1)})))
+
+
 def native_names(kind, names):
     "{what ComfyUI calls a linear map of the attention: its weight in diffusers}"
-    if kind.startswith("wan"):   # by diffusers' converter of the original checkpoints
-        blocks = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))
-        theirs = [f"blocks.{i}.{attn}.{x}" for i in range(blocks) for attn in ("self_attn", "cross_attn") for x in "qkvo"]
-        found = {name: next(iter(convert_wan_transformer_to_diffusers({f"{name}.weight": torch.zeros(1)}))) for name in theirs}
-    else:   # comfy/ldm/cogvideo/model.py, CogVideoXBlock, a port of diffusers' model
-        blocks = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("transformer_blocks."))
-        layers = {"q": "to_q", "k": "to_k", "v": "to_v", "attn_out": "to_out.0"}
-        found = {f"blocks.{i}.{a}": f"transformer_blocks.{i}.attn1.{b}.weight" for i in range(blocks) for a, b in layers.items()}
+    root = "blocks" if kind.startswith("wan") else "transformer_blocks"
+    blocks, found = 1 + max(int(name.split(".")[1]) for name in names if name.startswith(f"{root}.")), {}
+    for i in range(blocks):
+        if kind.startswith("wan"):
+            theirs = [f"blocks.{i}.{attn}.{x}" for attn, x in product(("self_attn", "cross_attn"), "qkvo")]
+            found |= {name: wan_name(name) for name in theirs}
+        else:   # comfy/ldm/cogvideo/model.py, CogVideoXBlock, a port of diffusers' model
+            layers = {"q": "to_q", "k": "to_k", "v": "to_v", "attn_out": "to_out.0"}
+            found |= {f"blocks.{i}.{a}": f"{root}.{i}.attn1.{b}.weight" for a, b in layers.items()}
     assert set(found.values()) <= set(names)
     return found
 
 
 def fold_comfyui(kind, weights, lora):
-    "comfy/lora.py and comfy/weight_adapter/lora.py: for every map of the model that has the keys, W + alpha/rank · up @ down."
+    "comfy/lora.py, comfy/weight_adapter/lora.py: for every map of the model with the keys, W + alpha/rank · up @ down."
     weights, read = dict(weights), set()
     for name, target in native_names(kind, weights).items():
         keys = [f"diffusion_model.{name}.{x}" for x in ("lora_up.weight", "lora_down.weight", "alpha")]
@@ -115,21 +131,37 @@ def by_diffusers(base, folder, files):
     "{part: weights} after `load_lora_weights` and `fuse_lora`."
     pipe = DiffusionPipeline.from_pretrained(base)
     for name, part in zip(files, experts(pipe)):
-        pipe.load_lora_weights(folder, weight_name=name, **(dict(load_into_transformer_2=True) if part == "transformer_2" else {}))
+        second = dict(load_into_transformer_2=True) if part == "transformer_2" else {}
+        pipe.load_lora_weights(folder, weight_name=name, **second)
     pipe.fuse_lora(components=list(experts(pipe)))
-    return {part: {name.replace(".base_layer", ""): w for name, w in m.state_dict().items() if "lora_" not in name} for part, m in experts(pipe).items()}
+    return {part: without_lora(m.state_dict()) for part, m in experts(pipe).items()}
+
+
+def without_lora(weights):
+    "As they are called where there is no adapter."
+    return {name.replace(".base_layer", ""): w for name, w in weights.items() if "lora_" not in name}
 
 
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def ranks_of(theirs):
+    "Of an adapter in ComfyUI's form: of its maps down and up, and what alpha says."
+    down = {len(w) for name, w in theirs.items() if "lora_down" in name}
+    up = {w.shape[1] for name, w in theirs.items() if "lora_up" in name}
+    return down | up, {w.item() for name, w in theirs.items() if name.endswith("alpha")}
+
+
 def test_both_forms_are_the_trained_adapter(trained, tmp_path):
     kind, run, g = trained
-    plain = {part: m.state_dict() for part, m in experts(DiffusionPipeline.from_pretrained(run.path.parent/"base")).items()}
-    files = {form: list(Adapter(run, 2, *module.read_adapters(run.round(2)/"generator"), form).files()) for form in module.FORMATS}
+    base = run.path.parent/"base"
+    plain = {part: m.state_dict() for part, m in experts(DiffusionPipeline.from_pretrained(base)).items()}
+    adapters = module.read_adapters(run.round(2)/"generator")
+    files = {form: list(Adapter(run, 2, *adapters, form).files()) for form in module.FORMATS}
     folders = {form: export(run, 2, form, tmp_path/form) for form in module.FORMATS}
     assert all(len(names) == len(plain) for names in files.values())
-    read = {form: by_diffusers(run.path.parent/"base", folders[form], files[form]) for form in module.FORMATS if form == "diffusers" or kind.startswith("wan")}
+    readable = module.FORMATS if kind.startswith("wan") else ["diffusers"]
+    read = {form: by_diffusers(base, folders[form], files[form]) for form in readable}
     for i, (part, weights) in enumerate(plain.items()):
         ours, theirs = (read_tensors(folders[form]/files[form][i]) for form in module.FORMATS)
         folded = fold_diffusers(weights, ours)
@@ -138,9 +170,8 @@ def test_both_forms_are_the_trained_adapter(trained, tmp_path):
         torch.testing.assert_close(dict(experts(g.pipe)[part].state_dict()), folded, atol=1e-6, rtol=1e-6)
         changed = [name for name in weights if not torch.equal(weights[name], folded[name])]
         assert len(changed) == len(native_names(kind, weights))
-        ranks = {w.shape[0] for name, w in theirs.items() if "lora_down" in name} | {w.shape[1] for name, w in theirs.items() if "lora_up" in name}
-        assert ranks == {sum(RANKS.values())} == {w.item() for name, w in theirs.items() if name.endswith("alpha")}
-        assert all(w.dtype == torch.float32 for lora in (ours, theirs) for w in lora.values())
+        assert ranks_of(theirs) == ({sum(RANKS.values())},)*2
+        assert all(w.dtype == torch.float32 for w in [*ours.values(), *theirs.values()])
 
 
 def test_a_round_before_holds_less(trained, tmp_path):
@@ -236,20 +267,22 @@ def test_killed_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
 
 def test_default_folder_and_its_message(capsys, run):
     assert main(["export", str(run.path), "--format", "comfyui"]) == 0
-    assert "circles-round2.safetensors" in (said := capsys.readouterr().out) and "license" in said and said.count("\n") == 1
+    line = capsys.readouterr().out
+    assert "circles-round2.safetensors" in line and "license" in line and line.count("\n") == 1
     assert (run.path/"export/circles-round2-comfyui/circles-round2.safetensors").is_file()
 
 
 def test_two_experts_have_two_files(tmp_path):
     run = new_run(tmp_path/"wan 2.2", guidance_scale=4., guidance_scale_2=3.)
-    invented(run, 1, base="Wan-AI/Wan2.2-T2V-A14B-Diffusers", files=("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"))
-    read = lambda folder: {p.name: read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
+    invented(run, 1, base="Wan-AI/Wan2.2-T2V-A14B-Diffusers", files=FILES)
+    def read(folder): return {p.name: read_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
     ours, theirs = (read(export(run, format=form)) for form in module.FORMATS)
     assert list(ours) == ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_low_noise.safetensors"]
     assert list(theirs) == ["wan-2.2-round1_high_noise.safetensors", "wan-2.2-round1_low_noise.safetensors"]
     source = read(run.round(1)/"generator")
     for a, b, c in zip(ours.values(), theirs.values(), source.values()):
-        assert equal(a, c) and torch.equal(b["diffusion_model.blocks.0.self_attn.q.lora_up.weight"], c["transformer.blocks.0.attn1.to_q.lora_B.weight"])
+        up = b["diffusion_model.blocks.0.self_attn.q.lora_up.weight"]
+        assert equal(a, c) and torch.equal(up, c["transformer.blocks.0.attn1.to_q.lora_B.weight"])
     texts = [(run.path/f"export/wan-2.2-round1-{form}/README.md").read_text("utf-8") for form in module.FORMATS]
     assert all(text.count("load_into_transformer_2=True") == 1 and "guidance_scale_2=3.0" in text for text in texts)
     assert "high noise or low noise" in texts[1]
@@ -260,12 +293,15 @@ def test_two_experts_have_two_files(tmp_path):
 def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
     run = new_run(tmp_path/"<b>bold | `x`", negative_prompt="```\n# shout")
     invented(run, 1, base=str(tmp_path/"base"))
-    write_table(run.round(1)/"evaluate/scores.parquet", [dict(prompt=p, seed=s, path="x.mp4") for p in ("a ```` fence", "one\n\n# two", "<script>", "a fourth") for s in range(2)])
+    prompts = "a ```` fence", "one\n\n# two", "<script>", "a fourth"
+    clips = [dict(prompt=p, seed=s, path="x.mp4") for p, s in product(prompts, range(2))]
+    write_table(run.round(1)/"evaluate/scores.parquet", clips)
     text = (export(run, out=tmp_path/"out")/"README.md").read_text("utf-8")
     assert str(tmp_path) not in text and "# \\<b\\>bold \\| \\`x\\`, round 1" in text
     assert "`````text\na ```` fence\none # two\n<script>\n`````" in text
     facts = yaml.safe_load(text.split("---\n")[1])
-    assert facts == dict(library_name="diffusers", pipeline_tag="text-to-video", tags=["lora", "text-to-video", "diffusers", "dual-ipo"])
+    tags = ["lora", "text-to-video", "diffusers", "dual-ipo"]
+    assert facts == dict(library_name="diffusers", pipeline_tag="text-to-video", tags=tags)
     code = text.split("## diffusers\n\n`````python\n")[1].split("`````")[0]
     assert "from_pretrained('base'" in code and "prompt = 'a ```` fence'" in code and ast.parse(code)
     config = yaml.safe_load(text.split("````yaml\n")[1].split("````")[0])
@@ -275,8 +311,9 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
 def test_card_of_a_hub_base(run):
     text = (export(run, 1)/"README.md").read_text("utf-8")
     facts = yaml.safe_load(text.split("---\n")[1])
-    assert facts["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and facts["base_model_relation"] == "adapter" and "license" not in facts
-    assert "| **1** | **51.0** | **70.0** | **40.0** | **80.0** | **75.0** |" in text and "| 0 | – |" in text and "| 2 | 52.0 |" in text
+    assert facts["base_model"] == HUB and facts["base_model_relation"] == "adapter" and "license" not in facts
+    for row in ("| **1** | **51.0** | **70.0** | **40.0** | **80.0** | **75.0** |", "| 0 | – |", "| 2 | 52.0 |"):
+        assert row in text
     assert "load_lora_weights('circles-round1-diffusers', weight_name='pytorch_lora_weights.safetensors')" in text
 
 
@@ -297,9 +334,10 @@ def test_push(capsys, run, tmp_path, monkeypatch):
     Hub.calls = []
     assert main(["export", str(run.path), "--out", str(tmp_path/"out"), "--push", "me/circles"]) == 0
     assert "https://huggingface.co/me/circles" in (said := capsys.readouterr().out) and "private" in said
-    (create, name, options), (upload, again, files) = Hub.calls
-    assert (create, upload, name, again, options) == ("create", "upload", "me/circles", "me/circles", dict(private=True, exist_ok=True))
-    assert set(files) == {"README.md", "pytorch_lora_weights.safetensors"} and b"load_lora_weights('me/circles', weight_name" in files["README.md"]
+    created, (*uploaded, files) = Hub.calls
+    assert created == ("create", "me/circles", dict(private=True, exist_ok=True))
+    assert uploaded == ["upload", "me/circles"] and set(files) == {"README.md", FILES[0]}
+    assert b"load_lora_weights('me/circles', weight_name" in files["README.md"]
     assert main(["export", str(run.path), "--out", str(tmp_path/"out"), "--push", "me/others"]) == 0
     assert b"load_lora_weights('me/others', weight_name" in Hub.calls[-1][2]["README.md"]
 
@@ -324,4 +362,5 @@ def test_push_without_answer(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     api = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api(endpoint="http://127.0.0.1:9", token="hf_none"))
-    with pytest.raises(UserError, match="--push me/circles: .*check name and network"): module.run_export(run, name="me/circles")
+    with pytest.raises(UserError, match="--push me/circles: .*check name and network"):
+        module.run_export(run, name="me/circles")

@@ -1,12 +1,11 @@
 "The adapters against diffusers itself, and what must survive kills and more processes."
 import hashlib, json, math, os, signal, subprocess, sys, time
 from dataclasses import replace
-from pathlib import Path
 import pytest, torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 import tiny
 from dual_ipo.align import align, errors, in_parts, step_loss
-from dual_ipo.candidates import make_pairs, read_latents, sample_candidates
+from dual_ipo.candidates import make_pairs, sample_candidates
 from dual_ipo.checkpoints import layers_of
 from dual_ipo.core import UserError, generator, noise
 from dual_ipo.generator import CogVideoX, Generator, Wan
@@ -19,27 +18,38 @@ PROMPTS = ["a red circle moves left", "a blue square", "a green triangle moves u
 KEYS = [(0, 1, prompt, 3) for prompt in PROMPTS]
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, make in tiny.PIPELINES.items(): make().save_pretrained(folder/name)
-    return {name: folder/name for name in tiny.PIPELINES}
+def paths(tmp_path_factory): return tiny.saved(tmp_path_factory.mktemp("checkpoints"))
 
 @pytest.fixture(params=list(tiny.PIPELINES))
 def kind(request): return request.param
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 def batch(g, n=3):
     "A noisy batch for `error`."
-    return noise((n, *g.latent_shape), "y"), g.timesteps(n, "t"), noise((n, *g.latent_shape), "eps"), g.encode_prompts(PROMPTS[:n])
+    shape = n, *g.latent_shape
+    return noise(shape, "y"), g.timesteps(n, "t"), noise(shape, "eps"), g.encode_prompts(PROMPTS[:n])
 
 def learn(g, key="learned", by=.3):
     "Change what is trained."
     with torch.no_grad():
         for name, p in g.transformer.named_parameters():
-            if p.requires_grad and "lora_A" not in name: p.add_(by*noise(p.shape, key, name)*(1 if g.lora_rank else p.abs().mean()))
+            if not p.requires_grad or "lora_A" in name: continue
+            p.add_(by*noise(p.shape, key, name)*(1 if g.lora_rank else p.abs().mean()))
+
+def opened(path, **settings):
+    "The same by diffusers alone."
+    pipe = DiffusionPipeline.from_pretrained(path, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+SHAPE = dict(num_frames=9, height=32, width=32)
+CALL = SHAPE | dict(num_inference_steps=3, guidance_scale=3., max_sequence_length=16)   # as `tiny.SETTINGS`
 
 # parity with the pipeline
 
@@ -47,12 +57,11 @@ def learn(g, key="learned", by=.3):
 def test_samples_are_the_pipelines(paths, kind, dtype):
     g = Generator.load(paths[kind], lora_rank=2, dtype=dtype, **tiny.SETTINGS)
     latents, videos = g.sample(PROMPTS, KEYS, batch_size=1 if dtype == torch.bfloat16 else 2)
-    plain = DiffusionPipeline.from_pretrained(paths[kind], dtype={"default": dtype, "vae": torch.float32 if kind.startswith("wan") else dtype})
-    plain.set_progress_bar_config(disable=True)
+    plain = opened(paths[kind], dtype={"default": dtype, "vae": torch.float32 if kind.startswith("wan") else dtype})
     for k, prompt in enumerate(PROMPTS):
         def call(output_type):
-            return plain(prompt=prompt, latents=noise(g.latent_shape, *KEYS[k])[None].to(g.latent_dtype), generator=[generator("sampler", *KEYS[k])], num_frames=9, height=32, width=32,
-                num_inference_steps=3, guidance_scale=3., max_sequence_length=16, output_type=output_type).frames[0]
+            start, named = noise(g.latent_shape, *KEYS[k])[None].to(g.latent_dtype), [generator("sampler", *KEYS[k])]
+            return plain(prompt=prompt, latents=start, generator=named, output_type=output_type, **CALL).frames[0]
         assert (torch.from_numpy(call("np")).permute(0, 3, 1, 2)*255 - videos[k]).abs().max() < .51
         torch.testing.assert_close(call("latent").to(dtype), latents[k], atol=1e-4, rtol=1e-4)
 
@@ -69,7 +78,8 @@ def test_no_guidance(paths, kind):
 
 def test_texts_are_the_pipelines(paths, kind):
     g = Generator.load(paths[kind], **tiny.SETTINGS)
-    with torch.no_grad(): theirs = DiffusionPipeline.from_pretrained(paths[kind]).encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+    options = dict(do_classifier_free_guidance=False, max_sequence_length=16)
+    with torch.no_grad(): theirs = opened(paths[kind]).encode_prompt(PROMPTS, **options)[0]
     assert torch.equal(g.pad(g.encode_prompts(PROMPTS)), theirs)
 
 # the error, computed another way
@@ -80,10 +90,15 @@ def test_error_cogvideox(paths, kind):
     y, t, eps, text = batch(g)
     t[0] = 999                                            # zero terminal SNR
     plain, seen = CogVideoXPipeline.from_pretrained(paths[kind]), []
-    plain.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["image_rotary_emb"]), with_kwargs=True)
-    plain(PROMPTS[0], num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1., max_sequence_length=16, output_type="latent")
-    with torch.no_grad(): v = plain.transformer(hidden_states=plain.scheduler.add_noise(y, eps, t), encoder_hidden_states=torch.stack(text), timestep=t, image_rotary_emb=seen[0]).sample
-    with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - plain.scheduler.get_velocity(y, eps, t)).square().flatten(1).mean(1))
+    def look(m, args, kwargs): seen.append(kwargs["image_rotary_emb"])
+    plain.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    plain(PROMPTS[0], output_type="latent", **CALL | dict(num_inference_steps=1, guidance_scale=1.))
+    with torch.no_grad():
+        v = plain.transformer(
+            hidden_states=plain.scheduler.add_noise(y, eps, t), encoder_hidden_states=torch.stack(text), timestep=t,
+            image_rotary_emb=seen[0]).sample
+        theirs = (v - plain.scheduler.get_velocity(y, eps, t)).square().flatten(1).mean(1)
+        torch.testing.assert_close(g.error(y, t, eps, text), theirs)
 
 @pytest.mark.parametrize("kind", ["wan unipc", "wan euler", "wan 2.2 5b"])
 def test_error_wan(paths, kind):
@@ -92,12 +107,15 @@ def test_error_wan(paths, kind):
     plain.scheduler.set_timesteps(6)
     sigma, t = plain.scheduler.sigmas[[1, 3, 5]], 1000*plain.scheduler.sigmas[[1, 3, 5]]
     torch.testing.assert_close(t.int().float(), plain.scheduler.timesteps[[1, 3, 5]].int().float())
-    if kind == "wan euler": torch.testing.assert_close(g.add_noise(y, eps, t)[0], plain.scheduler.scale_noise(y, plain.scheduler.timesteps[[1, 3, 5]], eps))
+    if kind == "wan euler":
+        theirs = plain.scheduler.scale_noise(y, plain.scheduler.timesteps[[1, 3, 5]], eps)
+        torch.testing.assert_close(g.add_noise(y, eps, t)[0], theirs)
     sigma = sigma.view(3, 1, 1, 1, 1)
     if kind == "wan 2.2 5b": t_model = t[:, None].expand(3, y[0, 0, :, ::2, ::2].numel())
     else: t_model = t
-    with torch.no_grad(): v = plain.transformer((1 - sigma)*y + sigma*eps, t_model, g.pad(text)).sample
-    with torch.no_grad(): torch.testing.assert_close(g.error(y, t, eps, text), (v - (eps - y)).square().flatten(1).mean(1))
+    with torch.no_grad():
+        v = plain.transformer((1 - sigma)*y + sigma*eps, t_model, g.pad(text)).sample
+        torch.testing.assert_close(g.error(y, t, eps, text), (v - (eps - y)).square().flatten(1).mean(1))
 
 def test_perfect_prediction_has_no_error(paths, kind):
     "The velocity leads from y_t back to y the way the sampler's last step goes."
@@ -116,7 +134,9 @@ def test_videos_come_back_through_the_vae(paths, kind):
     latents, vae = g.encode_videos(videos), g.pipe.vae
     with torch.no_grad():
         z = vae.encode((videos/127.5 - 1).transpose(1, 2)).latent_dist.mean
-        if kind.startswith("wan"): theirs = latents*torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1) + torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        if kind.startswith("wan"):
+            mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).view(2, 1, -1, 1, 1, 1)
+            theirs = latents*std + mean
         else: theirs = latents[:, g.front_frames(3):].permute(0, 2, 1, 3, 4)/vae.config.scaling_factor
     torch.testing.assert_close(theirs, z)
     assert latents.shape[1:] == g.latent_shape
@@ -157,22 +177,26 @@ def test_adapters_of_two_rounds_load_in_plain_diffusers(paths, kind, tmp_path):
         plain.set_adapters(f"round_{k}")
         with torch.no_grad(): torch.testing.assert_close(g.error(*x, plain.transformer), after, atol=1e-5, rtol=1e-4)
         again = Generator.load(tmp_path/f"round_{k}", lora_rank=2, **tiny.SETTINGS)
-        ours, theirs = g.transformer.state_dict(), again.transformer.state_dict()
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert same(g.transformer.state_dict(), again.transformer.state_dict())
 
 def test_full_fine_tuning_loads_in_plain_diffusers(paths, kind, tmp_path):
     g = Generator.load(paths[kind], **tiny.SETTINGS)
     learn(g); g.save(tmp_path/"full")
     plain, x = DiffusionPipeline.from_pretrained(tmp_path/"full"), batch(g)
     with torch.no_grad(): assert torch.equal(g.error(*x, plain.transformer), g.error(*x))
-    with torch.no_grad(): assert torch.equal(Generator.load(tmp_path/"full", lora_rank=2, **tiny.SETTINGS).error(*x), g.error(*x))
+    again = Generator.load(tmp_path/"full", lora_rank=2, **tiny.SETTINGS)
+    with torch.no_grad(): assert torch.equal(again.error(*x), g.error(*x))
 
 def test_fresh_adapters_do_not_depend_on_global_randomness(paths):
-    torch.manual_seed(1); one = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
-    torch.manual_seed(2); before = torch.get_rng_state(); two = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
+    def seeded(seed):
+        torch.manual_seed(seed)
+        return Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).lora()
+    one, two = seeded(1), seeded(2)
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 # two experts
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 def both_learn(g):
     for k in (0, 1):
@@ -184,7 +208,8 @@ def test_every_timestep_belongs_to_the_expert_that_the_pipeline_would_ask(paths)
     "Also those right at the boundary; and as many as that expert has of the whole distribution."
     g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS | dict(num_inference_steps=20))
     asked = []
-    hooks = [m.register_forward_pre_hook(lambda m, args, kwargs, k=k: asked.append((k, kwargs["timestep"][0].item())), with_kwargs=True) for k, m in enumerate(g.experts)]
+    def asks(k): return lambda m, args, kwargs: asked.append((k, kwargs["timestep"][0].item()))
+    hooks = [m.register_forward_pre_hook(asks(k), with_kwargs=True) for k, m in enumerate(g.experts)]
     g.sample(PROMPTS[:1], KEYS[:1])
     for hook in hooks: hook.remove()
     assert {k for k, _ in asked} == {0, 1} and all((t >= 875) == (k == 0) for k, t in asked)
@@ -194,7 +219,8 @@ def test_every_timestep_belongs_to_the_expert_that_the_pipeline_would_ask(paths)
         g.turn_to(k)
         drawn.append(g.timesteps(100_000, "side", k))
         theirs = whole[(whole >= 875) == (k == 0)]
-        assert abs(len(theirs)/len(whole) - share) < .005 and all((t >= 875) == (k == 0) for t in (drawn[-1].min(), drawn[-1].max()))
+        assert abs(len(theirs)/len(whole) - share) < .005
+        assert all((t >= 875) == (k == 0) for t in (drawn[-1].min(), drawn[-1].max()))
         q = torch.linspace(.01, .99, 50)
         torch.testing.assert_close(drawn[-1].quantile(q), theirs.quantile(q), rtol=.02, atol=5.)
     assert drawn[0].max() > 990 and drawn[0].min() < 876 and drawn[1].max() > 874 and sum(g.shares) == 1
@@ -236,18 +262,17 @@ def test_both_experts_load_in_plain_diffusers(paths, tmp_path):
     both_learn(g); g.merge()
     assert g.untouched
     both_learn(g); g.save(tmp_path/"round_2")
-    plain = WanPipeline.from_pretrained(paths["wan 2.2 a14b"])
-    plain.set_progress_bar_config(disable=True)
+    plain, second = opened(paths["wan 2.2 a14b"]), "pytorch_lora_weights_2.safetensors"
     plain.load_lora_weights(tmp_path/"round_2")
-    plain.load_lora_weights(tmp_path/"round_2", weight_name="pytorch_lora_weights_2.safetensors", load_into_transformer_2=True)
+    plain.load_lora_weights(tmp_path/"round_2", weight_name=second, load_into_transformer_2=True)
     latents = g.sample(PROMPTS, KEYS)[0]
     for k, prompt in enumerate(PROMPTS):
-        theirs = plain(prompt, latents=noise(g.latent_shape, *KEYS[k])[None], num_frames=9, height=32, width=32, num_inference_steps=3, guidance_scale=3., guidance_scale_2=2.,
-            max_sequence_length=16, output_type="latent").frames[0]
+        start = noise(g.latent_shape, *KEYS[k])[None]
+        theirs = plain(prompt, latents=start, output_type="latent", guidance_scale_2=2., **CALL).frames[0]
         torch.testing.assert_close(theirs, latents[k], atol=1e-3, rtol=1e-3)
     again = Generator.load(tmp_path/"round_2", lora_rank=2, **settings)
     g.merge()
-    for ours, theirs in zip(g.experts, again.experts): assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    for ours, theirs in zip(g.experts, again.experts): assert same(ours.state_dict(), theirs.state_dict())
     assert not torch.equal(first, latents) and [len(x) for x in again.loras] == [2, 2]
 
 def test_the_device_holds_one_expert_at_a_time(paths):
@@ -278,27 +303,32 @@ def test_guidance_and_cache_reach_both_experts(paths):
 def test_a_timestep_for_every_token(paths):
     "What the transformer is given is of the pipeline's shape and type."
     g, seen = Generator.load(paths["wan 2.2 5b"], **tiny.SETTINGS), []
-    g.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    def look(m, args, kwargs): seen.append(kwargs["timestep"])
+    g.transformer.register_forward_pre_hook(look, with_kwargs=True)
     g.sample(PROMPTS, KEYS)
     g.error(*batch(g))
     theirs, ours = seen[0], seen[-1]
-    assert theirs.shape == ours.shape == (3, 12) and theirs.dtype == ours.dtype and (ours == batch(g)[1][:, None]).all() and torch.equal(theirs, theirs[:1, :1].expand(3, 12))
+    assert theirs.shape == ours.shape == (3, 12) and theirs.dtype == ours.dtype
+    assert (ours == batch(g)[1][:, None]).all() and torch.equal(theirs, theirs[:1, :1].expand(3, 12))
 
 # errors
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_frames": 12}, "8k+1; use 9"), ({"num_frames": 15}, "8k+1; use 17"), ({"num_frames": 0}, "8k+1"), ({"height": 36}, "height: 36 is not a multiple"), ({"width": 0}, "width: 0"),
-    ({"negative_prompt": "a red circle " * 9}, "negative_prompt 1"), ({"max_sequence_length": 300}, "max_sequence_length")])
+    ({"num_frames": 12}, "8k+1; use 9"), ({"num_frames": 15}, "8k+1; use 17"), ({"num_frames": 0}, "8k+1"),
+    ({"height": 36}, "height: 36 is not a multiple"), ({"width": 0}, "width: 0"),
+    ({"negative_prompt": "a red circle " * 9}, "negative_prompt 1"),
+    ({"max_sequence_length": 300}, "max_sequence_length")])
 def test_settings_that_do_not_fit(paths, change, words):
     with pytest.raises(UserError) as error: Generator.load(paths["cogvideox 5b"], **tiny.SETTINGS | change)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 def test_a_shorter_clip(paths):
-    "From the first of the same noise; the pipeline's own, and as long as it says: CogVideoX's VAE makes 8 frames of the 2 latents that 5 would have."
+    "From the first of the same noise, and as long as it says: CogVideoX's VAE makes 8 frames of the 2 latents of 5."
     g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
     def sample(g, n): return g.sample(PROMPTS[:1], KEYS[:1], sampling=replace(g.sampling, num_frames=n))
     latents, videos = sample(g, 5)
-    assert torch.equal(g.start(KEYS[0], 5), g.start(KEYS[0], 9)[:, :2]) and latents.shape[2] == 2 and videos.shape[1] == 5
+    assert torch.equal(g.start(KEYS[0], 5), g.start(KEYS[0], 9)[:, :2])
+    assert latents.shape[2] == 2 and videos.shape[1] == 5
     assert g.sample(PROMPTS[:1], KEYS[:1])[1].shape[1] == 9
     with pytest.raises(UserError, match="13 is more than a whole clip's 9"): sample(g, 13)
     for name in ("cogvideox 2b", "cogvideox 1.5"):
@@ -313,9 +343,10 @@ def test_other_checkpoints(paths, tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
     assert "no such folder" in line(tmp_path/"nothing") and "model_index.json" in line(tmp_path)
-    (tmp_path/"other").mkdir(); (tmp_path/"other"/"model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}), "utf-8")
+    (tmp_path/"other").mkdir()
+    (tmp_path/"other"/"model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', "utf-8")
     assert "StableDiffusionPipeline" in line(tmp_path/"other")
-    g = Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS); g.save(tmp_path/"round")
+    Generator.load(paths["wan unipc"], lora_rank=2, **tiny.SETTINGS).save(tmp_path/"round")
     (tmp_path/"round"/"DONE").unlink()
     assert "never finished" in line(tmp_path/"round")
 
@@ -325,13 +356,15 @@ def test_a_model_of_another_kind(paths):
 
 def test_too_long_a_prompt_before_any_video(paths, tmp_path):
     g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
-    with pytest.raises(UserError, match="prompt 2 .*17 tokens"): sample_candidates(g, ["a red circle", "red " * 16], 2, tmp_path/"c", seed=0, round=1)
+    with pytest.raises(UserError, match="prompt 2 .*17 tokens"):
+        sample_candidates(g, ["a red circle", "red " * 16], 2, tmp_path/"c", seed=0, round=1)
     assert not (tmp_path/"c").exists()
 
 # resuming
 
 def digest(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 SAMPLE = """
 import sys, torch; torch.set_num_threads(1)
@@ -339,11 +372,14 @@ from dual_ipo.candidates import sample_candidates
 from dual_ipo.generator import Generator
 import json
 path, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sample_candidates(Generator.load(path, **settings), [f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square")], 2, out, seed=0, round=1, prompts_per_shard=1)
+prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square")]
+sample_candidates(Generator.load(path, **settings), prompts, 2, out, seed=0, round=1, prompts_per_shard=1)
 """
 
 def test_candidates_killed_between_shards_are_the_same_files(paths, tmp_path):
-    def start(out): return subprocess.Popen([sys.executable, "-c", SAMPLE, paths["cogvideox 5b"], out, json.dumps(tiny.SETTINGS)], stderr=subprocess.DEVNULL)
+    def start(out):
+        command = [sys.executable, "-c", SAMPLE, paths["cogvideox 5b"], out, json.dumps(tiny.SETTINGS)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
     assert start(tmp_path/"whole").wait() == 0
     process = start(tmp_path/"killed")
     while not (tmp_path/"killed"/"shard_0002").exists() and process.poll() is None: time.sleep(.001)
@@ -379,14 +415,18 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once
     pairs = make_pairs(rows, list(range(6)))
     keywords = dict(steps=3, lr=1e-2, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1, accumulate=2,
         real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])
-    history = align(objective_of(objective, dict(beta=2000, window=16)), g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", ALIGN]
-    done = subprocess.run([*command, path, tmp_path, json.dumps(tiny.SETTINGS), json.dumps(pairs), json.dumps(keywords | dict(objective=objective)), tmp_path/"two", *at_once],
-        capture_output=True, encoding="utf-8", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    learned = objective_of(objective, dict(beta=2000, window=16))
+    history = align(learned, g, pairs, tmp_path/"candidates", tmp_path/"one", **keywords)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python",
+               sys.executable, "-c", ALIGN]
+    data = map(json.dumps, (tiny.SETTINGS, pairs, keywords | dict(objective=objective)))
+    done = subprocess.run([*command, path, tmp_path, *data, tmp_path/"two", *at_once], capture_output=True,
+                          encoding="utf-8", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
     for a, b in zip(history, other, strict=True):
-        for key in ("loss", "preference_loss", "E_w", "E_real", *(["z"] if objective == "kto" else [])): assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-7), (key, a, b)
+        for key in ("loss", "preference_loss", "E_w", "E_real", *(["z"] if objective == "kto" else [])):
+            assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-7), (key, a, b)
     theirs = read_tensors(tmp_path/"two"/"generator"/"pytorch_lora_weights.safetensors")
     for name, w in g.lora().items(): torch.testing.assert_close(w, theirs["transformer." + name], atol=2e-3, rtol=0)
     if objective == "kto": assert len(read_json(tmp_path/"two"/"kto.json")) == 6
@@ -395,12 +435,13 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once
 def learned(paths, tmp_path_factory):
     "Pairs of the A14B's clips."
     folder = tmp_path_factory.mktemp("learned")
-    rows = sample_candidates(Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS), PROMPTS, 2, folder, seed=0, round=1)
+    g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS)
+    rows = sample_candidates(g, PROMPTS, 2, folder, seed=0, round=1)
     return folder, make_pairs(rows, list(range(6)))
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path, objective, monkeypatch):
-    "Each on its own side of the noise, as many steps as it has of it; killed in the second and started again, the weights are the same to the last bit."
+    "Each on its own side of the noise, for its share of the steps; killed in the second, the weights are the same."
     folder, pairs = learned
     keywords = dict(steps=10, lr=1e-2, lambda_win=.1, lambda_real=0., batch_size=2, seed=0, round=1, save_every=2)
     def trained(where, life=None):
@@ -413,21 +454,25 @@ def test_experts_learn_in_turn_and_resume_in_the_middle(paths, learned, tmp_path
         monkeypatch.setattr(g, "error", watched)
         return g, asked, align(objective_of(objective, dict(beta=2000)), g, pairs, folder, where, **keywords)
     whole, asked, history = trained(tmp_path/"whole")
-    assert [turn for turn, _, _ in asked] == [0]*2*3 + [1]*2*7 and all(low >= 875 if turn == 0 else high < 875 for turn, low, high in asked)
-    assert [row["step"] for row in history] == list(range(10)) and read_table(tmp_path/"whole"/"history.parquet") == history
-    assert all(row["margin_w"] == row["margin_l"] == 0 for row in (history[0], history[3])) and all(any(w.any() for name, w in whole.lora(k).items() if "lora_B" in name) for k in (0, 1))
+    assert [turn for turn, _, _ in asked] == [0]*2*3 + [1]*2*7
+    assert all(low >= 875 if turn == 0 else high < 875 for turn, low, high in asked)
+    assert [row["step"] for row in history] == list(range(10))
+    assert read_table(tmp_path/"whole"/"history.parquet") == history
+    assert all(row["margin_w"] == row["margin_l"] == 0 for row in (history[0], history[3]))
+    for k in (0, 1): assert any(w.any() for name, w in whole.lora(k).items() if "lora_B" in name)
     with pytest.raises(KeyboardInterrupt): trained(tmp_path/"killed", life=2*8)
     assert not (tmp_path/"killed"/"history.parquet").exists()
     again, asked, other = trained(tmp_path/"killed")
     assert other == history and len(asked) == 2*3
-    for k in (0, 1): assert all(torch.equal(a, b) for a, b in zip(whole.lora(k).values(), again.lora(k).values(), strict=True))
+    for k in (0, 1): assert same(whole.lora(k), again.lora(k))
 
 # one after the other
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-@pytest.mark.parametrize("kind, lora_rank, kept", [("wan unipc", 2, None), ("cogvideox 5b", 2, "attention"), ("wan 2.2 a14b", None, "none"), ("wan 2.2 5b", 2, "all")])
+@pytest.mark.parametrize("kind, lora_rank, kept", [
+    ("wan unipc", 2, None), ("cogvideox 5b", 2, "attention"), ("wan 2.2 a14b", None, "none"), ("wan 2.2 5b", 2, "all")])
 def test_one_video_at_a_time_has_the_same_gradient(paths, kind, lora_rank, kept, objective):
-    "As all at once, for pairs, real clips and every metric; whatever the blocks keep; and all margins are exactly 0 at the start."
+    "As all at once, for pairs, real clips and every metric; whatever the blocks keep; margins are exactly 0 at first."
     g = Generator.load(paths[kind], lora_rank=lora_rank, **tiny.SETTINGS)
     g.freeze_reference()
     if kept: keep(g.transformer, g.blocks_of(g.transformer), [kept]*2)
