@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'load_judge', 'voting_of',
            'Round', 'add_seconds', 'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling',
-           'preview_sampling', 'check_model', 'read_files', 'root_of', 'clip_names', 'content_of', 'check_same',
-           'check_given_clips', 'read_input', 'check_judge_of', 'check_input', 'annotated', 'write_annotated',
-           'start_judge', 'human_items', 'evaluate_generator', 'truth_of', 'asked_together', 'grades_of',
-           'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'finish', 'prompts_of_round',
-           'sample_cheaply', 'read_candidates', 'totals', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
-           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
-           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
-           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'preview_sampling', 'check_model', 'Input', 'read_files', 'root_of', 'clip_names', 'content_digests',
+           'content_of', 'check_same', 'check_given_clips', 'checked', 'read_input', 'check_judge_of', 'check_input',
+           'all_of', 'annotated', 'write_annotated', 'save_judge', 'start_judge', 'with_their_reasons', 'human_items',
+           'evaluation_clips', 'evaluate_generator', 'measured_pair', 'truth_of', 'asked_together', 'as_seen',
+           'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'summary_of', 'finish',
+           'prompts_of_round', 'sample_cheaply', 'read_candidates', 'totals', 'scores_of', 'grade', 'previews',
+           'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator', 'clip_pairs',
+           'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path',
+           'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -24,16 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/33_rounds.ipynb #f906ba30
 from .align import align
 from .candidates import both_ends, make_pairs, preview, sample_candidates
 from .config import Config, parse_config
-from .core import Pair, UserError, Video, VideoFile, frames_of, generator
-from .cot import annotate, check_rationales, cold_start_items
+from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
+from .cot import Item, annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, reward_accuracy, score_videos, summarise
 from .generator import Generator, Sampling, meta_generator
@@ -53,9 +57,12 @@ from .voting import check_votes
 def config_of(run: Run) -> Config:
     "The run's config, with its paths as they are on this machine."
     config = parse_config(run.config, str(run.path / "run.yaml"))
-    for part, key in PATHS: setattr(getattr(config, part), key, located(getattr(getattr(config, part), key), run.path))
+    for part, key in PATHS:
+        settings = getattr(config, part)
+        setattr(settings, key, located(getattr(settings, key), run.path))
     return config
 
+# %% ../nbs/33_rounds.ipynb #b8970cbd
 def check_there(run: Run):
     "UserError for what the config names and is no longer there."
     config = config_of(run)
@@ -71,25 +78,35 @@ class RoundFolder:
     def __init__(self, run: Run, k: int):
         self.run, self.k, self.folder, self.config = run, k, run.round(k), config_of(run)
 
-    def path(self, name: str) -> Path:
-        "A path of the config: relative ones are below the run folder."
-        return self.run.path / name
+# %% ../nbs/33_rounds.ipynb #44c8efa3
+@patch
+def path(self: RoundFolder, name: str) -> Path:
+    "A path of the config: relative ones are below the run folder."
+    return self.run.path / name
 
-    def before(self, what: str) -> Path:
-        "Where the newest `generator` or `reward` of an earlier round is; the config's path if there is none."
-        found = [p for i in range(self.k) if is_done(p := self.run.round(i) / what)]
-        return found[-1] if found else getattr(self.config, what).path
+# %% ../nbs/33_rounds.ipynb #734f4c8a
+@patch
+def before(
+    self: RoundFolder,
+    what: str,      # "generator" or "reward"
+) -> Path:          # the config's if no round before has made one
+    "Where the newest such model of an earlier round is."
+    found = [model for i in range(self.k) if is_done(model := self.run.round(i) / what)]
+    return found[-1] if found else getattr(self.config, what).path
 
-    @property
-    def first_judge(self) -> Path:
-        "Where the judge of the cold start is; without human pairs there was none, and it is the config's."
-        return own if is_done(own := self.run.round(0) / "reward") else self.config.reward.path
+# %% ../nbs/33_rounds.ipynb #ef55cb2a
+@patch(as_prop=True)
+def first_judge(self: RoundFolder) -> Path:
+    "Where the judge of the cold start is; without human pairs there was none, and it is the config's."
+    cold = self.run.round(0) / "reward"
+    return cold if is_done(cold) else self.config.reward.path
 
 # %% ../nbs/33_rounds.ipynb #16eab83a
 def device() -> str:
     "Where models go."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../nbs/33_rounds.ipynb #34a1c8f2
 def set_deterministic(wanted: bool):
     """If wanted, have PyTorch take kernels on the GPU that add up in the same order every time, and warn where there
     are none. On a CPU they do."""
@@ -101,8 +118,9 @@ def set_deterministic(wanted: bool):
 # %% ../nbs/33_rounds.ipynb #6393acac
 def load_generator(config: Config, path) -> Generator:
     "A generator with the config's settings, with what its checkpoint learned folded in and a fresh adapter on top."
-    part = config.generator.model_dump(exclude={"path", "batch_size"})
-    return Generator.load(intact(path), device=device(), **part | dict(dtype=getattr(torch, part["dtype"])))
+    settings = config.generator.model_dump(exclude={"path", "batch_size"})
+    settings["dtype"] = getattr(torch, settings["dtype"])
+    return Generator.load(intact(path), device=device(), **settings)
 
 # %% ../nbs/33_rounds.ipynb #edd124e0
 def load_judge(
@@ -143,8 +161,10 @@ class Round(RoundFolder):
 
     def generator(self, path) -> Generator: return load_generator(self.config, path)
     def judge(self, path, learns: bool = False) -> Judge: return load_judge(self.config, path, learns)
-    sampling = property(lambda self: voting_of(self.config))
-    def stage(self, name: str): return stage_of(self, name)
+
+# %% ../nbs/33_rounds.ipynb #b57147d0
+@patch(as_prop=True)
+def sampling(self: Round) -> dict: return voting_of(self.config)
 
 # %% ../nbs/33_rounds.ipynb #bdc0faa5
 def add_seconds(folder: Path, name: str, seconds: float):
@@ -153,6 +173,7 @@ def add_seconds(folder: Path, name: str, seconds: float):
     known = read_json(at, dict[str, float]) if at.exists() else {}
     write_json(at, known | {name: round(known.get(name, 0) + seconds, 1)})
 
+# %% ../nbs/33_rounds.ipynb #031a4a8a
 @contextmanager
 def stage_of(r: RoundFolder, name: str):
     """Yield whether stage `name` has something to do. UserError naming the setting to change where the GPU's memory is
@@ -175,19 +196,20 @@ def staged(
     def of(work):
         @wraps(work)
         def once(r, *given):
-            with r.stage(name) as todo:
+            with stage_of(r, name) as todo:
                 if todo: work(r, *given)
             return left(r)
         return once
     return of
 
 # %% ../nbs/33_rounds.ipynb #54dc002a
-def history_of(folder: Path) -> list:
+def history_of(folder: Path) -> list[dict]:
     "The rows of a training's history.parquet; none where nothing was trained."
-    return read_table(folder / "history.parquet") if (folder / "history.parquet").exists() else []
+    table = folder / "history.parquet"
+    return read_table(table) if table.exists() else []
 
 # %% ../nbs/33_rounds.ipynb #8b0af64d
-def check_prompts(config: Config, prompts: list, eval_prompts: list):
+def check_prompts(config: Config, prompts: list[str], eval_prompts: list[str]):
     "UserError where prompts and config contradict each other."
     data, wanted = config.data, config.evaluate.prompts
     if both := set(prompts) & set(eval_prompts):
@@ -206,32 +228,46 @@ def candidate_sampling(config: Config) -> Sampling:
     return Sampling(c.num_inference_steps or g.num_inference_steps, c.num_frames or g.num_frames,
                     g.guidance_scale, g.guidance_scale_2, c.guidance_stop, c.cache)
 
+# %% ../nbs/33_rounds.ipynb #3a8aae7e
 def preview_sampling(config: Config) -> Sampling:
     "How it wants their previews sampled."
     few = config.candidates.preview_steps
     return replace(candidate_sampling(config), num_inference_steps=few, guidance_stop=None, cache=None)
 
 # %% ../nbs/33_rounds.ipynb #1a21f792
-def check_model(config: Config, prompts: list, eval_prompts: list, real: list):
+def check_model(
+    config: Config,
+    prompts: list[str], eval_prompts: list[str],
+    real: list[tuple[str, Path]],   # (caption, path)
+):
     "UserError where the generator can't do what it is asked to: shapes, and texts that are too long. Its files tell."
     data, model = config.data, meta_generator(config, must=True)
     model.check_frames(candidate_sampling(config).num_frames)
     model.check_prompts(prompts, f"{data.prompts}: prompt")
     model.check_prompts(eval_prompts, f"{data.eval_prompts}: prompt")
-    if config.align.lambda_real: model.check_prompts([caption for caption, _ in real], f"{data.real_clips}: caption")
+    captions = [caption for caption, _ in real] if config.align.lambda_real else []
+    model.check_prompts(captions, f"{data.real_clips}: caption")
 
 # %% ../nbs/33_rounds.ipynb #17e35438
+class Input(NamedTuple):
+    "What a user gave."
+    prompts: list[str]
+    eval_prompts: list[str]
+    pairs: PairTable               # of people; empty where nobody was asked
+    real: list[tuple[str, Path]]   # (caption, clip)
+
+# %% ../nbs/33_rounds.ipynb #998ab3e1
 def read_files(
     config: Config,
     at: Path = Path(),   # where relative paths begin
-) -> tuple:              # (prompts, evaluation prompts, human pairs, real clips as (caption, path))
+) -> Input:
     "The user's tables; no clip is opened. UserError for what is wrong in them."
     data = config.data
     prompts, eval_prompts = read_prompts(at / data.prompts), read_prompts(at / data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
     pairs = read_pairs(at / data.pairs) if data.pairs else PairTable([])
     check_rationales(pairs.rows, config.reward.dimensions)
-    return prompts, eval_prompts, pairs, read_clips(at / data.real_clips) if data.real_clips else []
+    return Input(prompts, eval_prompts, pairs, read_clips(at / data.real_clips) if data.real_clips else [])
 
 # %% ../nbs/33_rounds.ipynb #da25bcd6
 def root_of(r: RoundFolder, key: str) -> Path:
@@ -239,27 +275,38 @@ def root_of(r: RoundFolder, key: str) -> Path:
     table = r.path(getattr(r.config.data, key))
     return table if table.is_dir() else table.parent
 
-def clip_names(r: RoundFolder, pairs: PairTable, real: list) -> dict:  # Path → "pairs/clips/0.mp4"
+# %% ../nbs/33_rounds.ipynb #4a77509c
+def clip_names(r: RoundFolder, given: Input) -> dict[Path, str]:  # to "pairs/clips/0.mp4"
     "The clips' names from where their table lies: those stay when everything is moved."
     names = {}
-    for key, paths in (("pairs", pairs.paths()), ("real_clips", [path for _, path in real])):
+    for key, paths in (("pairs", given.pairs.paths()), ("real_clips", [path for _, path in given.real])):
         for path in paths: names[path] = f"{key}/{os.path.relpath(path, root_of(r, key))}"
     return names
 
 # %% ../nbs/33_rounds.ipynb #43aefc14
-def content_of(prompts: list, eval_prompts: list, pairs: PairTable, real: list, names: dict) -> dict:
-    "What the user's files contain: digests of the tables' rows, and of each clip; None for one that can't be read."
+def content_digests(
+    names: dict[Path, str],      # see `clip_names`
+) -> dict[str, str | None]:      # name → digest; None for a clip that can't be read
+    "What each clip contains."
     def content(path):
         try: return file_digest(path)
         except UserError: return None
-    with ThreadPoolExecutor(8) as pool: clips = dict(zip(names.values(), pool.map(content, names)))
-    rows = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.path_a], names[row.path_b]]
-            for row in pairs.rows]
-    return dict(prompts=digest(prompts), eval_prompts=digest(eval_prompts), pairs=digest(rows),
-                real_clips=digest([[caption, names[path]] for caption, path in real]), clips=clips)
+    with ThreadPoolExecutor(8) as pool: return dict(zip(names.values(), pool.map(content, names)))
+
+# %% ../nbs/33_rounds.ipynb #34212ed0
+def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
+    "What the user's files contain: a digest of each table's rows, and of each clip."
+    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.path_a], names[row.path_b]]
+             for row in given.pairs.rows]
+    real = [[caption, names[path]] for caption, path in given.real]
+    return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
+                real_clips=digest(real), clips=content_digests(names))
 
 # %% ../nbs/33_rounds.ipynb #c3c35488
-def check_same(r: RoundFolder, was: dict, now: dict):
+def check_same(
+    r: RoundFolder,
+    was: dict, now: dict,   # see `content_of`
+):
     "UserError naming the first of the user's files that is not what it was."
     remedy = f"restore it, begin another run, or remove {r.run.path / 'input_check.json'} to go on with it"
     for name, content in now["clips"].items():
@@ -272,132 +319,180 @@ def check_same(r: RoundFolder, was: dict, now: dict):
         raise UserError(f"data.{key}: {table}: has changed since the run began; {remedy}")
 
 # %% ../nbs/33_rounds.ipynb #6cc1d0ab
-def check_given_clips(r: RoundFolder, pairs: PairTable, real: list) -> list:  # the rows of quarantine.parquet
+def check_given_clips(r: RoundFolder, given: Input) -> list[dict]:  # the rows of quarantine.parquet
     "Decode every clip; those that cannot be, and real ones that do not fit the generator, are set aside."
-    share, g = r.config.data.max_bad_share, r.config.generator
-    _, bad = check_clips(pairs.paths(), None, share)
-    if real: bad = bad + check_clips([path for _, path in real], (g.num_frames, g.height, g.width), share, g.fps)[1]
+    share, model, real = r.config.data.max_bad_share, r.config.generator, [path for _, path in given.real]
+    _, bad = check_clips(given.pairs.paths(), None, share)
+    if real: bad = bad + check_clips(real, (model.num_frames, model.height, model.width), share, model.fps)[1]
     if bad: write_table(r.run.path / "quarantine.parquet", bad)
     return bad
 
 # %% ../nbs/33_rounds.ipynb #001c235b
-def read_input(r: RoundFolder) -> tuple:  # (prompts, evaluation prompts, human pairs, real clips)
+def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  # names of clips that are set aside
+    "Check what was given, in the first round; in a later one, that it is still the same."
+    at, content = r.run.path / "input_check.json", content_of(given, names)
+    known = read_json(at) if at.exists() else {}
+    if "content" in known:
+        check_same(r, known["content"], content)
+        return set(known["bad"])
+    check_model(r.config, given.prompts, given.eval_prompts, given.real)
+    bad = [names[Path(row["path"])] for row in check_given_clips(r, given)]
+    write_json(at, dict(bad=bad, content=content))
+    return set(bad)
+
+# %% ../nbs/33_rounds.ipynb #8917bc1e
+def read_input(r: RoundFolder) -> Input:
     "Read the user's files; bad clips go to quarantine.parquet."
-    prompts, eval_prompts, pairs, real = read_files(r.config, r.run.path)
-    at, names = r.run.path / "input_check.json", clip_names(r, pairs, real)
-    content = content_of(prompts, eval_prompts, pairs, real, names)
-    if at.exists() and "content" in (known := read_json(at)): check_same(r, known["content"], content)
-    else:
-        check_model(r.config, prompts, eval_prompts, real)
-        bad = check_given_clips(r, pairs, real)
-        write_json(at, dict(bad=[names[Path(row["path"])] for row in bad], content=content))
-    bad = set(read_json(at)["bad"])
-    good = [path for path in pairs.paths() if names[path] not in bad]
-    return prompts, eval_prompts, pairs.keep(good), [(c, p) for c, p in real if names[p] not in bad]
+    given = read_files(r.config, r.run.path)
+    names = clip_names(r, given)
+    bad = checked(r, given, names)
+    good = [path for path in given.pairs.paths() if names[path] not in bad]
+    real = [(caption, path) for caption, path in given.real if names[path] not in bad]
+    return given._replace(pairs=given.pairs.keep(good), real=real)
 
 # %% ../nbs/33_rounds.ipynb #84206d42
-def check_judge_of(config: Config, prompts: list):
+def check_judge_of(config: Config, prompts: list[str]):
     "UserError where the judge can't do what it is asked to. Its config files and its tokenizer tell."
-    part, g = config.reward, config.generator
+    part, video = config.reward, config.generator
     judge = Judge.load(part.path, meta=True, **part.view)
     judge.max_thinking_tokens = part.max_thinking_tokens
     check_stored(judge)
-    check_judge(judge, g.height, g.width, judge.budget(part.max_new_tokens), max(prompts, key=len), part.dimensions)
+    check_judge(judge, video.height, video.width, judge.budget(part.max_new_tokens), max(prompts, key=len),
+                part.dimensions)
 
+# %% ../nbs/33_rounds.ipynb #cd0afe47
 def check_input(config: Config):
     "Read everything a config names, without computing: UserError for the first thing that is wrong."
-    prompts, eval_prompts, _, real = read_files(config)
+    given = read_files(config)
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
     objective_of(config.align.objective, config.align.model_dump())
-    check_model(config, prompts, eval_prompts, real)
-    check_judge_of(config, prompts)
+    check_model(config, given.prompts, given.eval_prompts, given.real)
+    check_judge_of(config, given.prompts)
 
 # %% ../nbs/33_rounds.ipynb #b11818fd
-def annotated(r: Round, judge: Judge, pairs: PairTable) -> list:  # of Pair
+def all_of(pairs: PairTable) -> list[Pair]: return [pairs[i] for i in range(len(pairs))]
+
+# %% ../nbs/33_rounds.ipynb #e6eb99be
+def annotated(r: Round, judge: Judge, pairs: PairTable) -> list[Pair]:
     "The human pairs with reasons, which the judge writes where people gave none: CoT-guided annotation, in shards."
-    own, part = [pairs[i] for i in range(len(pairs))], r.config.reward
+    given, part, seed = all_of(pairs), r.config.reward, r.config.seed
     asked = {key: r.sampling[key] for key in ("temperature", "top_p", "max_new_tokens", "batch")}
     def reasons(some):
-        found = annotate(judge, some, part.dimensions, seed=r.config.seed, min_readable=part.min_readable, **asked)
-        return [dict(pair_id=p.pair_id, rationale=json.dumps(p.rationale)) for p in found]
+        found = annotate(judge, some, part.dimensions, seed=seed, min_readable=part.min_readable, **asked)
+        return [dict(pair_id=pair.pair_id, rationale=json.dumps(pair.rationale)) for pair in found]
     with judge.writing():
-        rows = rows_in_shards(own, 32, r.folder / "annotation", "annotation", reasons, part.dimensions, r.config.seed,
-                              asked, name=pair_digest)
-    return [replace(pair, rationale=json.loads(row["rationale"])) for pair, row in zip(own, rows, strict=True)]
+        rows = rows_in_shards(given, 32, r.folder / "annotation", "annotation", reasons, part.dimensions, seed, asked,
+                              name=pair_digest)
+    return [replace(pair, rationale=json.loads(row["rationale"])) for pair, row in zip(given, rows, strict=True)]
 
 # %% ../nbs/33_rounds.ipynb #ec92aaa1
 def write_annotated(
-    folder: Path,           # of round 0
-    pairs: list,            # human pairs, as they were given
-    with_reasons: list,     # the same, with reasons
+    folder: Path,               # of round 0
+    pairs: list[Pair],          # as people gave them
+    with_reasons: list[Pair],   # the same, with reasons
 ):
     "Write annotated.parquet: each pair's reasons, by its content."
-    write_table(folder / "annotated.parquet",
-                [dict(pair_id=p.pair_id, content=pair_digest(given), rationale=json.dumps(p.rationale))
-                 for given, p in zip(pairs, with_reasons, strict=True)])
+    rows = []
+    for given, pair in zip(pairs, with_reasons, strict=True):
+        rows.append(dict(pair_id=pair.pair_id, content=pair_digest(given), rationale=json.dumps(pair.rationale)))
+    write_table(folder / "annotated.parquet", rows)
 
-# %% ../nbs/33_rounds.ipynb #0f2fbfca
-@staged("cold_start", lambda r: history_of(r.folder / "cold_start"))
-def start_judge(r: Round, pairs: PairTable) -> list:  # history, a row a step
-    "Fine-tune the judge on the human pairs: CoT-guided annotation and SFT. Without pairs it starts as it is."
-    part, c = r.config.reward, r.config.cold_start
-    if not len(pairs): return
-    judge = r.judge(part.path, learns=True)
-    train, _ = pairs.split(r.config.data.held_out, r.config.seed)
-    with_reasons = annotated(r, judge, train)
-    write_annotated(r.folder, [train[i] for i in range(len(train))], with_reasons)
-    cold_start(judge, cold_start_items(with_reasons, part.dimensions), r.folder / "cold_start", steps=c.steps,
-               batch_size=c.batch_size, lr=c.lr, seed=r.config.seed, checkpointing=part.checkpointing)
+# %% ../nbs/33_rounds.ipynb #ea6f3e0c
+def save_judge(r: Round, judge: Judge):
+    "Save the round's judge, whole or not at all."
     with stage(r.folder / "reward") as missing:
         if missing: judge.save(r.folder / "reward")
 
+# %% ../nbs/33_rounds.ipynb #0f2fbfca
+@staged("cold_start", lambda r: history_of(r.folder / "cold_start"))
+def start_judge(r: Round, pairs: PairTable) -> list[dict]:  # history, a row a step
+    "Fine-tune the judge on the human pairs: CoT-guided annotation and SFT. Without pairs it starts as it is."
+    part, settings, seed = r.config.reward, r.config.cold_start.model_dump(), r.config.seed
+    if not len(pairs): return
+    judge = r.judge(part.path, learns=True)
+    train, _ = pairs.split(r.config.data.held_out, seed)
+    with_reasons = annotated(r, judge, train)
+    write_annotated(r.folder, all_of(train), with_reasons)
+    cold_start(judge, cold_start_items(with_reasons, part.dimensions), r.folder / "cold_start", seed=seed,
+               checkpointing=part.checkpointing, **settings)
+    save_judge(r, judge)
+
 # %% ../nbs/33_rounds.ipynb #1f6914ed
-def human_items(r: RoundFolder, pairs: PairTable) -> list:  # of Item
-    "What the cold start was taught, with the reasons it was given; UserError where those belong to none of the pairs."
-    (train, _), at = pairs.split(r.config.data.held_out, r.config.seed), r.run.round(0) / "annotated.parquet"
-    reasons = {row.get("content"): row["rationale"] for row in read_table(at)}
-    own = [train[i] for i in range(len(train))]
-    taught = [(pair, reasons[name]) for pair in own if (name := pair_digest(pair)) in reasons]
-    if not taught:
+def with_their_reasons(
+    pairs: list[Pair],
+    table: Path,            # annotated.parquet
+) -> list[Pair]:
+    "The pairs that the table has reasons for, with them; UserError where there are none."
+    reasons = {row.get("content"): row["rationale"] for row in read_table(table)}
+    named = [(pair, pair_digest(pair)) for pair in pairs]
+    known = [replace(pair, rationale=json.loads(reasons[name])) for pair, name in named if name in reasons]
+    if not known:
         remedy = "restore the pairs that the cold start was taught, or begin another run"
-        raise UserError(f"{at}: has reasons for none of the {len(own)} human pairs; {remedy}")
-    if len(taught) < len(own):
-        has = f"has reasons for {len(taught)} of the {len(own)} human pairs"
-        print(f"{at}: {has}; the others are left out", flush=True)
-    with_reasons = [replace(pair, rationale=json.loads(rationale)) for pair, rationale in taught]
-    return cold_start_items(with_reasons, r.config.reward.dimensions)
+        raise UserError(f"{table}: has reasons for none of the {len(pairs)} human pairs; {remedy}")
+    if len(known) < len(pairs):
+        has = f"has reasons for {len(known)} of the {len(pairs)} human pairs"
+        print(f"{table}: {has}; the others are left out", flush=True)
+    return known
+
+# %% ../nbs/33_rounds.ipynb #2bc1f984
+def human_items(r: RoundFolder, pairs: PairTable) -> list[Item]:
+    "What the cold start was taught, with the reasons it was given; UserError where those belong to none of the pairs."
+    train, _ = pairs.split(r.config.data.held_out, r.config.seed)
+    known = with_their_reasons(all_of(train), r.run.round(0) / "annotated.parquet")
+    return cold_start_items(known, r.config.reward.dimensions)
 
 # %% ../nbs/33_rounds.ipynb #9a4f5b50
-@staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
-def evaluate_generator(r: Round, eval_prompts: list) -> list:  # rows: prompt, seed, path, scores
-    "Sample the evaluation clips and measure them."
-    e, folder = r.config.evaluate, r.folder / "evaluate"
-    path = r.folder / "generator" if is_done(r.folder / "generator") else r.before("generator")
-    clips = sample_candidates(r.generator(path), eval_prompts[:e.prompts], e.videos_per_prompt, folder,
-                              f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
+@patch
+def newest(
+    self: RoundFolder,
+    what: str,          # "generator" or "reward"
+) -> Path:
+    "Where the newest such model is: this round's, or one of a round before."
+    own = self.folder / what
+    return own if is_done(own) else self.before(what)
+
+# %% ../nbs/33_rounds.ipynb #08fd58c7
+def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evaluate/scores.parquet without scores
+    "Sample the newest generator with the same prompts and seeds as in every round."
+    part, folder = r.config.evaluate, r.folder / "evaluate"
+    clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.videos_per_prompt,
+                              folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
-    paths, texts = [folder / clip["clip"] for clip in clips], [clip["prompt"] for clip in clips]
-    scores = score_videos(load_measure(e.measure), paths, texts) if e.measure else {}
-    rows = [dict(prompt=clip["prompt"], seed=clip["candidate"], path=clip["clip"]) for clip in clips]
+    return [dict(prompt=clip["prompt"], seed=clip["candidate"], path=clip["clip"]) for clip in clips]
+
+# %% ../nbs/33_rounds.ipynb #3c2c79a8
+@staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
+def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, seed, path, scores
+    "Sample the evaluation clips and measure them."
+    rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
+    paths, prompts = [folder / row["path"] for row in rows], [row["prompt"] for row in rows]
+    scores = score_videos(load_measure(measure), paths, prompts) if measure else {}
     for name, values in scores.items():
         for row, value in zip(rows, values): row[name] = value.item()
     write_table(folder / "scores.parquet", rows)
 
 # %% ../nbs/33_rounds.ipynb #2fe9ac27
-def truth_of(r: RoundFolder, scored: list, human: PairTable) -> tuple:  # (pairs with true labels, gaps or None)
+def measured_pair(
+    folder: Path,          # of the clips
+    a: dict, b: dict,      # rows of evaluate/scores.parquet
+) -> tuple[Pair, float]:   # with its true label; the gap between the totals
+    "Two evaluation clips whose totals were measured, as a pair."
+    gap = a["total"] - b["total"]
+    label = "A" if gap > 0 else "B" if gap < 0 else "same"
+    first, second = (VideoFile(whole(folder / row["path"])) for row in (a, b))
+    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['seed']}:{b['seed']}"), abs(gap)
+
+# %% ../nbs/33_rounds.ipynb #673b40e2
+def truth_of(
+    r: RoundFolder,
+    scored: list[dict],    # rows of evaluate/scores.parquet
+    human: PairTable,
+) -> tuple[list[Pair], list[float] | None]:  # with true labels; the gaps between the totals, where they were measured
     "Pairs whose better clip is known: of the evaluation clips if they were measured, else held-out human ones."
-    if "total" not in scored[0]:
-        _, held = human.split(r.config.data.held_out, r.config.seed)
-        return [held[i] for i in range(len(held))], None
-    def load(row): return VideoFile(whole(r.folder / "evaluate" / row["path"]))
-    pairs, gaps = [], []
-    for a, b in zip(scored[::2], scored[1::2]):
-        gap = a["total"] - b["total"]
-        label = "A" if gap > 0 else "B" if gap < 0 else "same"
-        pairs.append(Pair(a["prompt"], load(a), load(b), label, f"{a['prompt']}:{a['seed']}:{b['seed']}"))
-        gaps.append(abs(gap))
-    return pairs, gaps
+    if "total" not in scored[0]: return all_of(human.split(r.config.data.held_out, r.config.seed)[1]), None
+    known = [measured_pair(r.folder / "evaluate", a, b) for a, b in zip(scored[::2], scored[1::2])]
+    return [pair for pair, _ in known], [gap for _, gap in known]
 
 # %% ../nbs/33_rounds.ipynb #57246fa1
 def asked_together(
@@ -410,75 +505,105 @@ def asked_together(
     return unit * -(-16 // unit)
 
 # %% ../nbs/33_rounds.ipynb #c10352d1
+def as_seen(
+    clips: list[tuple[str, Path]],   # (prompt, path)
+    n: int,                          # frames that the judge sees of each
+) -> list[tuple[str, Video]]:
+    "Clips on disk with the frames that a judge will see of them."
+    files = [VideoFile(whole(path)) for _, path in clips]
+    videos = [Video(frames, 1., times=file.times_at(n)) for file, frames in zip(files, frames_of(files, n))]
+    return [(prompt, video) for (prompt, _), video in zip(clips, videos)]
+
+# %% ../nbs/33_rounds.ipynb #c6c2cc46
 def grades_of(
     judge: Judge,
-    clips: list,       # of (prompt, path)
-    dimensions: list,
-    folder=None,       # for shards of what is graded; None: nothing is kept
-) -> list:             # [D] floats for each
-    """A judge's grades of clips on disk. While it reads some, the frames that it will see of the next are decoded,
-    many clips at once: one takes a core longer than a judge of 8B a GPU."""
-    def batch(i):
-        own, n = clips[64 * i:64 * (i + 1)], judge.frames_per_video
-        files = [VideoFile(whole(path)) for _, path in own]
-        return [(prompt, Video(frames, 1., times=file.times_at(n)))
-                for (prompt, _), file, frames in zip(own, files, frames_of(files, n))]
-    ready = Ahead(batch, -(-len(clips) // 64))
-    def graded(part): return [dict(grades=g) for g in judge.grades(ready(part[0][0] // 64), dimensions).tolist()]
+    clips: list[tuple[str, Path]],   # (prompt, path)
+    dimensions: list[str],
+    folder: Path | None = None,      # for shards of what is graded; None: nothing is kept
+) -> list[list[float]]:              # a grade in every dimension for each
+    "A judge's grades of clips on disk."
+    n, size = judge.frames_per_video, 64
+    ready = Ahead(lambda i: as_seen(clips[size * i:size * (i + 1)], n), -(-len(clips) // size))
+    def graded(numbered):
+        grades = judge.grades(ready(numbered[0][0] // size), dimensions)
+        return [dict(grades=own) for own in grades.tolist()]
     def name(numbered): return [numbered[1][0], file_digest(numbered[1][1])]
-    rows = rows_in_shards(list(enumerate(clips)), 64, folder, "grades", graded, dimensions, judge.frames_per_video,
-                          name=name)
+    rows = rows_in_shards(list(enumerate(clips)), size, folder, "grades", graded, dimensions, n, name=name)
     return [row["grades"] for row in rows]
 
 # %% ../nbs/33_rounds.ipynb #3aee7540
-def check_votes_of(r: Round, judge: Judge, pairs: list, name: str) -> list:  # of Judgement
-    "A judge's votes on pairs without their labels, kept in shards below judge_check."
-    k = r.config.votes.k
-    bare = [Pair(p.prompt, p.a, p.b, pair_id=p.pair_id) for p in pairs]
-    return cast(judge, bare, k, (r.config.seed, "evaluate"), r.folder / "judge_check" / name,
+def check_votes_of(
+    r: Round,
+    judge: Judge,
+    pairs: list[Pair],   # asked about without their labels
+    name: str,           # of the folder for shards, below judge_check
+) -> list[Judgement]:
+    "A judge's votes on pairs whose truth is known."
+    k, unlabelled = r.config.votes.k, [replace(pair, label=None, rationale=None) for pair in pairs]
+    return cast(judge, unlabelled, k, (r.config.seed, "evaluate"), r.folder / "judge_check" / name,
                 asked_together(k, r.sampling["batch"]), **r.sampling)
 
-def vote_row(pair: Pair, gap, vote, static) -> dict:
+# %% ../nbs/33_rounds.ipynb #490c3646
+def vote_row(
+    pair: Pair,           # with its true label
+    gap: float | None,    # between the true totals, where they were measured
+    judged: Judgement,    # of the round's judge
+    static: Judgement,    # of the cold-start judge
+) -> dict:
     "A row of evaluate/votes.parquet: the truth, what the judge said, and how the cold-start judge saw it."
-    return dict(pair_id=pair.pair_id, prompt=pair.prompt, truth=pair.label, gap=gap, label=vote.label, p_a=vote.p_a,
-                p_a_static=static.p_a, n_valid=vote.n_valid, n_votes=vote.n_votes, consistent=vote.consistent,
-                votes=[v.label or "invalid" for v in vote.votes])
+    return dict(pair_id=pair.pair_id, prompt=pair.prompt, truth=pair.label, gap=gap, label=judged.label,
+                p_a=judged.p_a, p_a_static=static.p_a, n_valid=judged.n_valid, n_votes=judged.n_votes,
+                consistent=judged.consistent, votes=[vote.label or "invalid" for vote in judged.votes])
 
 # %% ../nbs/33_rounds.ipynb #430df624
 def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     "The judge's mean grade of the newest clips, each clip's in judge_check/grades.parquet."
     rows = read_table(r.folder / "evaluate/scores.parquet")
-    clips = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows]
-    grades = torch.tensor(grades_of(judge, clips, r.config.reward.dimensions, r.folder / "judge_check/grades"))
-    table = [dict(path=row["path"], grade=g.mean().item()) for row, g in zip(rows, grades)]
-    write_table(r.folder / "judge_check/grades.parquet", table)
+    clips, folder = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows], r.folder / "judge_check"
+    grades = torch.tensor(grades_of(judge, clips, r.config.reward.dimensions, folder / "grades"))
+    table = [dict(path=row["path"], grade=own.mean().item()) for row, own in zip(rows, grades)]
+    write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
 
 # %% ../nbs/33_rounds.ipynb #1f605be1
 @staged("judge_check", lambda r: read_json(r.folder / "judge_check/reward.json"))
-def evaluate_judge(r: Round, pairs: list, gaps) -> dict:  # the `reward` entry
-    """Ask the judge of this round, and the cold-start judge, about pairs whose truth is known, and the latter for its
-    grades of the newest clips (`judged`, 1..5)."""
-    path = r.folder / "reward" if is_done(r.folder / "reward") else r.before("reward")
-    # one judge in memory at a time
-    updated = check_votes_of(r, r.judge(path), pairs, "updated") if path != r.first_judge else None
+def evaluate_judge(
+    r: Round,
+    pairs: list[Pair],            # with true labels
+    gaps: list[float] | None,     # see `truth_of`
+) -> dict[str, float]:            # the `reward` entry; `judged` is the cold-start judge's grade of the newest clips
+    "Ask the judge of this round, and then the cold-start judge, about pairs whose truth is known."
+    path, votes = r.newest("reward"), None   # one judge in memory at a time
+    if path != r.first_judge: votes = check_votes_of(r, r.judge(path), pairs, "updated")
     cold = r.judge(r.first_judge)
     static = check_votes_of(r, cold, pairs, "static")
-    votes = updated or static
+    votes = votes or static
     check_votes(votes, r.config.reward.min_readable)
     rows = [vote_row(*each) for each in zip(pairs, gaps or [None] * len(pairs), votes, static)]
     if pairs: write_table(r.folder / "evaluate/votes.parquet", rows)
-    judged = follow_grades(r, cold)
-    p_a, p_a_static = (torch.tensor([j.p_a for j in js]) for js in (votes, static))
-    accuracy = reward_accuracy([p.label for p in pairs], p_a, p_a_static, votes, gaps)
-    write_json(r.folder / "judge_check/reward.json", accuracy | dict(judged=judged))
+    p_a, p_a_static = torch.tensor([vote.p_a for vote in votes]), torch.tensor([vote.p_a for vote in static])
+    accuracy = reward_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps)
+    write_json(r.folder / "judge_check/reward.json", accuracy | dict(judged=follow_grades(r, cold)))
 
 # %% ../nbs/33_rounds.ipynb #c064b693
-def finish(r: RoundFolder, scored: list, reward: dict, reasons: list) -> dict:  # the round's entry
+def summary_of(
+    scored: list[dict],   # rows of evaluate/scores.parquet
+    seed: int,            # of the bootstrap
+) -> dict:                # the `generator` entry; {} where nothing was measured
+    "What was measured, all in all."
+    names, scores = [name for name in scored[0] if name not in ("prompt", "seed", "path")], {}
+    for name in names: scores[name] = torch.tensor([row[name] for row in scored])
+    return summarise(scores, [row["prompt"] for row in scored], seed) if scores else {}
+
+# %% ../nbs/33_rounds.ipynb #1bd7ab61
+def finish(
+    r: RoundFolder,
+    scored: list[dict],        # rows of evaluate/scores.parquet
+    reward: dict[str, float],  # see `evaluate_judge`
+    reasons: list[str],        # for an extra update of the judge
+) -> dict:                     # the round's entry
     "Write round.json, summary.json and DONE."
-    names = [name for name in scored[0] if name not in ("prompt", "seed", "path")]
-    scores = {name: torch.tensor([row[name] for row in scored]) for name in names}
-    measured = summarise(scores, [row["prompt"] for row in scored], r.config.seed) if scores else {}
+    measured = summary_of(scored, r.config.seed)
     entry = dict(round=r.k, generator=measured, reward=reward, extra_srpo=reasons,
                  seconds=read_json(r.folder / "seconds.json", dict[str, float]))
     if not is_done(r.folder):
@@ -489,10 +614,11 @@ def finish(r: RoundFolder, scored: list, reward: dict, reasons: list) -> dict:  
 
 # %% ../nbs/33_rounds.ipynb #7a765674
 def prompts_of_round(
-    prompts: list, k: int,  # round, from 1
-    n: int,                 # prompts per round
-    seed: int,
-) -> list:                  # min(n, all) different prompts
+    prompts: list[str],
+    k: int,            # round, from 1
+    n: int,            # prompts per round
+    seed: int | str,
+) -> list[str]:        # min(n, all) different ones
     "The prompts of round `k`."
     n, order = min(n, len(prompts)), []
     for epoch in range((k * n - 1) // len(prompts) + 2):
@@ -501,53 +627,70 @@ def prompts_of_round(
     return list(dict.fromkeys(order[(k - 1) * n:]))[:n]
 
 # %% ../nbs/33_rounds.ipynb #7b4ea874
-def sample_cheaply(r: Round, generator, *args, **settings) -> list:
+def sample_cheaply(r: Round, generator, *args, **settings) -> list[dict]:
     "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
     return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size,
                              sampling=candidate_sampling(r.config), **settings)
 
-def read_candidates(folder: Path) -> list:
+# %% ../nbs/33_rounds.ipynb #cab2b974
+def read_candidates(folder: Path) -> list[dict]:
     "The rows of all shards."
     tables = sorted(folder.glob("shard_*/table.parquet"), key=lambda path: int(path.parent.name[6:]))
-    return [row for table in tables for row in read_table(table)]
+    return list(chain.from_iterable(map(read_table, tables)))
 
 # %% ../nbs/33_rounds.ipynb #f5d7f60f
 def totals(
-    measure: str,   # "package.module:function"
-    paths: list, prompts: list,
-) -> list:          # a float for each
+    measure: str,       # "package.module:function"
+    paths: list[Path],
+    prompts: list[str],
+) -> list[float]:
     "What a measure makes of clips on disk, all in all."
     found = score_videos(load_measure(measure), paths, prompts)
     if "total" not in found: raise UserError(f"measure {measure!r}: returns no total to rank by; return one")
     return found["total"].tolist()
 
 # %% ../nbs/33_rounds.ipynb #dd9227bc
-def grade(
+def scores_of(
     r: Round,
-    rows: list,                  # of `sample_candidates`
-    what: str = "candidates",    # the folder of the clips
-    shards: str = "ranking",     # the folder for what is graded
-) -> list:                       # rows with a score, and the judge's grade in every dimension
-    "Score every candidate: the judge's mean grade, or the total of `candidates.scorer`."
+    clips: list[tuple[str, Path]],   # (prompt, path)
+    shards: Path,                    # folder for what is graded
+) -> list[dict[str, float]]:         # score, and the judge's grade in every dimension
+    "The judge's mean grade of every clip, or the total of `candidates.scorer`."
     dimensions, scorer = r.config.reward.dimensions, r.config.candidates.scorer
-    scored = [{key: row[key] for key in ("prompt", "candidate", "clip", "name")} for row in rows]
-    clips = [(row["prompt"], r.folder / what / row["clip"]) for row in rows]
     if scorer:
         found = totals(scorer, [path for _, path in clips], [prompt for prompt, _ in clips])
-        return [row | dict(score=total) for row, total in zip(scored, found)]
-    grades = grades_of(r.judge(r.before("reward")), clips, dimensions, r.folder / shards)
-    return [row | dict(score=sum(g) / len(g)) | dict(zip(dimensions, g)) for row, g in zip(scored, grades)]
+        return [dict(score=total) for total in found]
+    grades = grades_of(r.judge(r.before("reward")), clips, dimensions, shards)
+    return [dict(score=sum(own) / len(own)) | dict(zip(dimensions, own)) for own in grades]
+
+# %% ../nbs/33_rounds.ipynb #0a4cae6e
+def grade(
+    r: Round,
+    rows: list[dict],            # of `sample_candidates`
+    what: str = "candidates",    # the folder of the clips
+    shards: str = "ranking",     # the folder for what is graded
+) -> list[dict]:                 # rows of scores.parquet
+    "Score every candidate."
+    scores = scores_of(r, [(row["prompt"], r.folder / what / row["clip"]) for row in rows], r.folder / shards)
+    scored = []
+    for row, own in zip(rows, scores):
+        scored.append(dict(prompt=row["prompt"], candidate=row["candidate"], clip=row["clip"], name=row["name"]) | own)
+    return scored
 
 # %% ../nbs/33_rounds.ipynb #6aa11e4d
 @staged("previews", lambda r: read_table(r.folder / "previews.parquet"))
-def previews(r: Round, prompts: list) -> list:  # rows with a score
+def previews(r: Round, prompts: list[str]) -> list[dict]:  # rows with a score
     "Sample all candidates in few steps, and score them."
-    model, folder = r.generator(r.before("generator")), r.folder / "previews"
-    rows = sample_candidates(model, prompts, r.config.candidates.per_prompt, folder, r.config.seed, r.k, what="previews",
+    model, n = r.generator(r.before("generator")), r.config.candidates.per_prompt
+    rows = sample_candidates(model, prompts, n, r.folder / "previews", r.config.seed, r.k, what="previews",
                              batch_size=r.config.generator.batch_size, sampling=preview_sampling(r.config))
     write_table(r.folder / "previews.parquet", grade(r, rows, "previews", "previews/grades"))
 
-def worth_sampling(r: Round, prompts: list) -> dict | None:  # prompt → candidates to sample in full; None: all
+# %% ../nbs/33_rounds.ipynb #ae1dc365
+def worth_sampling(
+    r: Round,
+    prompts: list[str],
+) -> dict[str, list[int]] | None:   # prompt → candidates to sample in full; None: all
     "The candidates that the judge puts first and last by their previews, where there are previews."
     if not r.config.candidates.preview_steps: return None
     scored = previews(r, prompts)
@@ -555,40 +698,54 @@ def worth_sampling(r: Round, prompts: list) -> dict | None:  # prompt → candid
 
 # %% ../nbs/33_rounds.ipynb #d468cd7b
 @staged("candidates", lambda r: read_candidates(r.folder / "candidates"))
-def sample_all(r: Round, prompts: list, only: dict | None) -> list:  # rows of `sample_candidates`
-    "Sample the candidates of these prompts, all or only some of each, from the generator as the last round left it."
+def sample_all(
+    r: Round,
+    prompts: list[str],
+    only: dict[str, list[int]] | None,   # see `worth_sampling`
+) -> list[dict]:                         # rows of `sample_candidates`
+    "Sample the candidates of these prompts from the generator as the last round left it."
     n = r.config.candidates.per_prompt
     sample_cheaply(r, r.before("generator"), prompts, n, r.folder / "candidates", r.config.seed, r.k, only=only)
 
-def sample(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
+# %% ../nbs/33_rounds.ipynb #c774b20b
+def sample(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
     "Sample this round's candidates."
     prompts = prompts_of_round(prompts, r.k, r.config.candidates.prompts_per_round, r.config.seed)
     return sample_all(r, prompts, worth_sampling(r, prompts))
 
 # %% ../nbs/33_rounds.ipynb #8b254bc6
-def with_truth(r: RoundFolder, pairs: list) -> list:
+def with_truth(r: RoundFolder, pairs: list[dict]) -> list[dict]:
     "The same rows, with true totals beside the scores where a measure is configured; only the report reads them."
-    measure, prompts = r.config.evaluate.measure, [p["prompt"] for p in pairs]
+    measure, prompts, folder = r.config.evaluate.measure, [pair["prompt"] for pair in pairs], r.folder / "candidates"
     if not measure or not pairs: return pairs
-    def total(side): return totals(measure, [r.folder / "candidates" / p[f"clip_{side}"] for p in pairs], prompts)
-    return [p | dict(total_w=w, total_l=l) for p, w, l in zip(pairs, total("w"), total("l"))]
+    winners = totals(measure, [folder / pair["clip_w"] for pair in pairs], prompts)
+    losers = totals(measure, [folder / pair["clip_l"] for pair in pairs], prompts)
+    return [pair | dict(total_w=w, total_l=l) for pair, w, l in zip(pairs, winners, losers)]
 
+# %% ../nbs/33_rounds.ipynb #8e8d4957
 @staged("ranking", lambda r: read_table(r.folder / "pairs.parquet"))
-def rank(r: Round, rows: list) -> list:  # of pairs
+def rank(
+    r: Round,
+    rows: list[dict],   # of `sample_candidates`
+) -> list[dict]:        # of pairs.parquet
     "Score every candidate, pair the best with the worst of each prompt."
-    c, scored = r.config.candidates, grade(r, rows)
+    part, scored = r.config.candidates, grade(r, rows)
     write_table(r.folder / "scores.parquet", scored)
-    pairs = make_pairs(rows, [row["score"] for row in scored], c.pairing, c.min_margin)
+    pairs = make_pairs(rows, [row["score"] for row in scored], part.pairing, part.min_margin)
     write_table(r.folder / "pairs.parquet", with_truth(r, pairs))
 
 # %% ../nbs/33_rounds.ipynb #4a4d66bc
 @staged("align", lambda r: history_of(r.folder / "align"))
-def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a row a step
+def update_generator(
+    r: Round,
+    pairs: list[dict],             # of pairs.parquet
+    real: list[tuple[str, Path]],  # (caption, path)
+) -> list[dict]:                   # history, a row a step
     "The objective of `align`, with NLL on winners and real clips."
-    a, folder = r.config.align, r.folder / "align"
-    if not a.lambda_real: real = []
-    model, objective = r.generator(r.before("generator")), objective_of(a.objective, a.model_dump())
-    settings = a.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
+    part, folder, model = r.config.align, r.folder / "align", r.generator(r.before("generator"))
+    if not part.lambda_real: real = []
+    objective = objective_of(part.objective, part.model_dump())
+    settings = part.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
     try: align(objective, model, pairs, r.folder / "candidates", folder, real=real, seed=r.config.seed, round=r.k,
                num_frames=r.config.candidates.num_frames, **settings)
     except TrainingAnomaly as anomaly: write_json(folder / "anomaly.json", dict(reason=str(anomaly)))
@@ -596,25 +753,28 @@ def update_generator(r: Round, pairs: list, real: list) -> list:  # history, a r
 
 # %% ../nbs/33_rounds.ipynb #61414053
 def clip_pairs(
-    rows: list,    # of `sample_candidates`, two and two of the same prompt
-    folder: Path,  # of the candidates
-) -> list:         # of Pair
+    rows: list[dict],   # of `sample_candidates`, two and two of the same prompt
+    folder: Path,       # of the candidates
+) -> list[Pair]:
     "Each two that follow each other as an unlabelled pair."
-    def load(row): return VideoFile(whole(folder / row["clip"]))
-    return [Pair(a["prompt"], load(a), load(b), pair_id=f"{a['name']}:{b['name']}")
-            for a, b in zip(rows[::2], rows[1::2])]
+    videos, pairs = [VideoFile(whole(folder / row["clip"])) for row in rows], []
+    for i in range(0, len(rows) - 1, 2):
+        a, b = rows[i:i + 2]
+        pairs.append(Pair(a["prompt"], videos[i], videos[i + 1], pair_id=f"{a['name']}:{b['name']}"))
+    return pairs
 
 # %% ../nbs/33_rounds.ipynb #2726854d
 @staged("fresh", lambda r: read_candidates(r.run.round(r.k + 1) / "candidates"))
-def sample_ahead(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
+def sample_ahead(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
     "Sample the candidates of the next round ahead of it."
-    c, k, seed = r.config.candidates, r.k + 1, r.config.seed
-    own, to = prompts_of_round(prompts, k, c.prompts_per_round, seed), r.run.round(k) / "candidates"
-    with stage(to, resumes=True) as missing:
+    part, k, seed = r.config.candidates, r.k + 1, r.config.seed
+    own, folder = prompts_of_round(prompts, k, part.prompts_per_round, seed), r.run.round(k) / "candidates"
+    with stage(folder, resumes=True) as missing:
         if not missing: return
-        sample_cheaply(r, r.folder / "generator", own, c.per_prompt, to, seed, k, what="next candidates")
+        sample_cheaply(r, r.folder / "generator", own, part.per_prompt, folder, seed, k, what="next candidates")
 
-def next_candidates(r: Round, prompts: list) -> list:  # of Pair
+# %% ../nbs/33_rounds.ipynb #80388322
+def next_candidates(r: Round, prompts: list[str]) -> list[Pair]:
     "The next round's candidates, those of each prompt paired: the first pair of every prompt, then the second, …"
     rows = sorted(sample_ahead(r, prompts), key=lambda row: (row["candidate"] // 2, row["prompt_index"]))
     whole_pairs = r.config.candidates.per_prompt // 2 * len({row["prompt"] for row in rows})
@@ -622,76 +782,97 @@ def next_candidates(r: Round, prompts: list) -> list:  # of Pair
 
 # %% ../nbs/33_rounds.ipynb #49bada71
 @staged("fresh", lambda r: read_candidates(r.folder / "fresh"))
-def sample_for_votes(r: Round, prompts: list) -> list:  # rows of `sample_candidates`
+def sample_for_votes(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
     "Sample clips of the new generator for `votes.pairs` pairs, two and two of a prompt."
     n, seed = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
     own, each = prompts_of_round(prompts, r.k, n, seed), 2 * -(-r.config.votes.pairs // n)
     sample_cheaply(r, r.folder / "generator", own, each, r.folder / "fresh", seed, r.k, what="fresh clips")
 
-def sample_fresh(r: Round, prompts: list) -> list:  # of Pair; none for a judge that stays as it is
+# %% ../nbs/33_rounds.ipynb #6ace758d
+def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judge that stays as it is
     "Unlabelled pairs of the new generator's clips."
-    v = r.config.votes
+    part = r.config.votes
     if not r.config.srpo.steps: return []
-    if v.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts)[:v.pairs]
-    return clip_pairs(sample_for_votes(r, prompts), r.folder / "fresh")[:v.pairs]
+    if part.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts)[:part.pairs]
+    return clip_pairs(sample_for_votes(r, prompts), r.folder / "fresh")[:part.pairs]
 
 # %% ../nbs/33_rounds.ipynb #461259c7
-def earlier_judge(r: RoundFolder):
+def earlier_judge(r: RoundFolder) -> Path:
     "Path of the judge before its last update."
-    found = [p for i in range(r.k) if is_done(p := r.run.round(i) / "reward")]
+    found = [judge for i in range(r.k) if is_done(judge := r.run.round(i) / "reward")]
     return found[-2] if len(found) > 1 else r.config.reward.path
 
+# %% ../nbs/33_rounds.ipynb #bac24072
 def table_path(r: RoundFolder, video: Video) -> str:
     "A clip's path from the round's folder, as tables name it."
     return os.path.relpath(video.path, r.folder)
 
 # %% ../nbs/33_rounds.ipynb #2358e775
-def relabelled(r: RoundFolder, pairs: list, rows: list) -> list:
-    "The same rows with the labels of `votes.scorer`, all certain."
-    prompts = [p.prompt for p in pairs]
-    a, b = (totals(r.config.votes.scorer, [getattr(p, side).path for p in pairs], prompts) for side in "ab")
-    return [row | dict(label="A" if x > y else "B" if x < y else "tie", kept=x != y, weight=1.)
-            for row, x, y in zip(rows, a, b)]
+def relabelled(
+    scorer: str,          # `votes.scorer`
+    pairs: list[Pair],
+    rows: list[dict],     # pseudo-labels, one a pair
+) -> list[dict]:
+    "The same rows with the labels of a scorer, all certain."
+    prompts = [pair.prompt for pair in pairs]
+    of_a = totals(scorer, [pair.a.path for pair in pairs], prompts)
+    of_b = totals(scorer, [pair.b.path for pair in pairs], prompts)
+    labels = ["A" if a > b else "B" if a < b else "tie" for a, b in zip(of_a, of_b)]
+    return [row | dict(label=label, kept=label != "tie", weight=1.) for row, label in zip(rows, labels)]
 
 # %% ../nbs/33_rounds.ipynb #2918553d
 @staged("votes", lambda r: read_table(r.folder / "votes.parquet"))
-def vote(r: Round, pairs: list) -> list:  # rows of pseudo-labels
+def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
     "Vote on pairs and weigh each label by its certainty."
-    p, v = r.config.pce, r.config.votes
-    rows = pseudo_label(r.judge(r.before("reward")), pairs, v.k, (r.config.seed, r.k, "vote"),
-                        reference=r.judge(earlier_judge(r)), by=v.by, min_gap=v.min_gap, early=v.early,
+    part = r.config.votes
+    rows = pseudo_label(r.judge(r.before("reward")), pairs, part.k, (r.config.seed, r.k, "vote"),
+                        reference=r.judge(earlier_judge(r)), by=part.by, min_gap=part.min_gap, early=part.early,
                         min_readable=r.config.reward.min_readable, folder=r.folder / "votes",
-                        **p.model_dump(), **r.sampling)
-    if v.scorer: rows = relabelled(r, pairs, rows)
+                        **r.config.pce.model_dump(), **r.sampling)
+    if part.scorer: rows = relabelled(part.scorer, pairs, rows)
     named = [dict(path_a=table_path(r, pair.a), path_b=table_path(r, pair.b)) for pair in pairs]
     write_table(r.folder / "votes.parquet", [name | row for name, row in zip(named, rows)])
 
-def label(r: Round, pairs: list) -> list:  # rows of pseudo-labels
+# %% ../nbs/33_rounds.ipynb #aee697a0
+def label(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
     "Pseudo-labels of the fresh pairs, where there are any."
     return vote(r, pairs) if pairs else []
 
 # %% ../nbs/33_rounds.ipynb #c571bce9
 @staged("srpo", lambda r: history_of(r.folder / "srpo"))
-def train_judge(r: Round, pairs: list, rows: list, human: PairTable, steps: int) -> list:  # history, a row a step
+def train_judge(
+    r: Round,
+    pairs: list[Pair],
+    rows: list[dict],     # their pseudo-labels
+    human: PairTable,     # what people said, so that it is not forgotten
+    steps: int,
+) -> list[dict]:          # history, a row a step
     "SRPO for some steps from the judge of the round before."
-    s, part = r.config.srpo, r.config.reward
-    judge, lambda_human = r.judge(r.before("reward"), learns=True), s.lambda_human if len(human) else 0.
-    if judge.is_lora: judge.merge(part.lora_rank, r.config.seed)
-    srpo(judge, pairs, rows, r.folder / "srpo", steps=steps, batch_size=s.batch_size, lr=s.lr, beta=s.beta,
-         seed=r.config.seed, lambda_win=s.lambda_win, human=human_items(r, human) if lambda_human else [],
-         lambda_human=lambda_human, dimensions=r.sampling["dimensions"], checkpointing=part.checkpointing)
-    with stage(r.folder / "reward") as missing:
-        if missing: judge.save(r.folder / "reward")
+    settings, part, seed = r.config.srpo.model_dump(), r.config.reward, r.config.seed
+    judge = r.judge(r.before("reward"), learns=True)
+    if judge.is_lora: judge.merge(part.lora_rank, seed)
+    if not len(human): settings["lambda_human"] = 0.
+    items = human_items(r, human) if settings["lambda_human"] else []
+    srpo(judge, pairs, rows, r.folder / "srpo", seed=seed, human=items, dimensions=r.sampling["dimensions"],
+         checkpointing=part.checkpointing, **settings | dict(steps=steps))
+    save_judge(r, judge)
 
-def update_judge(r: Round, pairs: list, rows: list, history: list, human: PairTable) -> list:  # reasons, if any
+# %% ../nbs/33_rounds.ipynb #db872a4d
+def update_judge(
+    r: Round,
+    pairs: list[Pair],
+    rows: list[dict],      # their pseudo-labels
+    history: list[dict],   # of the generator's update
+    human: PairTable,
+) -> list[str]:            # the reasons, if any
     "Train the judge on its pseudo-labels, twice as long where there are reasons for an extra update."
-    steps, earlier = r.config.srpo.steps, [e["generator"] for e in r.run.entries()[:r.k] if e["generator"]]
-    reasons = needs_srpo(history, earlier)
+    steps = r.config.srpo.steps
+    reasons = needs_srpo(history, [entry["generator"] for entry in r.run.entries()[:r.k] if entry["generator"]])
     if steps: train_judge(r, pairs, rows, human, steps * (2 if reasons else 1))
     return reasons
 
 # %% ../nbs/33_rounds.ipynb #4f510634
-def stages(r: Round) -> Iterator[tuple]:  # (what it is, what was left) of each stage
+def stages(r: Round) -> Iterator[tuple[str, object]]:  # (what it is, what was left) of each stage
     "One round of Dual-IPO, or what is left of it; round 0 is the judge's cold start and the evaluation of the base."
     check_there(r.run)
     yield "input", (given := read_input(r))

@@ -7,8 +7,9 @@ from urllib.request import urlopen
 import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--remote-allow-origins=*"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+         "--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", "--remote-allow-origins=*"]
 
 
 class Page:
@@ -16,11 +17,16 @@ class Page:
 
     def __enter__(self):
         self.profile, self.ids, self.events = tempfile.mkdtemp(), count(1), []
-        self.process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={self.profile}", "--window-size=1200,2000", "about:blank"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        own = [f"--user-data-dir={self.profile}", "--window-size=1200,2000", "about:blank"]
+        self.process = subprocess.Popen([CHROMIUM, *FLAGS, *own], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        start_new_session=True)
         try:
-            port = self.wait(lambda: (Path(self.profile)/"DevToolsActivePort").read_text("utf-8").split()[0], "Chromium's port", errors=(OSError, IndexError))
-            pages = self.wait(lambda: [t for t in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if t["type"] == "page"], "a page", errors=(OSError,))
+            written = Path(self.profile)/"DevToolsActivePort"
+            port = self.wait(lambda: written.read_text("utf-8").split()[0], "Chromium's port",
+                             errors=(OSError, IndexError))
+            def pages_of():
+                return [tab for tab in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if tab["type"] == "page"]
+            pages = self.wait(pages_of, "a page", errors=(OSError,))
             self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
             for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
         except BaseException:
@@ -72,7 +78,8 @@ class Page:
     def errors(self):
         "Exceptions, console errors and whatever the browser itself complains of, refused requests among it."
         logged = [p["entry"] for p in self.of("Log.entryAdded") if p["entry"]["level"] == "error"]
-        return self.of("Runtime.exceptionThrown") + [p for p in self.of("Runtime.consoleAPICalled") if p["type"] == "error"] + logged
+        said = [call for call in self.of("Runtime.consoleAPICalled") if call["type"] == "error"]
+        return self.of("Runtime.exceptionThrown") + said + logged
 
     @property
     def requests(self): return [p["request"]["url"] for p in self.of("Network.requestWillBeSent")]

@@ -25,7 +25,8 @@ def good(tmp_path_factory):
 
 def config(folder, **parts):
     "run.yaml in `folder`, changed by `parts`; its path."
-    data = dict(generator=dict(path="pipe"), data=dict(prompts="data/prompts.txt", eval_prompts="data/eval_prompts.txt", pairs="data/pairs.csv"))
+    files = dict(prompts="data/prompts.txt", eval_prompts="data/eval_prompts.txt", pairs="data/pairs.csv")
+    data = dict(generator=dict(path="pipe"), data=files)
     for name, part in parts.items(): data[name] = {**data.get(name, {}), **part} if isinstance(part, dict) else part
     (folder/"run.yaml").write_text(yaml.safe_dump(data), "utf-8")
     return folder/"run.yaml"
@@ -63,8 +64,9 @@ def folder(good, tmp_path): return shutil.copytree(good, tmp_path/"mine")
 def test_config_mistakes(capsys, folder, parts, words): says(capsys, folder, *words, **parts)
 
 
-@pytest.mark.parametrize("text, words", [("", ["prompts.txt"]), ("a red circle\n\na blue circle\n", ["prompts.txt", "2"]), ("same\nother\nsame\n", ["prompts.txt", "1", "3"])],
-                         ids=["empty", "blank row", "duplicate"])
+@pytest.mark.parametrize("text, words", [
+    ("", ["prompts.txt"]), ("a red circle\n\na blue circle\n", ["prompts.txt", "2"]),
+    ("same\nother\nsame\n", ["prompts.txt", "1", "3"])], ids=["empty", "blank row", "duplicate"])
 def test_prompt_mistakes(capsys, folder, text, words):
     (folder/"data/prompts.txt").write_text(text, "utf-8")
     says(capsys, folder, *words)
@@ -72,7 +74,8 @@ def test_prompt_mistakes(capsys, folder, text, words):
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.replace("path_B", "video_B"), ["pairs.csv", "path_B"]),
-    (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",same,", ",equal,"), ["pairs.csv", "unknown label"]),
+    (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",same,", ",equal,"),
+     ["pairs.csv", "unknown label"]),
     (lambda t: t.replace("clips/00000_A.mp4", "../00000_A.mp4"), ["pairs.csv", "00000_A.mp4"]),
     (lambda t: t.replace("clips/00000_A.mp4", "/etc/passwd"), ["pairs.csv", "passwd"]),
 ], ids=["column", "label", "dots", "absolute"])
@@ -101,7 +104,11 @@ def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_pat
 def test_no_run_there(capsys, tmp_path, command): says(capsys, tmp_path, "run.yaml", argv=[command, str(tmp_path)])
 
 
-@pytest.mark.parametrize("stop, judged, loser, last", [(True, [4, 4.3, 4.31, 4.5], .03, 2), (True, [4, 4.3, 4.31, 4.5], .001, 3), (True, [4, 4.3, 4.5, 4.7], .03, 3), (False, [4, 4.3, 4.31, 4.5], .03, 3)])
+STALLS, CLIMBS = [4, 4.3, 4.31, 4.5], [4, 4.3, 4.5, 4.7]   # the judge's mean grade, round after round
+
+
+@pytest.mark.parametrize("stop, judged, loser, last", [(True, STALLS, .03, 2), (True, STALLS, .001, 3),
+                                                       (True, CLIMBS, .03, 3), (False, STALLS, .03, 3)])
 def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, loser, last):
     "Only if asked to, and only where the grade stands still while losers are driven away."
     def execute_round(run, k):
@@ -121,12 +128,17 @@ def test_init_writes_what_a_model_wants(capsys, tmp_path, monkeypatch):
         assert main(["init", str(tmp_path/f"{name}.yaml"), "--generator", name, "--judge", "owner/judge"]) == 0
         config = read_config(tmp_path/f"{name}.yaml")
         assert config.generator.path == GENERATORS[name]["path"] and config.reward.path == "owner/judge"
-        assert (config.generator.max_sequence_length, config.align.beta) == ((226, 5000.) if "cog" in name else (512, 2000.))
-    assert main(["init", str(tmp_path/"x.yaml"), "--generator", "sora"]) == 2 and main(["init", str(tmp_path/"x.yaml"), "--gpu", "TPU"]) == 2
+        wants = (226, 5000.) if "cog" in name else (512, 2000.)
+        assert (config.generator.max_sequence_length, config.align.beta) == wants
+    assert main(["init", str(tmp_path/"x.yaml"), "--generator", "sora"]) == 2
+    assert main(["init", str(tmp_path/"x.yaml"), "--gpu", "TPU"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "choose one of wan2.1-1.3b" in said[-2] and "choose one of B200" in said[-1] and not (tmp_path/"x.yaml").exists()
+    assert "choose one of wan2.1-1.3b" in said[-2] and "choose one of B200" in said[-1]
+    assert not (tmp_path/"x.yaml").exists()
     toy = demo_config("wan", "dpo", 1, 0).model_dump()
-    monkeypatch.setattr("dual_ipo.cli.config_for", lambda *_: parse_config(toy | dict(align=dict(batch_size=2**14)), "toy"))
+    large = parse_config(toy | dict(align=dict(batch_size=2**14)), "toy")
+    monkeypatch.setattr("dual_ipo.cli.config_for", lambda *_: large)
     assert main(["init", str(tmp_path/"fits.yaml"), "--gpu", "RTX4090", "--count", "2"]) == 0
     config, text = read_config(tmp_path/"fits.yaml"), (tmp_path/"fits.yaml").read_text("utf-8")
-    assert config.align.batch_size < 2**14 == config.align.batch_size*config.align.accumulate and "# one round on 2 RTX4090" in text and "  no: " not in text
+    assert config.align.batch_size < 2**14 == config.align.batch_size*config.align.accumulate
+    assert "# one round on 2 RTX4090" in text and "  no: " not in text

@@ -14,13 +14,20 @@ MAY = {"cli"}               # its `demo` runs the toy world
 OPEN = set()
 
 
+def sources(path, *kinds):
+    "What the cells of a notebook hold, of all kinds or some."
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if not kinds or cell["cell_type"] in kinds]
+
+
 def imported(source):
     "Modules of ours that a cell imports, wherever in it."
     lines = (line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
     for node in ast.walk(ast.parse("\n".join(lines))):
         names = []
         if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module: names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             package, _, rest = name.partition(".")
             if package == "dual_ipo" and rest.partition(".")[0] in NUMBERS: yield rest.partition(".")[0]
@@ -52,7 +59,7 @@ def test_a_number_has_one_notebook(): assert len(set(NUMBERS.values())) == len(N
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_a_notebook_is_named_after_its_module(path):
-    assert f"#| default_exp {path.stem[3:]}\n" in "".join("".join(cell["source"]) + "\n" for cell in json.loads(path.read_text("utf-8"))["cells"])
+    assert f"#| default_exp {path.stem[3:]}" in "\n".join(sources(path)).splitlines()
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
@@ -61,19 +68,24 @@ def test_numbers_are_the_order_of_imports(path): assert list(faults(path)) == []
 
 @pytest.mark.parametrize("path", sorted((ROOT/"nbs/rounds").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_rounds_know_neither_the_toy_world_nor_the_lab(path):
-    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert [other for source in sources for other in imported(source) if NUMBERS[other] >= TOY] == []
+    for source in sources(path, "code"): assert [other for other in imported(source) if NUMBERS[other] >= TOY] == []
 
 
 @pytest.mark.parametrize("own, other, lesson, wrong", [
-    ("store", "core", False, False), ("core", "store", False, True), ("core", "store", True, True), ("srpo", "reward", False, False),
-    ("reward", "generator", False, True), ("generator", "reward", False, True), ("align", "voting", True, True), ("rounds", "reward", False, False),
-    ("core", "toyworld", True, False), ("core", "toyworld", False, True), ("cli", "demo", False, False), ("report", "demo", False, True),
-    ("demo", "toyworld", False, False), ("speed", "rounds", False, False), ("studies", "demo", False, False), ("rounds", "speed", True, True),
-    ("demo", "studies", False, True)])
+    ("store", "core", False, False), ("core", "store", False, True), ("core", "store", True, True),
+    ("srpo", "reward", False, False), ("rounds", "reward", False, False),
+    ("reward", "generator", False, True), ("generator", "reward", False, True), ("align", "voting", True, True),
+    ("core", "toyworld", True, False), ("core", "toyworld", False, True), ("demo", "toyworld", False, False),
+    ("cli", "demo", False, False), ("report", "demo", False, True), ("studies", "demo", False, False),
+    ("speed", "rounds", False, False), ("rounds", "speed", True, True), ("demo", "studies", False, True)])
 def test_what_is_a_fault(own, other, lesson, wrong): assert bool(fault(own, other, lesson)) == wrong
 
 
 def test_what_is_an_import():
-    cell = "%matplotlib inline\nimport dual_ipo.core as c\nfrom dual_ipo import store\ndef f():\n    from dual_ipo.rounds import Round\nimport torch"
+    cell = """%matplotlib inline
+import dual_ipo.core as c
+from dual_ipo import store
+def f():
+    from dual_ipo.rounds import Round
+import torch"""
     assert list(dict.fromkeys(imported(cell))) == ["core", "store", "rounds"]

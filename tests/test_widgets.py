@@ -1,5 +1,11 @@
 "The widgets in a real JupyterLab, opened by a real browser."
-import os, signal, socket, subprocess, sys, threading, time
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from urllib.request import urlopen
 
 import nbformat
@@ -14,7 +20,19 @@ from dual_ipo.core import Pair, Video
 from dual_ipo.widgets import Watch, pair_player, vote_browser
 clips = sorted(Path("run/round_01/evaluate/clips").glob("*.mp4"))
 player = pair_player(Pair("a pair", Video.load(clips[0]), Video.load(clips[1]), "A"))
-player""", "browser = vote_browser('run', 1)\nbrowser", "watching = Watch('run', every=.2)\nwatching", "print('all' + ' cells ran')"]
+player""", "browser = vote_browser('run', 1)\nbrowser", "watching = Watch('run', every=.2)\nwatching",
+         "print('all' + ' cells ran')"]
+SERVER = """from jupyterlab.galata import configure_jupyter_server; configure_jupyter_server(c)
+c.ServerApp.port = {port}; c.ServerApp.root_dir = {root!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None
+"""
+TO_FRONT = ("(w => { jupyterapp.shell.activateById(w.id); w.activate(); w.content.node.focus(); })"
+            "([...jupyterapp.shell.widgets('main')][0])")
+PLAYS = "[...document.querySelectorAll('.dipo-player video')].filter(v => v.readyState >= 2 && !v.error).length == 2"
+STANDS = "(v => v.currentTime > 0 && !v.seeking)(document.querySelector('.dipo-player video'))"
+IN_STEP = "(([a, b]) => Math.abs(a.currentTime - b.currentTime) < .01)(document.querySelectorAll('.dipo-player video'))"
+TWO_CLIPS = ("(all => all.length == 2 && all.every(v => v.readyState >= 2))"
+             "([...document.querySelectorAll('.reel video')])")
+NEXT = "[...document.querySelectorAll('button')].filter(b => b.querySelector('.fa-chevron-right'))[0].click()"
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +40,15 @@ def lab(tmp_path_factory):
     "A JupyterLab with its app on `window`, serving a folder that holds a notebook and a run."
     root = tmp_path_factory.mktemp("lab")
     synthetic_run(root/"run", rounds=1, n=4)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), root/"w.ipynb")
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root/"w.ipynb")
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    (root/"config.py").write_text("from jupyterlab.galata import configure_jupyter_server; configure_jupyter_server(c)\n"
-        f"c.ServerApp.port = {port}; c.ServerApp.root_dir = {str(root)!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None\n", "utf-8")
-    env = os.environ | {f"JUPYTER_{name}_DIR": str(root/".jupyter"/name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(root/".jupyter/settings")}
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    (root/"config.py").write_text(SERVER.format(port=port, root=str(root)), "utf-8")
+    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root/".jupyter/settings")}
+    for name in ("CONFIG", "DATA", "RUNTIME"): env[f"JUPYTER_{name}_DIR"] = str(root/".jupyter"/name.lower())
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(300):
             try: urlopen(f"http://127.0.0.1:{port}/api"); break
@@ -48,30 +69,35 @@ def test_in_jupyterlab(lab):
         page.until("window.jupyterapp && document.querySelectorAll('.jp-CodeCell').length == 4", 120)
         page.until("[...jupyterapp.shell.widgets('main')][0].sessionContext?.session?.kernel?.status == 'idle'", 120)
         page.send("Page.bringToFront")
-        page.evaluate("(w => { jupyterapp.shell.activateById(w.id); w.activate(); w.content.node.focus(); })([...jupyterapp.shell.widgets('main')][0])")
+        page.evaluate(TO_FRONT)
         page.until("!!jupyterapp.shell.currentWidget")
         page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
         page.until(f"{text}.includes('all cells ran')", 120)
 
-        page.until("[...document.querySelectorAll('.dipo-player video')].filter(v => v.readyState >= 2 && !v.error).length == 2")
-        frames = {page.evaluate("document.querySelector('.dipo-player span').textContent") for _ in range(20) if not time.sleep(.1)}
+        page.until(PLAYS)
+        frames = set()
+        for _ in range(20):
+            frames.add(page.evaluate("document.querySelector('.dipo-player span').textContent"))
+            time.sleep(.1)
         assert len(frames) > 2, "the player stands still"
         page.evaluate("document.querySelectorAll('.dipo-player button')[2].click()")   # one frame on, and stop
         label = page.evaluate("document.querySelector('.dipo-player span').textContent")
-        page.until("document.querySelectorAll('.dipo-player video')[0].currentTime > 0 && !document.querySelectorAll('.dipo-player video')[0].seeking")
-        assert page.evaluate("(([a, b]) => Math.abs(a.currentTime - b.currentTime) < .01)(document.querySelectorAll('.dipo-player video'))")
+        page.until(STANDS)
+        assert page.evaluate(IN_STEP)
         assert page.evaluate("document.querySelector('.dipo-player span').textContent") == label
 
-        page.until("document.querySelectorAll('.reel video').length == 2 && [...document.querySelectorAll('.reel video')].every(v => v.readyState >= 2)")
+        page.until(TWO_CLIPS)
         before = page.evaluate("document.querySelector('.reel').parentElement.innerHTML")
-        page.evaluate("[...document.querySelectorAll('button')].filter(b => b.querySelector('.fa-chevron-right'))[0].click()")
+        page.evaluate(NEXT)
         page.until(f"document.querySelector('.reel').parentElement.innerHTML != {before!r}")
 
         page.until(f"{text}.includes('Finished.')")   # the watcher gave way to a plain table
         assert [u for u in page.requests if not u.startswith(("data:", "blob:", "file:", url.split("/lab")[0]))] == []
         page.evaluate("jupyterapp.commands.execute('docmanager:save')")
     saved = nbformat.read(root/"w.ipynb", 4)
-    html = "".join("".join(o.data["text/html"]) for c in saved.cells for o in c.outputs if "text/html" in o.get("data", {}))
+    html = ""
+    for cell in saved.cells:
+        for output in cell.outputs: html += "".join(output.get("data", {}).get("text/html", ""))
     assert "Finished." in html and "reel" in html, "nothing would be left without a kernel"
 
 
@@ -88,7 +114,10 @@ def test_a_run_that_ends_while_it_is_drawn_is_shown_as_finished(tmp_path, monkey
         watching.thread.join(.5)
         return Handle()
     go, state_of = threading.Event(), widgets.state_of
-    monkeypatch.setattr(widgets, "state_of", lambda run: (threading.current_thread() is threading.main_thread() or go.wait(), state_of(run))[1])
+    def late(run):
+        if threading.current_thread() is not threading.main_thread(): go.wait()
+        return state_of(run)
+    monkeypatch.setattr(widgets, "state_of", late)
     monkeypatch.setattr(widgets, "display", slow_display)
     watching = widgets.Watch(tmp_path/"run")
     watching._ipython_display_()
