@@ -514,9 +514,13 @@ def graded_pairs(
     return pairs
 
 # %% ../nbs/90_studies.ipynb #8199d3ea
-def span(d: dict, digits: int = 2) -> str:
+def span(
+    d: dict,           # mean, lo, hi
+    digits: int = 2,
+    width: int = 1,    # of the mean
+) -> str:
     "A difference with its interval."
-    return f"{d['mean']:+.{digits}f} [{d['lo']:+.{digits}f}, {d['hi']:+.{digits}f}]"
+    return f"{d['mean']:+{width}.{digits}f} [{d['lo']:+.{digits}f}, {d['hi']:+.{digits}f}]"
 
 # %% ../nbs/90_studies.ipynb #a5b92517
 def by_seed(d: dict) -> str:
