@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .candidates import read_latents
+from .cluster import in_shards
 from .core import UserError, VideoFile, noise, resample
 from .kernels import fit
 from .losses import Objective, nll
 from .store import digest, file_digest, read_json, write_json, write_table, write_tensors
-from .training import Ahead, in_shards, rank_slice, ranks, take, train
+from .training import Ahead, rank_slice, ranks, take, train
 
 # %% ../nbs/24_align.ipynb #3a421851
 def named(

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .cluster import in_shards
 from .core import Pair, UserError, Video, generator, write_mp4
 from .store import read_table, whole, write_table, write_tensors
-from .training import Room, in_shards
+from .training import Room
 
 # %% ../nbs/23_candidates.ipynb #a2725d22
 def candidate_row(

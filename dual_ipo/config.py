@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Dtype', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'RewardPart', 'DataPart', 'ColdStartPart',
            'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given', 'VotesPart',
-           'PCEPart', 'SRPOPart', 'EvaluatePart', 'votes_fit', 'Config', 'told', 'parse_config', 'read_config',
-           'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
+           'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'Config', 'told', 'parse_config',
+           'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
@@ -263,6 +263,15 @@ class EvaluatePart(Part):
     prompts: int = key(100, "evaluation prompts", ge=2)
     videos_per_prompt: int = key(2, "clips of each, always from the same noise", ge=2)
 
+# %% ../nbs/06_config.ipynb #7017854b
+class ClusterPart(Part):
+    "Where the work is done. No result depends on it, so it may change whenever a run goes on."
+    on: str | None = key(None, "here: this process; auto: a worker for every GPU of this machine, or core, by Ray; "
+        "HOST:PORT: that Ray cluster; null: auto where there are several GPUs, else here")
+    workers: int | None = key(None, "processes that hold a model each; null: one a GPU, or core", ge=1)
+    gpus: float = key(1., "GPUs of a worker, where there are any", gt=0, le=64)
+    failures: int = key(3, "how often a shard or a training may lose its worker before the run ends", ge=0, le=100)
+
 # %% ../nbs/06_config.ipynb #cb2cf861
 def votes_fit(
     config,   # a `Config`
@@ -283,7 +292,7 @@ def votes_fit(
 
 # %% ../nbs/06_config.ipynb #fe3d3507
 class Config(Part):
-    "Everything that decides a run's results."
+    "A run. All but `cluster` decides its results."
     seed: int = key(0, "names all randomness, a whole number")
     rounds: int = key(3, "rounds of the loop (the paper's 3; 5 for Wan)", ge=1)
     deterministic: bool = key(False, "on a GPU: sums in the same order every time, by slower kernels; on a CPU always")
@@ -298,6 +307,7 @@ class Config(Part):
     pce: PCEPart = PCEPart()
     srpo: SRPOPart = SRPOPart()
     evaluate: EvaluatePart = EvaluatePart()
+    cluster: ClusterPart = ClusterPart()
     whole_votes = model_validator(mode="after")(votes_fit)
 
 # %% ../nbs/06_config.ipynb #9c61d3b3

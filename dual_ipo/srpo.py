@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from .cluster import rows_in_shards
 from .core import Judgement, Pair, UserError, generator
 from .cot import DIMENSIONS, Item, answer_at, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import clip_digest, digest, pair_digest
-from .training import Room, groups_of, ordered, rows_in_shards, take, train
+from .training import Room, groups_of, ordered, take, train
 from .voting import Vote, check_votes, grade_gap
 
 # %% ../nbs/14_srpo.ipynb #a3417a8e

@@ -572,8 +572,10 @@ def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
 ):
-    "UserError when a run was begun with another config."
-    difference = first_difference(portable_config(read_yaml(run/"run.yaml"), run), config)
+    "UserError when a run was begun with another config, `cluster` aside: no result depends on where work is done."
+    begun = portable_config(read_yaml(run/"run.yaml"), run)
+    for each in (begun, config := dict(config)): each.pop("cluster", None)
+    difference = first_difference(begun, config)
     if not difference: return
     is_path = difference.split(":")[0] in map(".".join, PATHS)
     moved = ", or say with --relocate what was moved" if is_path else ""
@@ -590,7 +592,9 @@ def open(cls: Run,
     path = Path(path)
     config = portable_config(json.loads(json.dumps(config)), path)
     if path.exists() and not path.is_dir(): raise UserError(f"{path}: is a file; name another folder")
-    if (path/"run.yaml").exists(): check_config_of(path, config)
+    if (path/"run.yaml").exists():
+        check_config_of(path, config)
+        if config.get("cluster") != read_yaml(path/"run.yaml").get("cluster"): write_yaml(path/"run.yaml", config)
     elif path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise UserError(f"{path}: is not empty and holds no run.yaml; name another folder")
     else: write_yaml(path/"run.yaml", config)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'seeded', 'ranks', 'rank_slice', 'epoch_order', 'take', 'Ahead', 'trained', 'mixed_precision', 'LowLinear',
-           'low_adapters', 'Room', 'groups_of', 'in_shards', 'rows_in_shards', 'adam_tensors', 'load_adam', 'keep_only',
-           'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'ordered', 'shares_of', 'gradients',
-           'guarded_update', 'TrainingAnomaly', 'check_anomaly', 'rate_at', 'train']
+           'low_adapters', 'Room', 'groups_of', 'adam_tensors', 'load_adam', 'keep_only', 'save_checkpoint',
+           'check_checkpoint', 'load_checkpoint', 'ordered', 'shares_of', 'gradients', 'guarded_update',
+           'TrainingAnomaly', 'check_anomaly', 'rate_at', 'train']
 
 # %% ../nbs/04_training.ipynb #dc3c1342
 import json, math, os, shutil
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,8 @@ from accelerate import Accelerator, PartialState
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import UserError, generator, seed_of
-from .store import (digest, first_difference, is_done, mark_done, progress, read_json, read_table, read_tensors,
-                            stage, write_table, write_tensors)
+from .store import (first_difference, is_done, mark_done, progress, read_json, read_table, read_tensors,
+                            write_table, write_tensors)
 
 # %% ../nbs/04_training.ipynb #a889e598
 @contextmanager
@@ -169,45 +168,6 @@ def groups_of(
 ) -> list[list[object]]:
     "Items in groups of a few, in order."
     return [items[i:i + size] for i in range(0, len(items), size)]
-
-# %% ../nbs/04_training.ipynb #192b5143
-def in_shards(
-    items: list[object],
-    size: int,        # items of a shard
-    folder: Path,     # for shard_0000, …
-    what: str,        # on the progress bar
-    make: Callable,   # (folder of a shard, its items): fill it
-    *made_with,       # plain data: what else decides the results
-    name: Callable = str,   # item -> what it is made of, see `digest`; asked when its shard's turn comes
-) -> list[Path]:      # the folders, in order
-    "Have all items made, or those that an interrupted process left; every rank its share of the shards."
-    state = ranks()
-    shards = {Path(folder)/f"shard_{i:04d}": group for i, group in enumerate(groups_of(items, size))}
-    for path, group in progress([*shards.items()][state.process_index::state.num_processes], what):
-        with stage(path, of=digest(made_with, [name(item) for item in group])) as todo:
-            if todo: make(path, group)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        for old in set(Path(folder).glob("shard_*")) - set(shards): shutil.rmtree(old)   # of a longer list
-    return list(shards)
-
-# %% ../nbs/04_training.ipynb #b56f2b89
-def rows_in_shards(
-    items: list[object],
-    size: int,             # items of a shard
-    folder: Path | None,   # None: nothing is kept
-    what: str,             # on the progress bar
-    make: Callable,        # items of a shard -> a row for each
-    *made_with,
-    name: Callable = str,  # these two as for `in_shards`
-) -> list[dict[str, object]]:   # a row for each item
-    "`in_shards` of tables."
-    if folder is None: tables = [make(group) for group in progress(groups_of(items, size), what)]
-    else:
-        def write(path, group): write_table(path/"table.parquet", make(group))
-        shards = in_shards(items, size, folder, what, write, *made_with, name=name)
-        tables = [read_table(path/"table.parquet") for path in shards]
-    return list(chain.from_iterable(tables))
 
 # %% ../nbs/04_training.ipynb #5c30c45f
 def adam_tensors(

@@ -13,6 +13,7 @@ FILTERS = [
     r"ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:transformers\.",
     r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     r"ignore:`is_gradient_checkpointing`:FutureWarning",
+    r"ignore::DeprecationWarning:ray\.", r"ignore::FutureWarning:ray\.",
     r"ignore::DeprecationWarning:(jupyter|nbformat|nbconvert|nbclient|papermill|ipykernel|zmq|traitlets|notebook)",
 ]
 
