@@ -112,14 +112,15 @@ def kill_one(where):
 
 @pytest.mark.timeout(900)
 def test_a_round_is_the_same_though_workers_are_killed(three, given, tmp_path, monkeypatch):   # noqa: F811
-    "Batches that no two processes share evenly: so trainings, too, end in the bytes of one process."
+    "Batches of five, which no two processes share evenly: so trainings, too, end in the bytes of one process."
     config = small_config()
-    for part in ("cold_start", "align", "srpo"): config[part]["batch_size"] = 3
+    for part in ("cold_start", "align", "srpo"): config[part]["batch_size"] = 5
     config["candidates"]["prompts_per_round"] = 17
     def go(name):
         run = start_run(Namespace(config=write(given, "cluster.yaml", config), out=tmp_path/name))
         for k in (0, 1): run_round(run, k)
         return run.path
+    monkeypatch.setattr(three, "workers", 2)
     with at_place(Here()): here = go("run-here")
     hand_out, killed = OnRay.hand_out, []
     def disturbed(self, work, shards):
