@@ -137,7 +137,7 @@ def run_all(
     from dual_ipo.report import make_report
     keep_freed_memory()
     part = run.config.get("cluster", {})
-    on = chosen(on or part.get("on"))
+    on = chosen(on or part.get("address"))
     with run.lock(), gathered(on, part.get("workers")) as address, bars(run.path / "progress.json"):
         for k in range(run.config["rounds"] + 1):
             execute_round(run, k, address)

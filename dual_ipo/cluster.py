@@ -7,7 +7,7 @@ __all__ = ['FINAL', 'CORES', 'ENDED', 'Work', 'Here', 'place', 'at_place', 'in_s
            'Worker', 'cause_of', 'divisor', 'ray_or_not', 'inherited_paths', 'join', 'OnRay', 'chosen', 'gathered',
            'working']
 
-# %% ../nbs/09_cluster.ipynb #1e1c8c78
+# %% ../nbs/09_cluster.ipynb #bbdf7b99
 import os
 import shutil
 import signal
@@ -29,7 +29,7 @@ from .core import UserError
 from .store import digest, progress, read_table, stage, write_table
 from .training import groups_of, ranks
 
-# %% ../nbs/09_cluster.ipynb #f2241f28
+# %% ../nbs/09_cluster.ipynb #93bb5865
 class Work(NamedTuple):
     "How shards are made."
     make: Callable       # (folder of a shard, its items): fill it
@@ -41,7 +41,7 @@ class Work(NamedTuple):
         with stage(folder, of=digest(self.made_with, [self.name(item) for item in items])) as todo:
             if todo: self.make(folder, items)
 
-# %% ../nbs/09_cluster.ipynb #ad4ea0d1
+# %% ../nbs/09_cluster.ipynb #7fce9841
 class Here:
     "This process."
     workers = 1
@@ -62,7 +62,7 @@ class Here:
         "Run a training."
         run()
 
-# %% ../nbs/09_cluster.ipynb #51b6eb10
+# %% ../nbs/09_cluster.ipynb #efac5927
 _place = [Here()]
 
 def place():
@@ -76,7 +76,7 @@ def at_place(where):
     try: yield where
     finally: _place.pop()
 
-# %% ../nbs/09_cluster.ipynb #1f3835c0
+# %% ../nbs/09_cluster.ipynb #74c26167
 def in_shards(
     items: list[object],
     size: int,        # items of a shard
@@ -93,7 +93,7 @@ def in_shards(
         for old in set(Path(folder).glob("shard_*")) - set(shards): shutil.rmtree(old)   # of a longer list
     return list(shards)
 
-# %% ../nbs/09_cluster.ipynb #ee0a7e29
+# %% ../nbs/09_cluster.ipynb #bc8e2d9d
 def rows_in_shards(
     items: list[object],
     size: int,             # items of a shard
@@ -111,7 +111,7 @@ def rows_in_shards(
         tables = [read_table(path/"table.parquet") for path in shards]
     return list(chain.from_iterable(tables))
 
-# %% ../nbs/09_cluster.ipynb #a414c495
+# %% ../nbs/09_cluster.ipynb #beeff966
 _opened = []   # in this process, by way of `Held`
 
 def opened(load: Callable, args: tuple):
@@ -131,7 +131,7 @@ class Held:
 
     def __reduce__(self): return opened, self.call
 
-# %% ../nbs/09_cluster.ipynb #ba099f5c
+# %% ../nbs/09_cluster.ipynb #febb32bf
 class Worker:
     "What an actor does: unpack the work of a stage once, with its models, and make the shards it is given."
     def __init__(self): self.ref, self.work, self.contexts = None, None, ExitStack()
@@ -153,7 +153,7 @@ class Worker:
         for model in _opened:
             if hasattr(model, "writing"): self.contexts.enter_context(model.writing())
 
-# %% ../nbs/09_cluster.ipynb #b463cb63
+# %% ../nbs/09_cluster.ipynb #9e62a986
 FINAL = UserError, torch.OutOfMemoryError   # the same would come again
 
 def cause_of(error: BaseException) -> BaseException:
@@ -163,7 +163,7 @@ def cause_of(error: BaseException) -> BaseException:
     found = [cause_of(each) for each in inner if isinstance(each, BaseException)]
     return min(found, key=lambda each: not isinstance(each, FINAL), default=error)
 
-# %% ../nbs/09_cluster.ipynb #11ce34e9
+# %% ../nbs/09_cluster.ipynb #d11ac1ba
 def divisor(
     n: int,      # at most
     size: int,   # of a batch
@@ -171,7 +171,7 @@ def divisor(
     "The largest number of processes that share a batch evenly."
     return max(k for k in range(1, n + 1) if size % k == 0)
 
-# %% ../nbs/09_cluster.ipynb #ee22a2dd
+# %% ../nbs/09_cluster.ipynb #9af76ded
 def ray_or_not():
     "Ray; UserError saying what to install where it is not."
     try: import ray
@@ -203,7 +203,7 @@ def join(
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)   # Ray takes it
     return ray
 
-# %% ../nbs/09_cluster.ipynb #05becbb4
+# %% ../nbs/09_cluster.ipynb #bcd41bdf
 class OnRay:
     "The workers of a Ray cluster: open it with `with`. UserError where Ray is missing or no cluster answers."
     def __init__(self,
@@ -227,7 +227,7 @@ class OnRay:
 
     def is_first(self) -> bool: return True
 
-# %% ../nbs/09_cluster.ipynb #156c88b7
+# %% ../nbs/09_cluster.ipynb #bed1b289
 CORES = .5   # that Ray sets aside for a process: a gang finds room beside the workers of shards, which wait
 
 @patch
@@ -244,7 +244,7 @@ def dismiss(self: OnRay):
     for actor in self.actors: ray_or_not().kill(actor)
     self.actors = []
 
-# %% ../nbs/09_cluster.ipynb #ad5f6a94
+# %% ../nbs/09_cluster.ipynb #98fba11f
 ENDED = "most likely memory ran out: lower batch_size or take a machine with more, then run the same command again"
 
 @patch
@@ -282,7 +282,7 @@ def model(self: OnRay, load: Callable, facts: Callable, *args) -> Held:
     "What workers open by `load(*args)`; this process knows `facts(*args)`."
     return Held(load, facts, args)
 
-# %% ../nbs/09_cluster.ipynb #f4007797
+# %% ../nbs/09_cluster.ipynb #fd8e308e
 @patch
 def gang(self: OnRay, run: Callable, n: int, folder: str):
     "Run a training in n processes; what a rank raises is raised here."
@@ -309,9 +309,9 @@ def train(self: OnRay, run: Callable, batch_size: int):
             times = f"training: failed {self.failures + 1} times, at last with {in_a_line(error)}"
             if not left: raise UserError(f"{times}; {ENDED}") from error
 
-# %% ../nbs/09_cluster.ipynb #c22aed39
+# %% ../nbs/09_cluster.ipynb #ba7a9d56
 def chosen(
-    on: str | None,   # `cluster.on` of the config
+    on: str | None,   # `cluster.address` of the config
 ) -> str:             # "here", "auto", or an address
     "Where to work if the config leaves it open: on all GPUs of this machine."
     n = torch.cuda.device_count()
@@ -323,7 +323,7 @@ def chosen(
     print(f"{n} GPUs, all of them are used; `--on here` uses one", flush=True)
     return "auto"
 
-# %% ../nbs/09_cluster.ipynb #d0ae8f91
+# %% ../nbs/09_cluster.ipynb #1fbfa390
 @contextmanager
 def gathered(
     on: str,               # see `chosen`

@@ -266,8 +266,8 @@ class EvaluatePart(Part):
 # %% ../nbs/06_config.ipynb #7017854b
 class ClusterPart(Part):
     "Where the work is done. No result depends on it, so it may change whenever a run goes on."
-    on: str | None = key(None, "here: this process; auto: a worker for every GPU of this machine, or core, by Ray; "
-        "HOST:PORT: that Ray cluster; null: auto where there are several GPUs, else here")
+    address: str | None = key(None, "here: this process; auto: by Ray, a worker for every GPU of this machine, or "
+        "core; HOST:PORT: that Ray cluster; null: auto where there are several GPUs, else here")
     workers: int | None = key(None, "processes that hold a model each; null: one a GPU, or core", ge=1)
     gpus: float = key(1., "GPUs of a worker, where there are any", gt=0, le=64)
     failures: int = key(3, "how often a shard or a training may lose its worker before the run ends", ge=0, le=100)
