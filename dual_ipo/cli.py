@@ -6,7 +6,8 @@
 __all__ = ['BAR', 'ROUND', 'KEEP_MEMORY', 'count', 'share', 'price', 'ON', 'StageBar', 'bars', 'where', 'execute_round', 'stops',
            'keep_freed_memory', 'run_all', 'old_and_new', 'between', 'Parser', 'check_names', 'add_demo', 'add_init',
            'add_run', 'add_plan', 'add_gate', 'add_export', 'parser', 'check_toy', 'start_demo', 'write_config',
-           'go_on', 'named_after', 'start_run', 'planned', 'gated', 'exported', 'reported', 'finished', 'command']
+           'go_on', 'named_after', 'start_run', 'planned', 'gated', 'exported', 'reported', 'check_ray', 'finished',
+           'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -343,6 +344,11 @@ def reported(args: argparse.Namespace) -> Path:
     return make_report(Run.load(args.run).path)
 
 # %% ../nbs/60_cli.ipynb #04916112
+def check_ray():
+    "UserError where several workers are asked for without Ray, before anything is begun."
+    from dual_ipo.cluster import ray_or_not
+    ray_or_not()
+
 def finished(run: Run, on: str | None) -> str:
     "Run what is left of a run, and say what it brought."
     page = run_all(run, on)
@@ -352,6 +358,7 @@ def finished(run: Run, on: str | None) -> str:
 def command(args: argparse.Namespace):
     "Do what the parsed command line says, and print what came of it."
     check_names(args)
+    if getattr(args, "on", None) not in (None, "here"): check_ray()
     match args.command:
         case "demo": said = finished(start_demo(args), args.on)
         case "run": said = finished(start_run(args), args.on)

@@ -1,26 +1,79 @@
 "Work on several workers: the bytes of one process, whoever is killed; a gang that loses a rank goes on without a gap."
 import os
+import re
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from dual_ipo.cli import start_run
-from dual_ipo.cluster import Here, OnRay, at_place, rows_in_shards
+from dual_ipo.cli import parser, start_run
+from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
 from dual_ipo.core import UserError, noise
-from dual_ipo.rounds import run_round
-from dual_ipo.store import read_table
+from dual_ipo.ending import main
+from dual_ipo.rounds import Round, run_round
+from dual_ipo.store import Run, read_table
 from dual_ipo.training import rank_slice, ranks, train
 from test_runs import given, small_config, write   # noqa: F401
 
-pytest.importorskip("ray")
+FILES = Path(__file__).resolve().parent.parent/"nbs/cluster"
+
+
+def test_without_ray_everything_is_done_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["demo", "--on", "auto", "--out", str(tmp_path/"run")]) == 2 and not (tmp_path/"run").exists()
+    for n, on in ((0, "here"), (1, "here"), (8, "here")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=n: n)
+        assert chosen(None) == on
+    assert "8 GPUs, of which one is used; for all of them: pip install 'dual-ipo[ray]'" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"several workers need Ray: pip install 'dual-ipo\[ray\]', or use `--on here`"):
+        OnRay().__enter__()
+
+
+def test_several_gpus_are_used(monkeypatch, capsys):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [chosen(on) for on in (None, "here", "10.0.0.1:6379")] == ["auto", "here", "10.0.0.1:6379"]
+    assert capsys.readouterr().out == "8 GPUs, all of them are used; `--on here` uses one\n"
+
+
+def test_where_work_is_done_may_change(tmp_path):
+    "It is no other run, and the last word holds; another seed is one."
+    config = small_config()
+    Run.open(tmp_path/"run", config)
+    config["cluster"] |= dict(address="auto", workers=8)
+    Run.open(tmp_path/"run", config)
+    assert Run.load(tmp_path/"run").config["cluster"]["workers"] == 8
+    config["seed"] = 5
+    with pytest.raises(UserError, match="belongs to a run with another config .seed: 0 there, 5 here"):
+        Run.open(tmp_path/"run", config)
+
+
+def test_a_round_is_no_gang(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun: a round is one process that hands out its work; say `--on auto`"):
+        Round(Run.open(tmp_path/"run", small_config()), 0)
+
+
+def test_files_for_clusters_say_commands_that_there_are():
+    "Each runs `dual-ipo run` with options that it has."
+    jobs = {path.name: path.read_text("utf-8").replace("\\\n", " ") for path in FILES.iterdir() if path.suffix != ".md"}
+    assert sorted(jobs) == ["kuberay.yaml", "skypilot.yaml", "slurm.sbatch"]
+    for name, text in jobs.items():
+        if name.endswith("yaml"): assert yaml.safe_load(text)
+        else: subprocess.run(["bash", "-n", FILES/name], check=True)
+        command = re.search(r"^ *(?:\w+: |.*-- +)?dual-ipo (run .*?) *&?$", text, re.M)[1].replace('"', "").split()
+        assert parser().parse_args(command).on, name
 
 
 @pytest.fixture(scope="module")
 def three():
     "Three workers on this machine."
+    pytest.importorskip("ray")
     with OnRay(workers=3) as where: yield where
 
 
