@@ -8,15 +8,18 @@ __all__ = ['CARDS', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', '
            'as_compiled', 'sizes_of', 'Live', 'live_bytes', 'pass_facts', 'vae_facts', 'bytes_of', 'weight_facts',
            'clip_facts', 'generator_facts', 'token_facts', 'block_numbers', 'text_facts', 'parameter_facts',
            'judge_facts', 'response_tokens', 'asking_memory', 'learning_memory', 'judge_memory', 'Costs', 'Update',
-           'Stage', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies', 'remedies', 'changed',
-           'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'facts_of', 'card_of', 'plan_rows', 'line_of',
-           'totals_of', 'plan', 'fitted', 'out_of_memory']
+           'Stage', 'slowest', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies', 'remedies',
+           'changed', 'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'pool_seconds', 'facts_of', 'card_of',
+           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'fitted', 'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
+import math
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import chain
 from typing import NamedTuple
 
@@ -28,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .candidates import per_shard
 from .config import Config
-from .core import Pair, UserError, Video
+from .core import Pair, UserError, Video, generator
 from .cot import clip_item, pair_item
 from .generator import Generator, meta_generator
 from .kernels import block_bytes, choose_memory, held_bytes, kept_bytes, together
@@ -453,19 +457,37 @@ class Stage(NamedTuple):
     flops: float      # of the generator
     seconds: float    # of the judge, on one GPU
     memory: float     # bytes on one GPU at most
+    parts: int        # shards, or of a training the batch, that GPUs can share
+    gang: bool = False
+
+# %% ../nbs/32_plan.ipynb #p0o1slow
+def slowest(
+    stage: Stage,
+    count: int,   # GPUs
+) -> float:       # of what one GPU would take
+    "The share of a stage that falls to the GPU with most of it: shards go round, a gang shares its batch evenly."
+    if stage.gang: return 1 / max(n for n in range(1, count + 1) if stage.parts % n == 0)
+    return -(-stage.parts // count) / max(stage.parts, 1)
+
+# %% ../nbs/32_plan.ipynb #p0o1shar
+@patch
+def shards(self: Costs, prompts: int) -> int:
+    "Shards of a sampling stage, see `candidates.per_shard`."
+    return -(-prompts // per_shard(self.config.generator.batch_size))
 
 # %% ../nbs/32_plan.ipynb #e23f148f
 @patch
 def sampled(self: Costs, held: dict[str, float]) -> list[Stage]:
     "From prompts to pairs."
     c = self.config.candidates
-    candidates, sampling = c.prompts_per_round * c.per_prompt, self.sampling_memory(self.short)
+    candidates, shards = c.prompts_per_round * c.per_prompt, self.shards(c.prompts_per_round)
     full = c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
-    rows = [Stage("candidates", full * self.candidate_flops(), 0, sampling),
-            Stage("ranking", 0, 0 if c.scorer else self.grading(full), held["grading"])]
+    sampling = self.sampling_memory(self.short)
+    rows = [Stage("candidates", full * self.candidate_flops(), 0, sampling, shards),
+            Stage("ranking", 0, 0 if c.scorer else self.grading(full), held["grading"], -(-full // 64))]
     if not c.preview_steps: return rows
     preview = candidates * self.clip_flops(c.preview_steps, self.short)
-    return [Stage("previews", preview, self.grading(candidates), max(sampling, held["grading"])), *rows]
+    return [Stage("previews", preview, self.grading(candidates), max(sampling, held["grading"]), shards), *rows]
 
 # %% ../nbs/32_plan.ipynb #cef7f409
 @patch
@@ -476,9 +498,10 @@ def judged(self: Costs, held: dict[str, float]) -> list[Stage]:
     clips, answered = 2 * v.pairs if v.clips == "fresh" else 0, self.answered()
     votes = self.voting(v.pairs) + 2 * self.reading(answered, v.k * v.pairs)
     learning = self.training(s.steps * s.batch_size * (2 + human)) + self.reading(answered, 4 * v.pairs)
-    return [Stage("fresh clips", clips * self.candidate_flops(), 0, self.sampling_memory(self.short)),
-            Stage("votes", 0, votes, max(held["voting"], held["certainty"])),
-            Stage("srpo", 0, learning, held["srpo"])]
+    fresh, sampling = clips * self.candidate_flops(), self.sampling_memory(self.short)
+    return [Stage("fresh clips", fresh, 0, sampling, self.shards(v.pairs)),
+            Stage("votes", 0, votes, max(held["voting"], held["certainty"]), -(-v.pairs // 16)),
+            Stage("srpo", 0, learning, held["srpo"], s.batch_size, True)]
 
 # %% ../nbs/32_plan.ipynb #f77aac34
 @patch
@@ -487,17 +510,19 @@ def evaluated(self: Costs, held: dict[str, float]) -> list[Stage]:
     e = self.config.evaluate
     clips, steps = e.prompts * e.videos_per_prompt, self.config.generator.num_inference_steps
     seconds = self.voting(clips // 2 if e.measure else 0) * 2 + self.grading(clips)
-    return [Stage("evaluation", clips * self.clip_flops(steps, self.whole), 0, self.sampling_memory(self.whole)),
-            Stage("judge check", 0, seconds, max(held["voting"], held["grading"]))]
+    sampling = self.sampling_memory(self.whole)
+    return [Stage("evaluation", clips * self.clip_flops(steps, self.whole), 0, sampling, self.shards(e.prompts)),
+            Stage("judge check", 0, seconds, max(held["voting"], held["grading"]), -(-clips // 64))]
 
 # %% ../nbs/32_plan.ipynb #49c541c6
 @patch
 def all_stages(self: Costs) -> list[Stage]:
     "The cold start and a round, stage by stage."
     cold, held = self.config.cold_start, judge_memory(self.config, self.judge)
-    found = [Stage("cold start", 0, self.training(cold.steps * cold.batch_size), held["cold start"])]
+    learning, batch = self.training(cold.steps * cold.batch_size), self.config.align.batch_size
+    found = [Stage("cold start", 0, learning, held["cold start"], cold.batch_size, True)]
     if not self.config.data.pairs: found = []
-    found += [*self.sampled(held), Stage("align", self.align_flops(), 0, self.align_memory())]
+    found += [*self.sampled(held), Stage("align", self.align_flops(), 0, self.align_memory(), batch, True)]
     return found + (self.judged(held) if self.config.srpo.steps else []) + self.evaluated(held)
 
 # %% ../nbs/32_plan.ipynb #a47f7650
@@ -507,12 +532,14 @@ def stages(
     gpu: GPU,
     count: int = 1,             # GPUs
     share: float = .35,         # of the card's rate that is reached
-) -> list[dict[str, object]]:   # {"stage", "flops", "gpu_hours", "memory"}, bytes on one GPU
+) -> list[dict[str, object]]:   # {"stage", "flops", "gpu_hours", "hours", "memory"}, bytes on one GPU
     "A round, stage by stage."
     rows, costs = [], Costs(config, g, g["short"], j, gpu, count, share)
-    for name, work, seconds, memory in costs.all_stages():
-        hours = (work / (gpu.flops * share) + seconds) / 3600
-        rows.append(dict(stage=name, flops=work + seconds * gpu.flops * share, gpu_hours=hours, memory=int(memory)))
+    for stage in costs.all_stages():
+        work = stage.flops + stage.seconds * gpu.flops * share
+        hours = work / (gpu.flops * share) / 3600
+        rows.append(dict(stage=stage.name, flops=work, gpu_hours=hours, hours=hours * slowest(stage, count),
+                         memory=int(stage.memory)))
     return rows
 
 # %% ../nbs/32_plan.ipynb #58fb5dc9
@@ -620,6 +647,25 @@ def advice(
     "What to do about a stage that does not fit."
     return f"set {settings_of(changes)}" if changes else "take a card with more memory, fewer frames or a smaller size"
 
+# %% ../nbs/32_plan.ipynb #p0o1pool
+def pool_seconds(
+    shards: list[float],   # seconds that each takes
+    workers: int,
+    start: float = 0.,     # seconds until a worker is ready, at first and after a loss
+    losses: float = 0.,    # of a worker, an hour
+    *keys,                 # name the draws
+) -> float:
+    "Seconds until workers have made all shards: each goes to the one that is free first; a loss costs its shard."
+    ready, left, end = [start] * workers, deque(shards), start
+    gap = torch.empty(10 * (len(shards) + workers)).exponential_(generator=generator("losses", *keys)).tolist()
+    while left:
+        now, took = heappop(ready), left.popleft()
+        until = gap.pop() * 3600 / losses if losses and gap else math.inf
+        if until < took: left.append(took)
+        else: end = max(end, now + took)
+        heappush(ready, now + (until + start if until < took else took))
+    return end
+
 # %% ../nbs/32_plan.ipynb #c1a4b916
 def facts_of(
     config: Config,
@@ -651,27 +697,35 @@ def plan_rows(
 def line_of(
     row: dict[str, object],    # of `plan_rows`
     per_round: float,          # GPU-hours
-    count: int,                # GPUs
 ) -> str:
     "A stage in the table."
     part = "once" if row["stage"] == "cold start" else f"{row['gpu_hours'] / per_round:.0%}"
-    work, hours = f"{row['flops'] / 1e15:12.4g}", f"{row['gpu_hours']:12.4g}{row['gpu_hours'] / count:10.3g}"
+    work, hours = f"{row['flops'] / 1e15:12.4g}", f"{row['gpu_hours']:12.4g}{row['hours']:10.3g}"
     return f"{row['stage']:14}{work}{hours}{part:>8}{row['memory'] / 1e9:8.1f}  {row['fits']}"
+
+# %% ../nbs/32_plan.ipynb #p0o1sum0
+class Sum(NamedTuple):
+    "What stages take together."
+    flops: float
+    gpu_hours: float
+    hours: float
+
+def sum_of(rows: list[dict[str, object]]) -> Sum:
+    "The stages of a table, added up."
+    return Sum(*(sum(row[key] for row in rows) for key in Sum._fields))
 
 # %% ../nbs/32_plan.ipynb #0b5877f8
 def totals_of(
     rounds: int,
-    cold: float, per_round: float,   # GPU-hours of the cold start and of a round
-    work: float,                     # FLOP of a round
-    count: int,                      # GPUs
-    price: float,                    # of a GPU-hour; 0: unknown
+    cold: Sum, a_round: Sum,
+    price: float,   # of a GPU-hour; 0: unknown
 ) -> list[str]:
     "What stands below the table: a round, and the run."
-    whole = cold + rounds * per_round
-    a_round = f"{'a round':14}{work / 1e15:12.4g}{per_round:12.4g}{per_round / count:10.3g}"
-    run = f"{rounds} rounds{' and the cold start' if cold else ''}: {whole:.4g} GPU-hours, {whole / count:.3g} hours"
-    if not price: return [a_round, run]
-    return [f"{a_round}   {per_round * price:,.0f} at {price:g} a GPU-hour", f"{run}, {whole * price:,.0f}"]
+    whole, hours = cold.gpu_hours + rounds * a_round.gpu_hours, cold.hours + rounds * a_round.hours
+    line = f"{'a round':14}{a_round.flops / 1e15:12.4g}{a_round.gpu_hours:12.4g}{a_round.hours:10.3g}"
+    run = f"{rounds} rounds{' and the cold start' if cold.flops else ''}: {whole:.4g} GPU-hours, {hours:.3g} hours"
+    if not price: return [line, run]
+    return [f"{line}   {a_round.gpu_hours * price:,.0f} at {price:g} a GPU-hour", f"{run}, {whole * price:,.0f}"]
 
 # %% ../nbs/32_plan.ipynb #f3186995
 def plan(
@@ -682,13 +736,12 @@ def plan(
 ) -> str:                                # a table
     "What the cold start and a round of this config cost."
     rows = plan_rows(config, gpu, count, share)
-    a_round = [row for row in rows if row["stage"] != "cold start"]
-    cold = sum(row["gpu_hours"] for row in rows if row["stage"] == "cold start")
-    per_round, work = sum(row["gpu_hours"] for row in a_round), sum(row["flops"] for row in a_round)
+    cold = sum_of([row for row in rows if row["stage"] == "cold start"])
+    a_round = sum_of([row for row in rows if row["stage"] != "cold start"])
     head = [f"one round on {count} {gpu}, at {share:.0%} of its rate",
             f"{'stage':14}{'PFLOP':>12}{'GPU-hours':>12}{'hours':>10}{'share':>8}{'GB':>8}  fits"]
-    lines = [line_of(row, per_round, count) for row in rows]
-    return "\n".join(head + lines + totals_of(config.rounds, cold, per_round, work, count, price))
+    lines = [line_of(row, a_round.gpu_hours) for row in rows]
+    return "\n".join(head + lines + totals_of(config.rounds, cold, a_round, price))
 
 # %% ../nbs/32_plan.ipynb #aec8516d
 def fitted(

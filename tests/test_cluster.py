@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dual_ipo.cli import parser, start_run
 from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
 from dual_ipo.core import UserError, noise
 from dual_ipo.ending import main
+from dual_ipo.plan import pool_seconds
 from dual_ipo.rounds import Round, run_round
 from dual_ipo.store import Run, read_table
 from dual_ipo.training import rank_slice, ranks, train
@@ -186,3 +188,18 @@ def test_a_round_is_the_same_though_workers_are_killed(three, given, tmp_path, m
     on_ray = go("run-ray")
     assert len(killed) > 8, killed
     assert content(here) == content(on_ray)
+
+
+@pytest.mark.timeout(300)
+def test_the_pool_is_as_the_plan_has_it(three, tmp_path, monkeypatch):
+    "Seconds of a stage of uneven shards on two workers: what the simulation says, within 15 %."
+    three.dismiss()
+    monkeypatch.setattr(three, "workers", 2)
+    seconds = (.2 + .6*torch.rand(20, generator=torch.Generator().manual_seed(0))).tolist()
+    def sleeps(part):
+        time.sleep(part[0])
+        return [dict(x=x) for x in part]
+    rows_in_shards([0., 0.], 1, tmp_path/"ready", "ready", sleeps)
+    began = time.time()
+    rows_in_shards(seconds, 1, tmp_path/"timed", "timed", sleeps)
+    assert time.time() - began == pytest.approx(pool_seconds(seconds, 2), rel=.15)
