@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'PAIR_COLUMNS', 'stays_in', 'inside', 'PairRow', 'are_reaso
            'clip_fault', 'check_clips']
 
 # %% ../nbs/03_data.ipynb #0e0e8dfe
-import csv, io, json, os
+import csv, io, json, os, re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class PairRow:
     prompt: str
     path_a: Path
     path_b: Path
-    label: str               # "A", "B" or "same"
+    label: str               # "A", "B" or "tie"
     pair_id: str
     rationale: dict[str, dict] | None   # as in `Pair`
 
@@ -127,7 +127,7 @@ def split(self: PairTable,
     return PairTable(rest), PairTable(held)
 
 # %% ../nbs/03_data.ipynb #c26d1555
-LABELS = ("A", "B", "same")
+LABELS = ("A", "B", "tie")
 
 # %% ../nbs/03_data.ipynb #a3c00977
 def label_of(
@@ -135,11 +135,12 @@ def label_of(
     where: str,             # for the message
 ) -> str:                   # one of `LABELS`
     "The label of a row, from `label` or `Overall`; UserError when there is none, or they differ."
-    given = [row[name].strip() for name in ("label", "Overall") if name in row]
-    if not given: raise UserError(f"{where}: no column 'label' (nor 'Overall'); add it with A, B or same in each row")
+    given = [row["label"].strip()] if "label" in row else []
+    if "Overall" in row: given.append(re.sub("^same$", "tie", row["Overall"].strip()))
+    if not given: raise UserError(f"{where}: no column 'label' (nor 'Overall'); add it with A, B or tie in each row")
     if given[0] != given[-1]:
         raise UserError(f"{where}: label {given[0]!r} contradicts Overall {given[-1]!r}; keep one of the two columns")
-    if given[0] not in LABELS: raise UserError(f"{where}: unknown label {given[0]!r}; use A, B or same")
+    if given[0] not in LABELS: raise UserError(f"{where}: unknown label {given[0]!r}; use A, B or tie")
     return given[0]
 
 # %% ../nbs/03_data.ipynb #7c220727
@@ -152,7 +153,7 @@ def check_agreement(
     verdicts, ids = {}, {}
     for line, row in zip(lines, rows):
         a, b = map(os.path.realpath, (row.path_a, row.path_b))
-        better = {"A": a, "B": b, "same": None}[row.label]
+        better = {"A": a, "B": b, "tie": None}[row.label]
         earlier, was_better = verdicts.setdefault((row.prompt, frozenset((a, b))), (line, better))
         if was_better != better:
             raise UserError(f"{path}: rows {earlier} and {line} judge the same two clips differently; "

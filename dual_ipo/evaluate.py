@@ -234,7 +234,7 @@ def export_vbench(
 
 # %% ../nbs/31_evaluate.ipynb #06ff1a5b
 def clear_accuracy(
-    truth: list[str],       # [B] "A", "B" or "same"
+    truth: list[str],       # [B] "A", "B" or "tie"
     p_a: Tensor,            # [B] the judge's probability that A is better
     gap: Tensor,            # [B] true difference between the two clips
     clear: float | None,    # a pair is clear when its gap is above this; None: the median
@@ -254,7 +254,7 @@ def rounded(
 
 # %% ../nbs/31_evaluate.ipynb #8cba341e
 def reward_accuracy(
-    truth: list[str],                           # [B] "A", "B" or "same"
+    truth: list[str],                           # [B] "A", "B" or "tie"
     p_a: Tensor,                                # [B] the judge's probability that A is better
     p_a_static: Tensor | None = None,           # [B] the cold-start judge's, on the same pairs
     judgements: list[Judgement] | None = None,  # [B] by voting
@@ -262,7 +262,7 @@ def reward_accuracy(
     clear: float | None = None,                 # see `clear_accuracy`
 ) -> dict[str, float | int | None]:             # summary.json's `reward`; None where it can't be told
     "The `reward` entry of a round."
-    decided = [i for i, label in enumerate(truth) if label != "same"]
+    decided = [i for i, label in enumerate(truth) if label != "tie"]
     ece = verdict_ece(p_a[decided], torch.tensor([truth[i] == "A" for i in decided]))
     entry = dict(accuracy=accuracy(p_a, truth), accuracy_static=None, accuracy_clear=None, ece=ece,
                  parse_rate=None, position_consistency=None, n_pairs=len(truth))

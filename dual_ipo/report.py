@@ -420,7 +420,7 @@ def decided(
     p: str = "p_a",     # or p_a_static
 ) -> list[dict]:
     "The pairs of which one clip is better, and of which the judge said something."
-    return [row for row in rows if row["truth"] != "same" and row.get(p) is not None]
+    return [row for row in rows if row["truth"] != "tie" and row.get(p) is not None]
 
 # %% ../nbs/50_report.ipynb #3f823200
 def judged_right(

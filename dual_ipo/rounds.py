@@ -511,7 +511,7 @@ def measured_pair(
 ) -> tuple[Pair, float]:   # with its true label; the gap between the totals
     "Two evaluation clips whose totals were measured, as a pair."
     gap = a["total"] - b["total"]
-    label = "A" if gap > 0 else "B" if gap < 0 else "same"
+    label = "A" if gap > 0 else "B" if gap < 0 else "tie"
     first, second = (VideoFile(whole(folder / row["path"])) for row in (a, b))
     return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['seed']}:{b['seed']}"), abs(gap)
 

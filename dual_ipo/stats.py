@@ -78,27 +78,27 @@ def right(
 # %% ../nbs/05_stats.ipynb #d9cd0cd8
 def accuracy(
     p_a: Tensor,        # [B] probability that A is better
-    truth: list[str],   # [B] "A", "B" or "same"
+    truth: list[str],   # [B] "A", "B" or "tie"
 ) -> float:             # 0..1; nan if no pair is decided
     "Share of the decided pairs judged right; p = 1/2 counts half."
-    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "same"]
+    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "tie"]
     return sum(points)/len(points) if points else math.nan
 
 # %% ../nbs/05_stats.ipynb #be060585
 def accuracy_with_ties(
     p_a: Tensor,       # [B]
-    truth: list[str],  # [B] "A", "B" or "same"
-    epsilon: float,    # the judge says same when |p - 1/2| <= epsilon; negative: never
+    truth: list[str],  # [B] "A", "B" or "tie"
+    epsilon: float,    # the judge says tie when |p - 1/2| <= epsilon; negative: never
 ) -> float:            # 0..1
-    "Share of all pairs judged right, `same` being an answer like the others."
-    answers = ["same" if abs(p - .5) <= epsilon else "A" if p > .5 else "B" for p in p_a.double().tolist()]
+    "Share of all pairs judged right, `tie` being an answer like the others."
+    answers = ["tie" if abs(p - .5) <= epsilon else "A" if p > .5 else "B" for p in p_a.double().tolist()]
     return sum(answer == label for answer, label in zip(answers, truth))/len(truth)
 
 # %% ../nbs/05_stats.ipynb #c4f379c1
 def tie_threshold(
     p_a: Tensor,       # [B] on a validation split
     truth: list[str],  # [B]
-) -> float:            # 0..1/2, or -1: never say same
+) -> float:            # 0..1/2, or -1: never say tie
     "The epsilon with the best `accuracy_with_ties`, the smallest of several (Ties Matter, arXiv 2305.14324)."
     candidates = [-1.] + sorted({abs(p - .5) for p in p_a.double().tolist()})
     return max(candidates, key=lambda epsilon: accuracy_with_ties(p_a, truth, epsilon))

@@ -492,7 +492,7 @@ def judge_difference(
     a: str = "p_a", b: str = "p_a_static",
 ) -> dict:                   # {"mean", "lo", "hi", "n", "a", "b"}, accuracies 0..1
     "Accuracy of one judge minus that of another on the same pairs."
-    rows = [row for row in rows if row["truth"] != "same"]
+    rows = [row for row in rows if row["truth"] != "tie"]
     mine, other = [right(row[a], row["truth"]) for row in rows], [right(row[b], row["truth"]) for row in rows]
     interval = mean_ci([x - y for x, y in zip(mine, other)], [(row["seed"], row["prompt"]) for row in rows])
     return interval | dict(a=sum(mine) / len(rows), b=sum(other) / len(rows))

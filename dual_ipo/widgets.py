@@ -117,7 +117,7 @@ def pair_player(
     pair: Pair,
 ) -> PairPlayer:  # display it; `.frame` is where the reader stopped
     "Play both clips of a pair in step."
-    words = {"A": ("A · better", "B"), "B": ("A", "B · better"), "same": ("A · equally good", "B · equally good")}
+    words = {"A": ("A · better", "B"), "B": ("A", "B · better"), "tie": ("A · equally good", "B · equally good")}
     caption_a, caption_b = words.get(pair.label, ("A", "B"))
     fps = max(pair.a.fps, pair.b.fps)
     n_frames = round(fps*max(pair.a.duration(), pair.b.duration()))

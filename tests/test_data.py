@@ -163,6 +163,7 @@ PAIRS = {
     "no rows": (HEAD, "has no pairs"),
     "unknown label": (HEAD + "x,a.mp4,b.mp4,A\nx,a.mp4,b.mp4,left\n", "row 3: unknown label 'left'"),
     "label of another case": (HEAD + "x,a.mp4,b.mp4,a\n", "unknown label 'a'"),
+    "another word for a tie": (HEAD + "x,a.mp4,b.mp4,same\n", "unknown label 'same'; use A, B or tie"),
     "no label given": (HEAD + "x,a.mp4,b.mp4,\n", "unknown label ''"),
     "RewardBench's invalid": (
         "path_A,path_B,prompt,VQ,MQ,TA,Overall\na.mp4,b.mp4,x,A,A,A,invalid\n", "unknown label 'invalid'"),
@@ -202,10 +203,10 @@ def test_paths_inside_are_fine(tmp_path):
 def test_pairs_there_and_back(tmp_path):
     rationale = {"motion": {"a": "steady, \"even\"\nand calm", "b": "jerky", "grade_a": 5, "grade_b": 2}}
     pairs = [Pair("a square, moving", clip(), clip(shift=2), label, str(i), rationale)
-             for i, label in enumerate(("A", "B", "same"))]
+             for i, label in enumerate(("A", "B", "tie"))]
     table = read_pairs(write_pairs(tmp_path, pairs))
-    assert [row.label for row in table.rows] == ["A", "B", "same"] and table.rows[0].rationale == rationale
-    assert table[2].a.frames.shape == (5, 3, 16, 24) and table[2].label == "same"
+    assert [row.label for row in table.rows] == ["A", "B", "tie"] and table.rows[0].rationale == rationale
+    assert table[2].a.frames.shape == (5, 3, 16, 24) and table[2].label == "tie"
     good, quarantine = check_clips(table.paths(), None, max_bad_share=0)
     assert len(table.keep(good)) == 3 and not quarantine
     table.rows[1].path_b.write_bytes(table.rows[1].path_b.read_bytes()[:-9])

@@ -125,7 +125,7 @@ def test_tie_threshold_is_the_best_there_is():
         g = generator("ties", i)
         smooth = i % 2   # or vote fractions
         p = torch.rand(40, generator=g).double() if smooth else torch.randint(0, 9, (40,), generator=g).double()/8
-        truth = [["A", "B", "same"][j] for j in torch.randint(0, 3, (40,), generator=g).tolist()]
+        truth = [["A", "B", "tie"][j] for j in torch.randint(0, 3, (40,), generator=g).tolist()]
         best = accuracy_with_ties(p, truth, tie_threshold(p, truth))
         epsilons = [-1] + torch.linspace(0, .5, 101).tolist()
         assert best >= max(accuracy_with_ties(p, truth, epsilon) for epsilon in epsilons)
@@ -133,7 +133,7 @@ def test_tie_threshold_is_the_best_there_is():
 
 
 def test_accuracy_leaves_ties_out():
-    assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "same"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
+    assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "tie"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
     entry = reward_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
                             gap=[.4, .3, .1, .2])
     assert entry | dict(ece=None) == dict(accuracy=.75, accuracy_static=.25, accuracy_clear=1., ece=None,

@@ -51,7 +51,7 @@ def edited(rows, edits, folder):
         if what == "remove" and len(rows) > 3: del rows[i]
         if what == "add": rows.insert(i, replace(rows[j], prompt=f"{rows[j].prompt} again", pair_id=f"new {i} {j}"))
         if what == "prompt": rows[i] = replace(rows[i], prompt=f"{rows[i].prompt} slowly")
-        if what == "label": rows[i] = replace(rows[i], label={"A": "B", "B": "same", "same": "A"}[rows[i].label])
+        if what == "label": rows[i] = replace(rows[i], label={"A": "B", "B": "tie", "tie": "A"}[rows[i].label])
         if what == "id": rows[i] = replace(rows[i], pair_id=f"renamed {j}")
         if what == "other": rows[i] = replace(rows[i], path_a=rows[j].path_b, path_b=rows[j].path_a)
         if what in ("clip", "same-time"):

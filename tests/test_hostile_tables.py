@@ -336,7 +336,7 @@ PAIRS = {
     "opposite, swapped": (f"{HEAD}\nx,a.mp4,b.mp4,A\nx,./b.mp4,c/../a.mp4,A\n", "row 3: path"),
     "opposite, swapped, spelt otherwise": (f"{HEAD}\nx,a.mp4,b.mp4,A\n x ,./b.mp4,.//a.mp4,A\n", "rows 2 and 3"),
     "opposite, by a link": (f"{HEAD}\nx,a.mp4,b.mp4,A\nx,a.mp4,link.mp4,B\n", "rows 2 and 3"),
-    "a tie and none": (f"{HEAD}\nx,a.mp4,b.mp4,same\nx,b.mp4,a.mp4,A\n", "rows 2 and 3"),
+    "a tie and none": (f"{HEAD}\nx,a.mp4,b.mp4,tie\nx,b.mp4,a.mp4,A\n", "rows 2 and 3"),
     "with itself, by a link": (f"{HEAD}\nx,b.mp4,link.mp4,A\n", "with itself"),
     "one id for two": (f"pair_id,{HEAD}\n7,x,a.mp4,b.mp4,A\n7,y,a.mp4,b.mp4,A\n",
         "rows 2 and 3 have the same pair_id '7'"),
@@ -367,17 +367,17 @@ def test_wrong_pairs(tmp_path, name):
 
 def test_right_pairs(tmp_path):
     "What agrees is taken: both columns, both orders, other prompts."
-    rows = ["x,a.mp4,b.mp4,A,A", "x,b.mp4,a.mp4,B,B", "y,a.mp4,b.mp4,B,B", "x,a.mp4,c.mp4,same,same",
-        "x,c.mp4,a.mp4,same,same"]
+    rows = ["x,a.mp4,b.mp4,A,A", "x,b.mp4,a.mp4,B,B", "y,a.mp4,b.mp4,B,B", "x,a.mp4,c.mp4,tie,same",
+        "x,c.mp4,a.mp4,tie,same"]
     (tmp_path/"pairs.csv").write_text("\n".join([f"{HEAD},Overall", *rows, ""]), "utf-8")
     rows = read_pairs(tmp_path).rows
     assert [(r.prompt, r.path_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
-        ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "same", "3"), ("x", "c.mp4", "same", "4")]
+        ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "tie", "3"), ("x", "c.mp4", "tie", "4")]
 
 
 @tries(300)
 @given(rows=st.lists(st.tuples(st.sampled_from("xy"), st.sampled_from(["a.mp4", "b.mp4", "./a.mp4", "c.mp4"]),
-    st.sampled_from(["a.mp4", "b.mp4", "d/e.mp4"]), st.sampled_from(["A", "B", "same", "a", ""])), min_size=1,
+    st.sampled_from(["a.mp4", "b.mp4", "d/e.mp4"]), st.sampled_from(["A", "B", "tie", "a", ""])), min_size=1,
     max_size=4),
        names=st.permutations(["prompt", "path_A", "path_B", "label"]))
 def test_labels_mean_one_thing(folder, rows, names):
@@ -389,7 +389,7 @@ def test_labels_mean_one_thing(folder, rows, names):
     clean, verdicts = [(x, a.removeprefix("./"), b, label) for x, a, b, label in rows], {}
     for x, a, b, label in clean: verdicts.setdefault((x, frozenset((a, b))),
         set()).add({"A": a, "B": b}.get(label, label))
-    sound = all(a != b and label in ("A", "B", "same") for _, a, b,
+    sound = all(a != b and label in ("A", "B", "tie") for _, a, b,
         label in clean) and all(len(own) == 1 for own in verdicts.values())
     assert (found is not None) == sound and (found is None or [(r.prompt, r.label) for r in found.rows] == [(row[0],
         row[3]) for row in rows])

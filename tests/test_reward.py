@@ -243,8 +243,7 @@ def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
     from dual_ipo.cot import force, likeliest
     logp = torch.randn(2, 2, 5, generator=generator("forced")).log_softmax(-1).tolist()
     ways = [((a, b), (c, d)) for a, b, c, d in product(range(1, 6), repeat=4)]
-    rules = dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0,
-                 same=lambda lead: lead == 0, tie=lambda lead: lead == 0)
+    rules = dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0, tie=lambda lead: lead == 0)
     for label, agrees in rules.items():
         fits = [way for way in ways if agrees(sum(a - b for a, b in way))]
         def likelihood(way): return sum(logp[0][d][a - 1] + logp[1][d][b - 1] for d, (a, b) in enumerate(way))
