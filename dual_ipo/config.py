@@ -121,8 +121,8 @@ class DataPart(Part):
     prompts: str = key("prompts.txt", "training prompts: txt (a line each), csv (column prompt) or jsonl (key prompt)")
     eval_prompts: str = key("eval_prompts.txt", "prompts that are never trained on, in the same forms")
     pairs: str | None = key("pairs.csv",
-        "human pairs: prompt, path_A, path_B, label (A, B, tie), or VideoGen-RewardBench's; null: none")
-    real_clips: str | None = key(None, "real clips: a folder, or a csv of path, prompt; for align.lambda_real > 0")
+        "human pairs: prompt, clip_a, clip_b, label (A, B, tie), or VideoGen-RewardBench's; null: none")
+    real_clips: str | None = key(None, "real clips: a folder, or a csv of clip, prompt; for align.lambda_real > 0")
     held_out: float = key(.1,
         "share of the human pairs' prompts that measure the judge and never teach it", ge=0, le=.9)
     max_bad_share: float = key(.05, "stop if a larger share of the clips is unreadable", ge=0, le=1)

@@ -75,7 +75,7 @@ def write_real_clips(
     words: tuple[str, ...] = (),   # as above
 ):
     "Real clips as mp4, and the table that names them."
-    table, videos = ["path,prompt"], []
+    table, videos = ["clip,prompt"], []
     for i, caption in enumerate(captions):
         if not names_one_of(caption, words): continue
         videos.append((folder / f"real/{i:04d}.mp4", Video(clips[i], FPS)))

@@ -64,7 +64,7 @@ def check_score(
     B: int,           # clips
 ):
     "UserError unless a score is one finite number a clip, under a name that is free."
-    if not isinstance(name, str) or name in ("prompt", "seed", "path"):
+    if not isinstance(name, str) or name in ("prompt", "seed", "clip"):
         raise UserError(f"measure: {name!r} can't be a score's name; rename it")
     if not isinstance(values, Tensor) or values.is_complex():
         raise UserError(f"measure: {name} is no tensor of real numbers; return one number a video")
@@ -203,7 +203,7 @@ def vbench_name(
 
 # %% ../nbs/31_evaluate.ipynb #2fb8c412
 def vbench_manifest(
-    rows: list[dict],      # {"prompt", "path"} a clip, in the order of their indices
+    rows: list[dict],      # {"prompt", "clip"} a clip, in the order of their indices
 ) -> list[dict]:           # {"file", "prompt", "index", "source"}
     "What each clip is called; UserError unless every prompt has as many."
     seen, manifest = {}, []
@@ -211,14 +211,14 @@ def vbench_manifest(
         prompt = row["prompt"]
         index = seen[prompt] = seen.get(prompt, -1) + 1
         file = vbench_name(prompt, index)
-        manifest.append(dict(file=file, prompt=prompt, index=index, source=str(row["path"])))
+        manifest.append(dict(file=file, prompt=prompt, index=index, source=str(row["clip"])))
     if len(set(seen.values())) == 1: return manifest
     raise UserError(f"prompt {min(seen, key=seen.get)!r}: has fewer clips than others; "
                     "VBench wants the same number of each")
 
 # %% ../nbs/31_evaluate.ipynb #b960a3e3
 def export_vbench(
-    rows: list[dict],   # {"prompt", "path"} a clip, in the order of their indices
+    rows: list[dict],   # {"prompt", "clip"} a clip, in the order of their indices
     folder: Path,       # a new folder
 ) -> Path:              # the folder, complete
     "Copy clips to the names VBench wants, with a manifest; the folder appears whole or not at all."

@@ -771,7 +771,7 @@ def rounds_reel(
     for k, row in rows.items():
         words = f"<b>{'base' if k == 0 else f'round {k}'}</b>"
         if measured: words += f"<br>{100*row['total']:.0f} · motion {100*row['dynamic_degree']:.0f}"
-        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['path']}"), words))
+        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['clip']}"), words))
     return reel(rows[0]["prompt"], clips)
 
 # %% ../nbs/50_report.ipynb #12b020f0
@@ -803,7 +803,7 @@ def quarantine_table(
     rows = read_table(path) if path.is_file() else []
     if not rows: return block('<p class="quiet">No clip was left out.</p>')
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
-    return block(table_html(["clip", "reason"], [[row["path"], row["reason"]] for row in rows[:n]], "text"), more)
+    return block(table_html(["clip", "reason"], [[row["clip"], row["reason"]] for row in rows[:n]], "text"), more)
 
 # %% ../nbs/50_report.ipynb #eb795094
 def scaled(

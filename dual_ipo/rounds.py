@@ -325,7 +325,7 @@ def content_digests(
 # %% ../nbs/33_rounds.ipynb #34212ed0
 def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     "What the user's files contain: a digest of each table's rows, and of each clip."
-    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.path_a], names[row.path_b]]
+    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b]]
              for row in given.pairs.rows]
     real = [[caption, names[path]] for caption, path in given.real]
     return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
@@ -365,7 +365,7 @@ def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  
         check_same(r, known["content"], content)
         return set(known["bad"])
     check_model(r.config, given.prompts, given.eval_prompts, given.real)
-    bad = [names[Path(row["path"])] for row in check_given_clips(r, given)]
+    bad = [names[Path(row["clip"])] for row in check_given_clips(r, given)]
     write_json(at, dict(bad=bad, content=content))
     return set(bad)
 
@@ -491,14 +491,14 @@ def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evalua
     clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.videos_per_prompt,
                               folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
-    return [dict(prompt=clip["prompt"], seed=clip["candidate"], path=clip["clip"]) for clip in clips]
+    return [dict(prompt=clip["prompt"], seed=clip["candidate"], clip=clip["clip"]) for clip in clips]
 
 # %% ../nbs/33_rounds.ipynb #3c2c79a8
 @staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
 def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, seed, path, scores
     "Sample the evaluation clips and measure them."
     rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
-    paths, prompts = [folder / row["path"] for row in rows], [row["prompt"] for row in rows]
+    paths, prompts = [folder / row["clip"] for row in rows], [row["prompt"] for row in rows]
     scores = score_videos(load_measure(measure), paths, prompts) if measure else {}
     for name, values in scores.items():
         for row, value in zip(rows, values): row[name] = value.item()
@@ -512,7 +512,7 @@ def measured_pair(
     "Two evaluation clips whose totals were measured, as a pair."
     gap = a["total"] - b["total"]
     label = "A" if gap > 0 else "B" if gap < 0 else "tie"
-    first, second = (VideoFile(whole(folder / row["path"])) for row in (a, b))
+    first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
     return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['seed']}:{b['seed']}"), abs(gap)
 
 # %% ../nbs/33_rounds.ipynb #673b40e2
@@ -592,9 +592,9 @@ def vote_row(
 def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     "The judge's mean grade of the newest clips, each clip's in judge_check/grades.parquet."
     rows = read_table(r.folder / "evaluate/scores.parquet")
-    clips, folder = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows], r.folder / "judge_check"
+    clips, folder = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows], r.folder / "judge_check"
     grades = torch.tensor(grades_of(judge, clips, r.config.reward.dimensions, folder / "grades"))
-    table = [dict(path=row["path"], grade=own.mean().item()) for row, own in zip(rows, grades)]
+    table = [dict(clip=row["clip"], grade=own.mean().item()) for row, own in zip(rows, grades)]
     write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
 
@@ -624,7 +624,7 @@ def summary_of(
     seed: int,            # of the bootstrap
 ) -> dict:                # the `generator` entry; {} where nothing was measured
     "What was measured, all in all."
-    names, scores = [name for name in scored[0] if name not in ("prompt", "seed", "path")], {}
+    names, scores = [name for name in scored[0] if name not in ("prompt", "seed", "clip")], {}
     for name in names: scores[name] = torch.tensor([row[name] for row in scored])
     return summarise(scores, [row["prompt"] for row in scored], seed) if scores else {}
 
@@ -868,7 +868,7 @@ def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
                         min_readable=r.config.reward.min_readable, folder=r.folder / "votes",
                         **r.config.pce.model_dump(), **r.sampling)
     if part.scorer: rows = relabelled(part.scorer, pairs, rows)
-    named = [dict(path_a=table_path(r, pair.a), path_b=table_path(r, pair.b)) for pair in pairs]
+    named = [dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs]
     write_table(r.folder / "votes.parquet", [name | row for name, row in zip(named, rows)])
 
 # %% ../nbs/33_rounds.ipynb #aee697a0

@@ -231,13 +231,13 @@ def labels_of(r: Round) -> list[dict]:
     if not (r.folder / "votes.parquet").exists(): return []
     votes, clips, rows = read_table(r.folder / "votes.parquet"), {}, []
     for vote in votes:
-        for side in "ab": clips[vote[f"path_{side}"]] = dict(clip=vote[f"path_{side}"], prompt=vote["prompt"])
+        for side in "ab": clips[vote[f"clip_{side}"]] = dict(clip=vote[f"clip_{side}"], prompt=vote["prompt"])
     true = dict(zip(clips, truths(r, clips.values(), "")))
     for vote in votes:
         kept = chosen(vote, "prompt", "votes", "label", "p_a", "consistent", "pce", "kept")
         orders = [path["order"] for path in vote["paths"]]
         R = [path["log_prob"] - path["log_prob_ref"] for path in vote["paths"]]
-        rows.append(kept | dict(gap=true[vote["path_a"]] - true[vote["path_b"]], orders=orders, R=R))
+        rows.append(kept | dict(gap=true[vote["clip_a"]] - true[vote["clip_b"]], orders=orders, R=R))
     return rows
 
 # %% ../nbs/90_studies.ipynb #35e53f10
@@ -247,7 +247,7 @@ def mean_grades(
     judge,             # path
 ) -> list[float]:      # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
-    clips = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows]
+    clips = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows]
     return [sum(grades) / len(grades) for grades in grades_of(r.judge(judge), clips, r.config.reward.dimensions)]
 
 # %% ../nbs/90_studies.ipynb #a8f0eb98
@@ -260,7 +260,7 @@ def clips_of(
     judged = [row["grade"] for row in read_table(r.folder / "judge_check/grades.parquet")]
     other = mean_grades(r, scores, held_out) if held_out else [None] * len(scores)
     for score, grade, other_grade in zip(scores, judged, other):
-        measured = {key: x for key, x in score.items() if key not in ("prompt", "seed", "path")}
+        measured = {key: x for key, x in score.items() if key not in ("prompt", "seed", "clip")}
         about = dict(prompt=score["prompt"], clip=score["seed"])
         rows.append(about | measured | dict(judged=grade, held_out=other_grade))
     return rows

@@ -193,7 +193,7 @@ def vote_card(
     "A judged pair: both clips, the votes, the verdict and its certainty."
     clips = []
     for side in "AB":
-        clips.append((clip_tag(row[f"path_{side.lower()}"], folder), f'<b style="color:{COLORS[side]}">{side}</b>'))
+        clips.append((clip_tag(row[f"clip_{side.lower()}"], folder), f'<b style="color:{COLORS[side]}">{side}</b>'))
     dots = f'<div style="margin:12px 0 4px">{vote_dots(row["votes"])}</div>'
     facts = f'<div class="tag" style="font-size:13px">{facts_of(row)}</div>'
     return block(reel(row["prompt"], clips), dots, facts, words_of(row))

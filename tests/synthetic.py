@@ -29,7 +29,7 @@ def save(folder, name, videos, prompts, **columns):
     rows = []
     for i, prompt in enumerate(prompts):
         own = {key: float(value[i]) for key, value in scores.items()}
-        rows.append(dict(prompt=prompt, path=f"clips/{name}_{i:02d}.mp4", **columns, **own))
+        rows.append(dict(prompt=prompt, clip=f"clips/{name}_{i:02d}.mp4", **columns, **own))
     return rows
 
 
@@ -62,7 +62,7 @@ def votes(folder, k, prompts, table, sharpness, rng):
         consistent = halves[0]*halves[1] > 0
         pce = 1/(1 + math.exp(-(8*(abs(p_a - .5) - .25) + torch.randn(1, generator=rng).item())))
         label = "tie" if not consistent else "A" if p_a > .5 else "B"
-        rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, path_a=a["path"], path_b=b["path"], label=label, p_a=p_a,
+        rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, clip_a=a["clip"], clip_b=b["clip"], label=label, p_a=p_a,
                          n_valid=len(valid), n_votes=K, consistent=consistent, votes=cast, pce=pce, kept=pce > .5,
                          weight=pce, truth="A" if gap > 0 else "B", gap=abs(gap)))
     return rows
@@ -98,9 +98,9 @@ def synthetic_run(
         scored = []
         for seed in (0, 1):
             scored += save(at/"evaluate", f"s{seed}", clips(prompts, share, k, seed), prompts, seed=seed)
-        if not truth: scored = [{key: row[key] for key in ("prompt", "seed", "path")} for row in scored]
+        if not truth: scored = [{key: row[key] for key in ("prompt", "seed", "clip")} for row in scored]
         write_table(at/"evaluate/scores.parquet", scored)
-        names = [key for key in scored[0] if key not in ("prompt", "seed", "path")]
+        names = [key for key in scored[0] if key not in ("prompt", "seed", "clip")]
         means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in names}
         entry = dict(round=k, generator={}, reward={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
             dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))
@@ -122,12 +122,12 @@ def synthetic_run(
             table = []
             for c in range(4):
                 made = save(shard, f"c{c}", clips(train, share + .22, k, "c", c), train)
-                table += [row | dict(candidate=c, clip=f"shard_0000/{row['path']}") for row in made]
+                table += [row | dict(candidate=c, clip=f"shard_0000/{row['clip']}") for row in made]
             keys = ("prompt", "candidate", "clip")
             write_table(shard/"table.parquet", [{key: row[key] for key in keys} for row in table])
             for row in table:
                 score = .7*row["total"] + .3*torch.rand(1, generator=rng).item()
-                row |= dict(path=f"candidates/{row['clip']}", score=score)
+                row |= dict(score=score)
             scores = [{key: r[key] for key in ("prompt", "candidate", "clip", "score")} for r in table]
             for row, r in zip(scores, table): row["motion"] = r["dynamic_degree"]
             write_table(at/"scores.parquet", scores)
@@ -138,6 +138,7 @@ def synthetic_run(
                 pair = dict(prompt=prompt, clip_w=w["clip"], clip_l=l["clip"], score_w=w["score"], score_l=l["score"])
                 pairs.append(pair | (dict(total_w=w["total"], total_l=l["total"]) if truth else {}))
             write_table(at/"pairs.parquet", pairs)
+            table = [row | dict(clip=f"candidates/{row['clip']}") for row in table]   # as seen from the round's folder
             table = votes(at, k, train, table, 8 + 2*k, rng)
             for row in table: del row["truth"], row["gap"]
             write_table(at/"votes.parquet", table)
@@ -146,6 +147,6 @@ def synthetic_run(
         write_json(at/"round.json", entry)
         entries.append(entry)
     write_json(folder/"summary.json", dict(config=config, rounds=entries))
-    bad = [dict(path="clips/0042.mp4", reason="is truncated: 5 of 9 frames; fetch it again")]
+    bad = [dict(clip="clips/0042.mp4", reason="is truncated: 5 of 9 frames; fetch it again")]
     if quarantine: write_table(folder/"quarantine.parquet", bad)
     return folder

@@ -73,7 +73,7 @@ def test_prompt_mistakes(capsys, folder, text, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.replace("path_B", "video_B"), ["pairs.csv", "path_B"]),
+    (lambda t: t.replace("clip_b", "video_B"), ["pairs.csv", "clip_b"]),
     (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",tie,", ",equal,"),
      ["pairs.csv", "unknown label"]),
     (lambda t: t.replace("clips/00000_A.mp4", "../00000_A.mp4"), ["pairs.csv", "00000_A.mp4"]),

@@ -93,11 +93,11 @@ def test_vbench_names_stay_in_their_folder(prompt):
 
 def test_export_is_whole_or_absent(tmp_path):
     write_mp4(tmp_path/"clip.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
-    rows = [dict(prompt="a dog", path=tmp_path/"clip.mp4")]*5
+    rows = [dict(prompt="a dog", clip=tmp_path/"clip.mp4")]*5
     with pytest.raises(UserError, match="fewer clips"):
-        export_vbench(rows + [dict(prompt="a cat", path=tmp_path/"clip.mp4")], tmp_path/"out")
+        export_vbench(rows + [dict(prompt="a cat", clip=tmp_path/"clip.mp4")], tmp_path/"out")
     with pytest.raises(FileNotFoundError):
-        export_vbench([dict(prompt="a dog", path=tmp_path/"none.mp4")], tmp_path/"out")
+        export_vbench([dict(prompt="a dog", clip=tmp_path/"none.mp4")], tmp_path/"out")
     assert not (tmp_path/"out").exists()
     out = export_vbench(rows, tmp_path/"out")
     assert sorted(p.name for p in out.iterdir()) == [f"a dog-{i}.mp4" for i in range(5)] + ["manifest.json"]

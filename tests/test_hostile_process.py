@@ -158,7 +158,7 @@ def test_pairs_of_others(made, data):
     harmless(monitor_notes(Results(folder, {}, [entry | dict(round=0)])).data)
     assert not Tags(str(time_figure(results).data[0].name)).tags
     with tempfile.TemporaryDirectory() as other:
-        write_table(Path(other)/"quarantine.parquet", [dict(path=names[0], reason=names[1])])
+        write_table(Path(other)/"quarantine.parquet", [dict(clip=names[0], reason=names[1])])
         harmless(quarantine_table(Results(Path(other), {}, [])).data)
         entry = dict(round=names[0], generator=dict(total=names[1]), reward=dict(accuracy=None))
         write_json(Path(other)/"round_00/round.json", entry)

@@ -304,7 +304,7 @@ def test_accents_under_another_locale(tmp_path):
     "The same text where the locale is ASCII as under UTF-8."
     (tmp_path/"run.yaml").write_bytes('generator:\n  negative_prompt: "visage déformé, 模糊"\n'.encode())
     (tmp_path/"p.txt").write_bytes("ein grüner Kreis\n".encode())
-    (tmp_path/"pairs.csv").write_bytes("prompt,path_A,path_B,label\n一只猫,a.mp4,b.mp4,A\n".encode("utf-8-sig"))
+    (tmp_path/"pairs.csv").write_bytes("prompt,clip_a,clip_b,label\n一只猫,a.mp4,b.mp4,A\n".encode("utf-8-sig"))
     ascii_only = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     said = subprocess.run([sys.executable, "-c", CODE, tmp_path], env=ascii_only, capture_output=True,
         encoding="utf-8", cwd=ROOT)
@@ -322,12 +322,14 @@ def test_the_command_under_another_locale(tmp_path):
 
 # pairs
 
-HEAD = "prompt,path_A,path_B,label"
+HEAD = "prompt,clip_a,clip_b,label"
 PAIRS = {
     "label twice": (f"{HEAD},label\nx,a.mp4,b.mp4,A,B\n", "column 'label' is there 2 times"),
     "label twice, the same": (f"{HEAD},label\nx,a.mp4,b.mp4,A,A\n", "is there 2 times"),
     "Label": (f"{HEAD},Label\nx,a.mp4,b.mp4,A,B\n", "is there 2 times"),
-    "a path twice": (f"{HEAD},path_A\nx,a.mp4,b.mp4,A,c.mp4\n", "column 'path_a' is there 2 times"),
+    "a path twice": (f"{HEAD},clip_a\nx,a.mp4,b.mp4,A,c.mp4\n", "column 'clip_a' is there 2 times"),
+    "our column and VideoGen-RewardBench's": (f"{HEAD},path_A\nx,a.mp4,b.mp4,A,c.mp4\n",
+        "column 'clip_a' is there 2 times"),
     "an id twice": (f"pair_id,pair_id,{HEAD}\n1,2,x,a.mp4,b.mp4,A\n", "is there 2 times"),
     "Overall says otherwise": (f"{HEAD},Overall\nx,a.mp4,b.mp4,A,A\nx,c.mp4,b.mp4,A,B\n",
         "row 3: label 'A' contradicts Overall 'B'"),
@@ -371,7 +373,7 @@ def test_right_pairs(tmp_path):
         "x,c.mp4,a.mp4,tie,same"]
     (tmp_path/"pairs.csv").write_text("\n".join([f"{HEAD},Overall", *rows, ""]), "utf-8")
     rows = read_pairs(tmp_path).rows
-    assert [(r.prompt, r.path_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
+    assert [(r.prompt, r.clip_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
         ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "tie", "3"), ("x", "c.mp4", "tie", "4")]
 
 
@@ -379,11 +381,11 @@ def test_right_pairs(tmp_path):
 @given(rows=st.lists(st.tuples(st.sampled_from("xy"), st.sampled_from(["a.mp4", "b.mp4", "./a.mp4", "c.mp4"]),
     st.sampled_from(["a.mp4", "b.mp4", "d/e.mp4"]), st.sampled_from(["A", "B", "tie", "a", ""])), min_size=1,
     max_size=4),
-       names=st.permutations(["prompt", "path_A", "path_B", "label"]))
+       names=st.permutations(["prompt", "clip_a", "clip_b", "label"]))
 def test_labels_mean_one_thing(folder, rows, names):
     import csv
     with open(folder/"pairs.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *([dict(zip(["prompt", "path_A", "path_B", "label"], row))[name]
+        csv.writer(file).writerows([names, *([dict(zip(["prompt", "clip_a", "clip_b", "label"], row))[name]
             for name in names] for row in rows)])
     found = outcome("pairs", read_pairs, folder/"pairs.csv")
     clean, verdicts = [(x, a.removeprefix("./"), b, label) for x, a, b, label in rows], {}
@@ -421,9 +423,9 @@ def test_pairs_of_any_prompt_come_back(tmp_path):
 
 
 def test_real_clips_are_read_strictly(tmp_path):
-    for name, text, says in (("twice.csv", "path,prompt,path\na.mp4,x,b.mp4\n", "is there 2 times"),
-        ("nan.csv", "path,prompt\na.mp4,nan\n", "row 2 has no caption"),
-        ("long.csv", f"path,prompt\n{'a/'*3000}b.mp4,x\n", "row 2: path")):
+    for name, text, says in (("twice.csv", "clip,prompt,clip\na.mp4,x,b.mp4\n", "is there 2 times"),
+        ("nan.csv", "clip,prompt\na.mp4,nan\n", "row 2 has no caption"),
+        ("long.csv", f"clip,prompt\n{'a/'*3000}b.mp4,x\n", "row 2: path")):
         (tmp_path/name).write_text(text, "utf-8")
         assert says in line_of(read_clips, tmp_path/name)
 

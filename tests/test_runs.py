@@ -178,7 +178,7 @@ def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
     try: assert main(["run", str(write(given, "bad.yaml", data)), "--out", str(tmp_path/"run")]) == 0
     finally: broken.write_bytes(whole)
     rows = read_table(tmp_path/"run/quarantine.parquet")
-    assert [Path(row["path"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
+    assert [Path(row["clip"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
 
 
 def test_learning_from_shorter_clips(given, tmp_path):
@@ -213,11 +213,11 @@ def test_the_judge_learns_from_the_next_rounds_candidates(given, tmp_path):
     assert len(first) == len(second) == 4 and len({row["prompt"] for row in first}) == 4
     for k, rows, where in ((1, first, "../round_02/candidates/"), (2, second, "fresh/")):
         for row in rows:
-            for path in (row["path_a"], row["path_b"]):
+            for path in (row["clip_a"], row["clip_b"]):
                 assert path.startswith(where) and (tmp_path/f"run/round_0{k}"/path).is_file()
-            assert row["path_a"] != row["path_b"]
+            assert row["clip_a"] != row["clip_b"]
     candidates = read_table(tmp_path/"run/round_02/candidates/shard_0000/table.parquet")
-    assert {row["path_a"].split("/candidates/")[-1] for row in first} <= {row["clip"] for row in candidates}
+    assert {row["clip_a"].split("/candidates/")[-1] for row in first} <= {row["clip"] for row in candidates}
     seconds = [read_json(tmp_path/f"run/round_0{k}/seconds.json") for k in (1, 2)]
     assert "candidates" in seconds[0] and "candidates" not in seconds[1] and all("fresh" in s for s in seconds)
 
