@@ -28,11 +28,11 @@ def candidate_row(
     index: int,           # of the prompt
     candidate: int,
     shard: str,           # name of its folder
-    seed, round: int,     # in the name of the noise
+    named, round: int,    # in the name of the noise
 ) -> dict:
     "A candidate's row of table.parquet; files are named from the folder of all shards."
     name = f"{index:06d}_{candidate:02d}"
-    return dict(prompt_index=index, candidate=candidate, prompt=prompt, seed=str(seed), round=round, name=name,
+    return dict(prompt_index=index, candidate=candidate, prompt=prompt, named=str(named), round=round, name=name,
                 clip=f"{shard}/clips/{name}.mp4", latents=f"{shard}/latents.safetensors")
 
 # %% ../nbs/23_candidates.ipynb #42985fcf
@@ -40,7 +40,7 @@ def sample_shard(
     model,                # a `Generator`
     rows: list[dict],     # of `candidate_row`, of this shard
     folder: Path,         # of the shard
-    seed,                 # as it is in the name of the noise, before it became a text
+    named,                # as it is in the name of the noise, before it became a text
     text: dict[str, Tensor],   # prompt → embedding
     room: Room,           # videos per call of the pipeline
     sampling,             # a `Sampling`
@@ -49,7 +49,7 @@ def sample_shard(
     latents = {}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:   # a clip of 480p takes a core five seconds
         def make(part):
-            keys = [(seed, row["round"], row["prompt"], row["candidate"]) for row in part]
+            keys = [(named, row["round"], row["prompt"], row["candidate"]) for row in part]
             made, videos = model.sample([row["prompt"] for row in part], keys, text, len(part), sampling)
             latents.update(zip([row["name"] for row in part], made))
             clips = [folder.parent/row["clip"] for row in part]
@@ -74,7 +74,7 @@ def sample_candidates(
     prompts: list[str],          # unique
     n: int,                      # candidates per prompt
     folder,                      # of all shards
-    seed, round: int,            # in the name of the noise
+    named, round: int,           # the run's seed, or a text with it; both stand in the name of the noise
     prompts_per_shard: int = 8,
     batch_size: int = 16,        # videos per call of the pipeline; fewer where memory ends
     what: str = "candidates",    # on the progress bar
@@ -89,10 +89,10 @@ def sample_candidates(
         own = [prompt for _, prompt in numbered]
         text, rows = dict(zip(own, model.encode_prompts(own))), []
         for i, prompt in numbered:
-            rows += [candidate_row(prompt, i, j, path.name, seed, round) for j in wanted[prompt]]
-        sample_shard(model, rows, path, seed, text, room, sampling)
+            rows += [candidate_row(prompt, i, j, path.name, named, round) for j in wanted[prompt]]
+        sample_shard(model, rows, path, named, text, room, sampling)
     def name(numbered): return [numbered[1], only and only[numbered[1]]]
-    made_of = n, str(seed), round, made_with(model, sampling)
+    made_of = n, str(named), round, made_with(model, sampling)
     shards = in_shards(list(enumerate(prompts)), prompts_per_shard, folder, what, make, *made_of, name=name)
     return list(chain.from_iterable(read_table(path/"table.parquet") for path in shards))
 
@@ -146,7 +146,7 @@ def pair_row(
     n_scored: int,                    # candidates of the prompt that have a score
 ) -> dict:
     "A row of pairs.parquet."
-    row = {key: w[key] for key in ("prompt_index", "prompt", "seed", "round")}
+    row = {key: w[key] for key in ("prompt_index", "prompt", "named", "round")}
     row |= dict(margin=score_w - score_l, n_scored=n_scored)
     for side, candidate in (("w", w), ("l", l)):
         row |= {f"{key}_{side}": candidate[key] for key in ("candidate", "name", "clip", "latents")}
@@ -166,7 +166,7 @@ def make_pairs(
     for index, group in groups_of(rows, scores).items():
         if len(group) < 2: continue
         first, own = rows[group[0]], scores[group]
-        two = best_worst(own) if how == "best_worst" else random_two(own, first["seed"], first["round"], index)
+        two = best_worst(own) if how == "best_worst" else random_two(own, first["named"], first["round"], index)
         w, l = (group[i] for i in two)
         if scores[w] - scores[l] <= min_margin: continue
         pairs.append(pair_row(rows[w], rows[l], scores[w].item(), scores[l].item(), len(group)))

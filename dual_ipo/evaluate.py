@@ -64,7 +64,7 @@ def check_score(
     B: int,           # clips
 ):
     "UserError unless a score is one finite number a clip, under a name that is free."
-    if not isinstance(name, str) or name in ("prompt", "seed", "clip"):
+    if not isinstance(name, str) or name in ("prompt", "candidate", "clip"):
         raise UserError(f"measure: {name!r} can't be a score's name; rename it")
     if not isinstance(values, Tensor) or values.is_complex():
         raise UserError(f"measure: {name} is no tensor of real numbers; return one number a video")

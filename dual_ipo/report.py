@@ -754,16 +754,16 @@ def pairs_gallery(
 def clips_of_all(
     scores: dict[int, list[dict]],         # round → rows of evaluate/scores.parquet
 ) -> list[dict[int, dict]]:                # round → row, a clip each
-    "The same prompt and seed in every round, in the order of the base's table."
-    found = {}   # (prompt, seed) → round → row
+    "The same prompt and candidate in every round, in the order of the base's table."
+    found = {}   # (prompt, candidate) → round → row
     for k, rows in scores.items():
-        for row in rows: found.setdefault((row["prompt"], row["seed"]), {})[k] = row
+        for row in rows: found.setdefault((row["prompt"], row["candidate"]), {})[k] = row
     return [found_in for found_in in found.values() if len(found_in) == len(scores)]
 
 # %% ../nbs/50_report.ipynb #95a3b288
 def rounds_reel(
     results: Results,
-    rows: dict[int, dict],  # round → row of evaluate/scores.parquet, all of one prompt and seed
+    rows: dict[int, dict],  # round → row of evaluate/scores.parquet, all of one prompt and candidate
     measured: bool,         # rows have a truth
 ) -> str:
     "A clip, round after round."
@@ -781,7 +781,7 @@ def rounds_gallery(
     results: Results,
     n: int = 6,  # prompts
 ) -> HTML:
-    "The base beside every round, for the same prompt and seed."
+    "The base beside every round, for the same prompt and candidate."
     scores = results.tables("evaluate/scores.parquet")
     if len(scores) < 2 or 0 not in scores: return missing(NOTHING_TO_COMPARE)
     found, last, order = clips_of_all(scores), max(scores), "in the order of the table"

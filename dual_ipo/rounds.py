@@ -486,16 +486,16 @@ def newest(
 
 # %% ../nbs/33_rounds.ipynb #08fd58c7
 def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evaluate/scores.parquet without scores
-    "Sample the newest generator with the same prompts and seeds as in every round."
+    "Sample the newest generator with the same prompts and noise as in every round."
     part, folder = r.config.evaluate, r.folder / "evaluate"
     clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.videos_per_prompt,
                               folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
-    return [dict(prompt=clip["prompt"], seed=clip["candidate"], clip=clip["clip"]) for clip in clips]
+    return [dict(prompt=clip["prompt"], candidate=clip["candidate"], clip=clip["clip"]) for clip in clips]
 
 # %% ../nbs/33_rounds.ipynb #3c2c79a8
 @staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
-def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, seed, path, scores
+def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, candidate, clip, scores
     "Sample the evaluation clips and measure them."
     rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
     paths, prompts = [folder / row["clip"] for row in rows], [row["prompt"] for row in rows]
@@ -513,7 +513,7 @@ def measured_pair(
     gap = a["total"] - b["total"]
     label = "A" if gap > 0 else "B" if gap < 0 else "tie"
     first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
-    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['seed']}:{b['seed']}"), abs(gap)
+    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
 
 # %% ../nbs/33_rounds.ipynb #673b40e2
 def truth_of(
@@ -624,7 +624,7 @@ def summary_of(
     seed: int,            # of the bootstrap
 ) -> dict:                # the `generator` entry; {} where nothing was measured
     "What was measured, all in all."
-    names, scores = [name for name in scored[0] if name not in ("prompt", "seed", "clip")], {}
+    names, scores = [name for name in scored[0] if name not in ("prompt", "candidate", "clip")], {}
     for name in names: scores[name] = torch.tensor([row[name] for row in scored])
     return summarise(scores, [row["prompt"] for row in scored], seed) if scores else {}
 
@@ -650,12 +650,12 @@ def prompts_of_round(
     prompts: list[str],
     k: int,            # round, from 1
     n: int,            # prompts per round
-    seed: int | str,
+    named: int | str,  # the run's seed, or a text with it: it names the draw
 ) -> list[str]:        # min(n, all) different ones
     "The prompts of round `k`."
     n, order = min(n, len(prompts)), []
     for epoch in range((k * n - 1) // len(prompts) + 2):
-        shuffled = torch.randperm(len(prompts), generator=generator("prompts", seed, epoch))
+        shuffled = torch.randperm(len(prompts), generator=generator("prompts", named, epoch))
         order += [prompts[i] for i in shuffled.tolist()]
     return list(dict.fromkeys(order[(k - 1) * n:]))[:n]
 
@@ -822,9 +822,9 @@ def next_candidates(r: Round, prompts: list[str]) -> list[Pair]:
 @staged("fresh", lambda r: read_candidates(r.folder / "fresh"))
 def sample_for_votes(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
     "Sample clips of the new generator for `votes.pairs` pairs, two and two of a prompt."
-    n, seed = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
-    own, each = prompts_of_round(prompts, r.k, n, seed), 2 * -(-r.config.votes.pairs // n)
-    sample_cheaply(r, r.folder / "generator", own, each, r.folder / "fresh", seed, r.k, what="fresh clips")
+    n, named = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
+    own, each = prompts_of_round(prompts, r.k, n, named), 2 * -(-r.config.votes.pairs // n)
+    sample_cheaply(r, r.folder / "generator", own, each, r.folder / "fresh", named, r.k, what="fresh clips")
 
 # %% ../nbs/33_rounds.ipynb #6ace758d
 def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judge that stays as it is

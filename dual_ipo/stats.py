@@ -50,19 +50,19 @@ def mean_ci(
 
 # %% ../nbs/05_stats.ipynb #823e0940
 def paired_difference(
-    before: list[dict],  # rows {"prompt", "seed", name...} of one generator
+    before: list[dict],  # rows {"prompt", "candidate", name...} of one generator
     after: list[dict],   # of the other
     name: str = "total", # the score to compare, 0..1
     seed: int = 0,       # of the bootstrap
 ) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_videos"}, points of 100
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
-    scores, prompts, gains = {(row["prompt"], row["seed"]): row[name] for row in before}, [], []
+    scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
     for row in after:
-        if (row["prompt"], row["seed"]) not in scores: continue
+        if (row["prompt"], row["candidate"]) not in scores: continue
         prompts.append(row["prompt"])
-        gains.append(row[name] - scores[row["prompt"], row["seed"]])
+        gains.append(row[name] - scores[row["prompt"], row["candidate"]])
     if not gains:
-        raise UserError(f"evaluate: the two tables share no prompt and seed, so {name} can't be compared; "
+        raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
     low, high = bootstrap_ci(gains, prompts, seed=seed)
     return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_videos=len(gains))

@@ -260,8 +260,8 @@ def clips_of(
     judged = [row["grade"] for row in read_table(r.folder / "judge_check/grades.parquet")]
     other = mean_grades(r, scores, held_out) if held_out else [None] * len(scores)
     for score, grade, other_grade in zip(scores, judged, other):
-        measured = {key: x for key, x in score.items() if key not in ("prompt", "seed", "clip")}
-        about = dict(prompt=score["prompt"], clip=score["seed"])
+        measured = {key: x for key, x in score.items() if key not in ("prompt", "candidate", "clip")}
+        about = dict(prompt=score["prompt"], clip=score["candidate"])
         rows.append(about | measured | dict(judged=grade, held_out=other_grade))
     return rows
 

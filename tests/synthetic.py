@@ -96,11 +96,11 @@ def synthetic_run(
     for k in range(rounds + 1):
         rng, share, at = generator("votes", k), 1 - .22*k, folder/f"round_{k:02d}"
         scored = []
-        for seed in (0, 1):
-            scored += save(at/"evaluate", f"s{seed}", clips(prompts, share, k, seed), prompts, seed=seed)
-        if not truth: scored = [{key: row[key] for key in ("prompt", "seed", "clip")} for row in scored]
+        for i in (0, 1):
+            scored += save(at/"evaluate", f"s{i}", clips(prompts, share, k, i), prompts, candidate=i)
+        if not truth: scored = [{key: row[key] for key in ("prompt", "candidate", "clip")} for row in scored]
         write_table(at/"evaluate/scores.parquet", scored)
-        names = [key for key in scored[0] if key not in ("prompt", "seed", "clip")]
+        names = [key for key in scored[0] if key not in ("prompt", "candidate", "clip")]
         means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in names}
         entry = dict(round=k, generator={}, reward={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
             dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))

@@ -294,7 +294,7 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
     run = new_run(tmp_path/"<b>bold | `x`", negative_prompt="```\n# shout")
     invented(run, 1, base=str(tmp_path/"base"))
     prompts = "a ```` fence", "one\n\n# two", "<script>", "a fourth"
-    clips = [dict(prompt=p, seed=s, clip="x.mp4") for p, s in product(prompts, range(2))]
+    clips = [dict(prompt=p, candidate=s, clip="x.mp4") for p, s in product(prompts, range(2))]
     write_table(run.round(1)/"evaluate/scores.parquet", clips)
     text = (export(run, out=tmp_path/"out")/"README.md").read_text("utf-8")
     assert str(tmp_path) not in text and "# \\<b\\>bold \\| \\`x\\`, round 1" in text
