@@ -190,7 +190,7 @@ class AlignPart(Part):
         "strength of the preference (Wan 2000, CogVideoX 5000); 0: only the NLL terms", ge=0, le=1e7)
     lambda_d: float = key(1., "of kto: λ_D, weight of winners", ge=0, le=1e6)
     lambda_u: float = key(1., "of kto: λ_U, weight of losers", ge=0, le=1e6)
-    window: int = key(64, "of kto: videos over which its baseline is a mean", ge=1)
+    window: int = key(64, "of kto: clips over which its baseline is a mean", ge=1)
     lambda_win: float = key(.1, "weight of the NLL on winners (nbs/studies/ablations.ipynb)", ge=0, le=1e6)
     lambda_real: float = key(0., "weight of the NLL on data.real_clips (nbs/studies/baselines.ipynb)", ge=0, le=1e6)
     warmup: int = key(10, "updates until the full learning rate", ge=0)
@@ -204,7 +204,7 @@ class AlignPart(Part):
 # %% ../nbs/06_config.ipynb #b0982760
 def even(k: int) -> int:
     "ValueError where votes can't be split over both orders."
-    if k < 2 or k % 2: raise ValueError("half of the votes see the videos swapped; give an even number, 2 or more")
+    if k < 2 or k % 2: raise ValueError("half of the votes see the clips swapped; give an even number, 2 or more")
     return k
 
 # %% ../nbs/06_config.ipynb #8efc33db
@@ -261,7 +261,7 @@ class EvaluatePart(Part):
     "Evaluation of the generator."
     measure: str | None = key(None, "package.module:function(videos, prompts) -> scores; null: human pairs only")
     prompts: int = key(100, "evaluation prompts", ge=2)
-    videos_per_prompt: int = key(2, "clips of each, always from the same noise", ge=2)
+    clips_per_prompt: int = key(2, "clips of each, always from the same noise", ge=2)
 
 # %% ../nbs/06_config.ipynb #7017854b
 class ClusterPart(Part):

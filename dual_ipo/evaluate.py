@@ -130,15 +130,15 @@ def summarise(
     scores: dict[str, Tensor],    # name -> [n], 0..1, see `score_videos`
     prompts: list[str],           # [n]
     seed: int = 0,                # of the bootstrap
-) -> dict[str, object]:           # {*HEADLINE, "dims", "ci95", "n_videos"}, points of 100
+) -> dict[str, object]:           # {*HEADLINE, "dims", "ci95", "n_clips"}, points of 100
     "The `generator` entry of a round."
-    if not len(prompts): raise UserError("evaluate: there are no videos to score; give evaluation prompts")
+    if not len(prompts): raise UserError("evaluate: there are no clips to score; give evaluation prompts")
     check_headline(list(scores))
     points = {name: round(100*float(values.double().mean()), 3) for name, values in scores.items()}
     headline = {name: points[name] for name in HEADLINE}
     dims = {name: value for name, value in points.items() if name not in AGGREGATES}
     ci95 = [round(100*x, 3) for x in bootstrap_ci(scores["total"], prompts, seed=seed)]
-    return headline | dict(dims=dims, ci95=ci95, n_videos=len(prompts))
+    return headline | dict(dims=dims, ci95=ci95, n_clips=len(prompts))
 
 # %% ../nbs/31_evaluate.ipynb #d9b9770b
 VBENCH_QUALITY = {   # dimension: (min, max, weight), VBench scripts/constant.py

@@ -485,7 +485,7 @@ def judged(self: Costs, held: dict[str, float]) -> list[Stage]:
 def evaluated(self: Costs, held: dict[str, float]) -> list[Stage]:
     "The round's evaluation, and the judge's where there is a measure."
     e = self.config.evaluate
-    clips, steps = e.prompts * e.videos_per_prompt, self.config.generator.num_inference_steps
+    clips, steps = e.prompts * e.clips_per_prompt, self.config.generator.num_inference_steps
     seconds = self.voting(clips // 2 if e.measure else 0) * 2 + self.grading(clips)
     return [Stage("evaluation", clips * self.clip_flops(steps, self.whole), 0, self.sampling_memory(self.whole)),
             Stage("judge check", 0, seconds, max(held["voting"], held["grading"]))]

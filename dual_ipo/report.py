@@ -157,7 +157,7 @@ def missing(
 def gain(
     results: Results,
     name: str = "total",
-) -> dict[str, float] | None:  # {"difference", "ci95", "n_videos"}, points; None without scores of both
+) -> dict[str, float] | None:  # {"difference", "ci95", "n_clips"}, points; None without scores of both
     "What the last round has over the base, clip by clip."
     tables = results.tables("evaluate/scores.parquet")
     scores = {k: rows for k, rows in tables.items() if name in rows[0]}

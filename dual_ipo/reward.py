@@ -1129,7 +1129,7 @@ def is_decided(
 @patch
 def vote(self: Judge,
     pairs: list[Pair],
-    k: int,                       # votes per pair, half of them with the videos swapped
+    k: int,                       # votes per pair, half of them with the clips swapped
     keys: tuple,                  # name the randomness, with each pair's id (or its prompt)
     dimensions: list[str] = DIMENSIONS,
     early: bool = False,          # stop where the label is decided; it is the same, p_a is of the votes that ended

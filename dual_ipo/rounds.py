@@ -488,7 +488,7 @@ def newest(
 def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evaluate/scores.parquet without scores
     "Sample the newest generator with the same prompts and noise as in every round."
     part, folder = r.config.evaluate, r.folder / "evaluate"
-    clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.videos_per_prompt,
+    clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.clips_per_prompt,
                               folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
     return [dict(prompt=clip["prompt"], candidate=clip["candidate"], clip=clip["clip"]) for clip in clips]

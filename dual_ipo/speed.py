@@ -609,7 +609,7 @@ def small_run(
         generator=own, reward=dict(path=str(judge)), data={key: str(folder / file) for key, file in files.items()},
         cold_start=dict(steps=1), candidates=dict(prompts_per_round=2, per_prompt=3),
         align=dict(steps=2, batch_size=2, warmup=1), votes=dict(pairs=2), srpo=dict(steps=1, batch_size=8),
-        evaluate=dict(prompts=2, videos_per_prompt=2))
+        evaluate=dict(prompts=2, clips_per_prompt=2))
 
 # %% ../nbs/91_speed.ipynb #8cbdc827
 def a_run(

@@ -26,7 +26,7 @@ def group_sums(
 
 # %% ../nbs/05_stats.ipynb #9fba3808
 def bootstrap_ci(
-    values: Tensor | list[float],     # [n] one number a video, or a pair
+    values: Tensor | list[float],     # [n] one number a clip, or a pair
     groups: list[str] | None = None,  # [n] the prompt of each; None: every value stands alone
     n: int = 2000,                    # resamples
     seed: int = 0,                    # of what is drawn
@@ -54,7 +54,7 @@ def paired_difference(
     after: list[dict],   # of the other
     name: str = "total", # the score to compare, 0..1
     seed: int = 0,       # of the bootstrap
-) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_videos"}, points of 100
+) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, points of 100
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
     scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
     for row in after:
@@ -65,7 +65,7 @@ def paired_difference(
         raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
     low, high = bootstrap_ci(gains, prompts, seed=seed)
-    return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_videos=len(gains))
+    return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_clips=len(gains))
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
 def right(

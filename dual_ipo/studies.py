@@ -313,7 +313,7 @@ def evaluate_base(
     "What another generator makes of the job's evaluation prompts, from the same noise."
     config, about = config_of(job), dict(variant=job.variant, arch=job.arch, seed=job.seed, round=0)
     evaluate, prompts = config.evaluate, toy_prompts(144, "eval", job.seed)[:config.evaluate.prompts]
-    rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.videos_per_prompt,
+    rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.clips_per_prompt,
                              folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
     paths, prompts = [Path(folder) / row["clip"] for row in rows], [row["prompt"] for row in rows]
     scores = score_videos(load_measure(evaluate.measure), paths, prompts)

@@ -710,7 +710,7 @@ def real_clips(
     seed: int = 0,
     curated: bool = False,  # clean and rightly captioned
 ) -> tuple[torch.Tensor, list[str]]:  # (uint8 [n, T, C, H, W], captions [n])
-    "Real videos for the NLL term: the web's, as bad as what the generators learned from, or curated ones."
+    "Real clips for the NLL term: the web's, as bad as what the generators learned from, or curated ones."
     rng, prompts = generator("real clips", seed), toy_prompts(288, "train", seed)
     words = torch.tensor([parse_prompt(prompts[i % len(prompts)]) for i in range(n)])
     scene, said = clean_scene(words, rng), words

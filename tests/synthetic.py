@@ -90,7 +90,7 @@ def synthetic_run(
         candidates=dict(prompts_per_round=n, per_prompt=4),
         align=dict(objective=objective, steps=60, batch_size=16, lr=3e-5, beta=2000., lambda_win=.1, lambda_real=0.),
         votes=dict(k=K, pairs=n),
-        evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, videos_per_prompt=2))
+        evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, clips_per_prompt=2))
     write_yaml(folder/"run.yaml", config)
     prompts, train, entries = toy_prompts(n, "eval"), toy_prompts(n, "train"), []
     for k in range(rounds + 1):
@@ -107,7 +107,7 @@ def synthetic_run(
         if truth:
             entry["generator"] = {key: means[key] for key in (*AGGREGATES, "dynamic_degree")} | dict(
                 dims={key: value for key, value in means.items() if key not in AGGREGATES},
-                ci95=[means["total"] - 2.1, means["total"] + 2.1], n_videos=2*n)
+                ci95=[means["total"] - 2.1, means["total"] + 2.1], n_clips=2*n)
             rows = votes(at, k, prompts, scored, 6 + 3*k, rng)
             static = votes(at, k, prompts, scored, 6, rng)
             keys = ("pair_id", "prompt", "label", "p_a", "n_valid", "n_votes", "consistent", "votes", "truth", "gap")

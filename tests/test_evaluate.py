@@ -42,7 +42,7 @@ def test_paired_difference_matches_clips():
     before = [dict(prompt=p, candidate=s, total=p/10) for p in range(5) for s in range(2)]
     after = [dict(prompt=p, candidate=s, total=p/10 + .03) for p in reversed(range(4)) for s in range(3)]
     gain = paired_difference(before, after)
-    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_videos"] == 8
+    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_clips"] == 8
     assert all(abs(x - 3) < 1e-9 for x in gain["ci95"])
     with pytest.raises(UserError, match="no prompt and seed"):
         paired_difference(before, [dict(prompt=9, candidate=0, total=.1)])

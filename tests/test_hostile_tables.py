@@ -571,7 +571,7 @@ def test_yaml_of_any_text(folder, text):
 # what rounds report
 
 SCORES = dict(total=70., quality=71., semantic=60., dynamic_degree=80., ci95=[68., 72.],
-    dims=dict(motion=70., dynamic_degree=80.), n_videos=4)
+    dims=dict(motion=70., dynamic_degree=80.), n_clips=4)
 ENTRY = dict(round=1, generator=SCORES, reward=dict(accuracy=.7, accuracy_static=.6, accuracy_clear=None, ece=.1,
     parse_rate=1., position_consistency=.9, n_pairs=4, judged=3.2), extra_srpo=[], seconds=dict(align=3., votes=2.))
 PROGRESS = dict(round=1, stage="align", done=3, total=9, elapsed=2., eta=4.)

@@ -153,8 +153,8 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
     rounds = read_json(out/"summary.json")["rounds"]
     assert [e["round"] for e in rounds] == [0, 1, 2]
     for e in rounds:
-        assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_videos"}
-        assert e["generator"]["n_videos"] == 12
+        assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_clips"}
+        assert e["generator"]["n_clips"] == 12
         assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency",
                 "n_pairs", "judged"} <= set(e["reward"])
         assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
