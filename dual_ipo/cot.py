@@ -367,8 +367,8 @@ def check_rationales(
         missing = [d for d in dimensions if pair.rationale and d not in pair.rationale]
         if not missing: continue
         has, wanted = (", ".join(map(str, words))[:120] for words in (pair.rationale, dimensions))
-        raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, reward.dimensions are {wanted}; "
-                        f"set reward.dimensions to what is there, or add {missing[0]}")
+        raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, judge.dimensions are {wanted}; "
+                        f"set judge.dimensions to what is there, or add {missing[0]}")
 
 # %% ../nbs/10_cot.ipynb #1447e737
 def items_of(
@@ -435,8 +435,8 @@ def check_readable(
     if n >= share*len(texts): return
     shown = ", ".join([repr(text[:80]) for text, good in zip(texts, readable) if not good][:3])
     raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, "
-                    f"reward.min_readable is {share:.0%}), not such as {shown}; "
-                    "take another judge, raise reward.max_new_tokens if they are cut off, or lower reward.min_readable")
+                    f"judge.min_readable is {share:.0%}), not such as {shown}; "
+                    "take another judge, raise judge.max_new_tokens if they are cut off, or lower judge.min_readable")
 
 # %% ../nbs/10_cot.ipynb #0b3dd3ae
 Ways = dict[int, tuple[float, tuple]]   # by how much A leads → (log-probability, grades in each dimension so far)

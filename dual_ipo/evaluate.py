@@ -6,7 +6,7 @@
 __all__ = ['AGGREGATES', 'HEADLINE', 'VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'at_fault', 'ask', 'load_measure',
            'check_score', 'check_scores', 'check_names', 'score_videos', 'check_headline', 'summarise', 'vbench_scores',
            'result_means', 'read_vbench', 'vbench_name', 'vbench_manifest', 'export_vbench', 'clear_accuracy',
-           'rounded', 'reward_accuracy']
+           'rounded', 'judge_accuracy']
 
 # %% ../nbs/31_evaluate.ipynb #6f4ec996
 import importlib, json, math, shutil, traceback
@@ -253,15 +253,15 @@ def rounded(
     return {key: short(value) if isinstance(value, float) else value for key, value in entry.items()}
 
 # %% ../nbs/31_evaluate.ipynb #8cba341e
-def reward_accuracy(
+def judge_accuracy(
     truth: list[str],                           # [B] "A", "B" or "tie"
     p_a: Tensor,                                # [B] the judge's probability that A is better
     p_a_static: Tensor | None = None,           # [B] the cold-start judge's, on the same pairs
     judgements: list[Judgement] | None = None,  # [B] by voting
     gap: Tensor | None = None,                  # [B] true difference between the two clips
     clear: float | None = None,                 # see `clear_accuracy`
-) -> dict[str, float | int | None]:             # summary.json's `reward`; None where it can't be told
-    "The `reward` entry of a round."
+) -> dict[str, float | int | None]:             # summary.json's `judge`; None where it can't be told
+    "The `judge` entry of a round."
     decided = [i for i, label in enumerate(truth) if label != "tie"]
     ece = verdict_ece(p_a[decided], torch.tensor([truth[i] == "A" for i in decided]))
     entry = dict(accuracy=accuracy(p_a, truth), accuracy_static=None, accuracy_clear=None, ece=ece,

@@ -10,7 +10,7 @@ __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_ST
            'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run', 'changes',
            'title', 'rounds_table', 'warning_lines', 'monitor_notes', 'interval_trace', 'label', 'round_axis',
            'panel_titles', 'interval_of', 'Panel', 'panels_of', 'draw_panel', 'quality_figure', 'decided',
-           'judged_right', 'Curve', 'accuracy_curve', 'reward_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
+           'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
            'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure', 'smooth',
            'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within', 'video_tag', 'reel', 'spread',
            'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table', 'scaled',
@@ -190,12 +190,12 @@ UNASKED = ("No human was asked: there are no human pairs, the judge started as i
            "and how often it agrees with people is unknown")
 
 def judge_in_words(
-    reward: dict[str, float | None],  # of a round's entry
+    judge: dict[str, float | None],  # of a round's entry
     asked: bool,                      # there are human pairs
 ) -> str:                             # '' where it was not measured
     "How often the judge is right; no full stop."
     parts, before = [], "in its state after the cold start" if asked else "as its checkpoint was"
-    accuracy, static = reward.get("accuracy"), reward.get("accuracy_static")
+    accuracy, static = judge.get("accuracy"), judge.get("accuracy_static")
     if accuracy is not None: parts.append(f"The judge is right in {accuracy:.0%} of fresh pairs")
     if static is not None: parts.append(f"{before}, in {static:.0%}")
     return "; ".join(parts)
@@ -205,7 +205,7 @@ def in_words(results: Results) -> str:
     "What came of the run, in a sentence or two."
     if not results.rounds: return "No round is finished yet."
     asked = results.config.get("data", {}).get("pairs", "pairs") is not None
-    judge = judge_in_words(results.rounds[-1].get("reward") or {}, asked)
+    judge = judge_in_words(results.rounds[-1].get("judge") or {}, asked)
     sentences = [generator_in_words(results), judge, "" if asked else UNASKED]
     return ". ".join(filter(None, sentences)) + "."
 
@@ -445,7 +445,7 @@ ACCURACIES = (Curve("accuracy_clear", "co-evolved, clear pairs", BLUE, "dot"), C
 # %% ../nbs/50_report.ipynb #e27dc401
 def accuracy_curve(
     curve: Curve,
-    entries: dict[int, dict],  # round → its `reward` entry
+    entries: dict[int, dict],  # round → its `judge` entry
 ) -> go.Scatter | None:        # None where no round has it
     "One accuracy over rounds."
     values = [entry.get(curve.key) for entry in entries.values()]
@@ -455,13 +455,13 @@ def accuracy_curve(
                       hovertemplate="%{y:.1%}<extra>%{fullData.name}</extra>")
 
 # %% ../nbs/50_report.ipynb #8b1f898d
-UNASKED_PAIRS = ("No reward accuracy: there are no labelled pairs to ask the judge about (they need a measure, "
+UNASKED_PAIRS = ("No judge accuracy: there are no labelled pairs to ask the judge about (they need a measure, "
                  "or held-out human pairs).")
 
-def reward_figure(results: Results) -> go.Figure | HTML:
-    "Reward accuracy over rounds."
-    entries = {entry["round"]: entry.get("reward") or {} for entry in results.rounds}
-    entries = {k: reward for k, reward in entries.items() if reward.get("accuracy") is not None}
+def judge_figure(results: Results) -> go.Figure | HTML:
+    "The judge's accuracy over rounds."
+    entries = {entry["round"]: entry.get("judge") or {} for entry in results.rounds}
+    entries = {k: judge for k, judge in entries.items() if judge.get("accuracy") is not None}
     if not entries: return missing(UNASKED_PAIRS)
     votes, ks, fig, lowest = results.tables("evaluate/votes.parquet"), list(entries), go.Figure(), .45
     if all(k in votes for k in ks):

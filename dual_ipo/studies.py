@@ -53,7 +53,7 @@ def name(self: Job) -> str:
     return f"{self.variant}-{self.arch}-{self.seed}"
 
 # %% ../nbs/90_studies.ipynb #78b99de9
-COLD = ("generator", "reward", "cold_start", "evaluate", "data")   # parts of the config that round 0 depends on
+COLD = ("generator", "judge", "cold_start", "evaluate", "data")   # parts of the config that round 0 depends on
 
 @patch(as_prop=True)
 def shared_start(self: Job) -> Job:
@@ -117,7 +117,7 @@ def execute(
 ):
     "All rounds of a job that are not done, and its tables."
     run = start(job, folder)
-    held_out = folder / job.held_out_start.name / "round_00/reward" if job.held_out else None
+    held_out = folder / job.held_out_start.name / "round_00/judge" if job.held_out else None
     with run.lock():
         write_toy_input(run.path / "input", config_of(job), **job.human)
         for k in range(job.rounds + 1):
@@ -248,7 +248,7 @@ def mean_grades(
 ) -> list[float]:      # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
     clips = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows]
-    return [sum(grades) / len(grades) for grades in grades_of(r.judge(judge), clips, r.config.reward.dimensions)]
+    return [sum(grades) / len(grades) for grades in grades_of(r.judge(judge), clips, r.config.judge.dimensions)]
 
 # %% ../nbs/90_studies.ipynb #a8f0eb98
 def clips_of(

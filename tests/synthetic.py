@@ -86,7 +86,7 @@ def synthetic_run(
     folder = Path(folder)
     config = dict(
         seed=0, rounds=rounds,
-        generator=dict(path="checkpoints/wan_small", lora_rank=16), reward=dict(path="checkpoints/judge"),
+        generator=dict(path="checkpoints/wan_small", lora_rank=16), judge=dict(path="checkpoints/judge"),
         candidates=dict(prompts_per_round=n, per_prompt=4),
         align=dict(objective=objective, steps=60, batch_size=16, lr=3e-5, beta=2000., lambda_win=.1, lambda_real=0.),
         votes=dict(k=K, pairs=n),
@@ -102,7 +102,7 @@ def synthetic_run(
         write_table(at/"evaluate/scores.parquet", scored)
         names = [key for key in scored[0] if key not in ("prompt", "candidate", "clip")]
         means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in names}
-        entry = dict(round=k, generator={}, reward={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
+        entry = dict(round=k, generator={}, judge={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
             dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))
         if truth:
             entry["generator"] = {key: means[key] for key in (*AGGREGATES, "dynamic_degree")} | dict(
@@ -114,7 +114,7 @@ def synthetic_run(
             table = []
             for row, s in zip(rows, static): table.append({key: row[key] for key in keys} | dict(p_a_static=s["p_a"]))
             write_table(at/"evaluate/votes.parquet", table)
-            entry["reward"] = dict(
+            entry["judge"] = dict(
                 accuracy=right(rows), accuracy_static=right(static), accuracy_clear=min(1, right(rows) + .08),
                 ece=.08 - .01*k, parse_rate=.98, position_consistency=.8 + .02*k, n_pairs=n, judged=4 + .2*k)
         if k:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dual_ipo.core import UserError, generator, write_mp4
-from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, reward_accuracy, score_videos, summarise,
+from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, judge_accuracy, score_videos, summarise,
                                vbench_name, vbench_scores)
 from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 
@@ -134,8 +134,8 @@ def test_tie_threshold_is_the_best_there_is():
 
 def test_accuracy_leaves_ties_out():
     assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "tie"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
-    entry = reward_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
+    entry = judge_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
                             gap=[.4, .3, .1, .2])
     assert entry | dict(ece=None) == dict(accuracy=.75, accuracy_static=.25, accuracy_clear=1., ece=None,
                                           parse_rate=None, position_consistency=None, n_pairs=4)
-    assert reward_accuracy(["A", "B"], torch.tensor([.9, .9]), gap=[.4, .3], clear=.35)["accuracy_clear"] == 1
+    assert judge_accuracy(["A", "B"], torch.tensor([.9, .9]), gap=[.4, .3], clear=.35)["accuracy_clear"] == 1

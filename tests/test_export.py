@@ -25,7 +25,7 @@ def experts(pipe):
 
 def finish(run, k, **entry):
     "Declare a round finished."
-    write_json(run.round(k)/"round.json", dict(round=k, generator={}, reward={}) | entry)
+    write_json(run.round(k)/"round.json", dict(round=k, generator={}, judge={}) | entry)
     mark_done(run.round(k))
 
 
@@ -52,7 +52,7 @@ def invented(run, k, base=HUB, layer="blocks.0.attn1.to_q", files=FILES[:1]):
     write_json(run.round(k)/"generator/generator.json", dict(base=base, ranks=[2]))
     mark_done(run.round(k)/"generator")
     scores = dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={})
-    finish(run, k, generator=scores, reward=dict(accuracy=.75))
+    finish(run, k, generator=scores, judge=dict(accuracy=.75))
 
 
 @pytest.fixture

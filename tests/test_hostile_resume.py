@@ -143,7 +143,7 @@ def test_reasons_after_edits(edits):
         patch.setattr(rounds, "annotate", fake_annotate)
         patch.setattr(rounds, "cold_start", lambda *args, **asked: [])
         folder = Path(folder)
-        r = Stub(folder/"run", Fake(), reward=dict(dimensions=WORDS))
+        r = Stub(folder/"run", Fake(), judge=dict(dimensions=WORDS))
         r.fake.save = lambda at: None
         rows = table(folder)
         start_judge(r, PairTable(rows))

@@ -501,10 +501,10 @@ def test_many_keys_are_read_in_linear_time(tmp_path):
     assert took[1] < 24*took[0], took   # 64 where it is quadratic
 
 
-FLOATS = ["generator.fps", "generator.guidance_scale", "reward.temperature", "reward.top_p", "cold_start.lr",
+FLOATS = ["generator.fps", "generator.guidance_scale", "judge.temperature", "judge.top_p", "cold_start.lr",
     "candidates.min_margin", "candidates.cache", "candidates.guidance_stop", "align.lr", "align.beta",
     "align.lambda_win", "align.lambda_real", "votes.min_gap", "pce.tau", "pce.threshold", "srpo.lr", "srpo.beta",
-    "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "reward.min_readable"]
+    "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "judge.min_readable"]
 
 
 @pytest.mark.parametrize("key", FLOATS)
@@ -516,7 +516,7 @@ def test_numbers_that_are_none(key, value):
 
 
 @pytest.mark.parametrize("key", ["rounds", "generator.num_frames", "generator.height", "align.steps",
-    "align.batch_size", "votes.pairs", "candidates.per_prompt", "evaluate.prompts", "reward.max_new_tokens"])
+    "align.batch_size", "votes.pairs", "candidates.per_prompt", "evaluate.prompts", "judge.max_new_tokens"])
 @pytest.mark.parametrize("value", [10**30, -1, True, 1.5, float("inf"), float("nan"), None, "many"], ids=str)
 def test_counts_that_are_none(key, value):
     *part, name = key.split(".")
@@ -572,7 +572,7 @@ def test_yaml_of_any_text(folder, text):
 
 SCORES = dict(total=70., quality=71., semantic=60., dynamic_degree=80., ci95=[68., 72.],
     dims=dict(motion=70., dynamic_degree=80.), n_clips=4)
-ENTRY = dict(round=1, generator=SCORES, reward=dict(accuracy=.7, accuracy_static=.6, accuracy_clear=None, ece=.1,
+ENTRY = dict(round=1, generator=SCORES, judge=dict(accuracy=.7, accuracy_static=.6, accuracy_clear=None, ece=.1,
     parse_rate=1., position_consistency=.9, n_pairs=4, judged=3.2), extra_srpo=[], seconds=dict(align=3., votes=2.))
 PROGRESS = dict(round=1, stage="align", done=3, total=9, elapsed=2., eta=4.)
 

@@ -171,7 +171,7 @@ def test_the_judges_check_goes_on(tmp_path):
     files = clips(tmp_path, 70)
     pairs = [Pair(f"prompt {i}", VideoFile(files[i]), VideoFile(files[i + 1]), "AB"[i % 2], str(i)) for i in range(40)]
     def check(fake, at):
-        r = Stub(at, fake, 1, reward=dict(batch_size=64, min_readable=0.))
+        r = Stub(at, fake, 1, judge=dict(batch_size=64, min_readable=0.))
         at = r.folder/"evaluate"
         rows = [dict(prompt=f"prompt {i}", path=os.path.relpath(path, at)) for i, path in enumerate(files)]
         write_table(at/"scores.parquet", rows)
@@ -187,7 +187,7 @@ def test_reasons_stay_with_their_pair(tmp_path, monkeypatch):
     monkeypatch.setattr("dual_ipo.rounds.annotate", fake_annotate)
     monkeypatch.setattr("dual_ipo.rounds.cold_start", lambda *args, **settings: [])
     from dual_ipo.rounds import start_judge
-    table, r = human(tmp_path), Stub(tmp_path/"run", Fake(), reward=dict(dimensions=WORDS))
+    table, r = human(tmp_path), Stub(tmp_path/"run", Fake(), judge=dict(dimensions=WORDS))
     r.fake.save = lambda folder: None
     start_judge(r, table)
     def about(table): return {(i.text, i.response) for i in human_items(r, table) if i.kind == "cot"}

@@ -252,7 +252,7 @@ def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
 
 def test_too_few_readable_answers_end_the_run(judge, pairs):
     bare = [replace(p, label=None, rationale=None) for p in pairs]
-    line = r"votes: 0 of 20 answers of the judge can be read \(0%, reward.min_readable is 50%\), not such as '"
+    line = r"votes: 0 of 20 answers of the judge can be read \(0%, judge.min_readable is 50%\), not such as '"
     with pytest.raises(UserError, match=line) as error:
         pseudo_label(judge, bare, 4, ("t",), min_readable=.5, **SHORT)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600

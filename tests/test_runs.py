@@ -35,12 +35,12 @@ COMMAND = [sys.executable, "-c", "from dual_ipo.ending import main; raise System
 def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
     "The demo's config made small: the toy judge, and generators of the real classes that know nothing yet."
     data = demo_config(arch, objective, rounds, seed=0).model_dump()
-    data["generator"]["path"], data["reward"]["path"] = arch, "judge"
+    data["generator"]["path"], data["judge"]["path"] = arch, "judge"
     for part, keys in dict(cold_start=dict(steps=30, batch_size=12, lr=1.5e-3),
                            candidates=dict(prompts_per_round=6, per_prompt=3),
                            align=dict(steps=6, batch_size=4, save_every=2),
                            votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6),
-                           reward=dict(lora_rank=lora_rank, min_readable=0.),
+                           judge=dict(lora_rank=lora_rank, min_readable=0.),
                            generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
     return data
 
@@ -94,7 +94,7 @@ def test_human_pairs_are_held_out_as_the_config_says(given, tmp_path):
     data = small_config("wan", lora_rank=4)
     data["data"]["held_out"], data["cold_start"]["steps"], data["evaluate"]["measure"] = .5, 2, None
     run = start_run(Namespace(config=write(given, "held.yaml", data), out=tmp_path/"run"))
-    n = run_round(run, 0)["reward"]["n_pairs"]
+    n = run_round(run, 0)["judge"]["n_pairs"]
     assert 6 <= n <= 18 and n + len(read_table(tmp_path/"run/round_00/annotated.parquet")) == 24
 
 
@@ -156,9 +156,9 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
         assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_clips"}
         assert e["generator"]["n_clips"] == 12
         assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency",
-                "n_pairs", "judged"} <= set(e["reward"])
+                "n_pairs", "judged"} <= set(e["judge"])
         assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
-    assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
+    assert rounds[0]["judge"]["accuracy"] == rounds[0]["judge"]["accuracy_static"]
     assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
     votes = read_table(out/"round_01/votes.parquet")
     assert len(votes) == 4 and all(row["n_votes"] == len(row["paths"]) == 2 for row in votes)
@@ -275,9 +275,9 @@ def test_a_run_without_human_pairs(given, tmp_path):
         run = start_run(Namespace(config=write(given, f"{name}.yaml", data), out=tmp_path/name))
         for k in (0, 1): run_round(run, k)
         at = tmp_path/name
-        assert not (at/"round_00/reward").exists() and not (at/"round_00/annotated.parquet").exists()
-        assert (at/"round_01/reward/DONE").is_file()
-        accuracy = read_json(at/"round_01/round.json")["reward"]["accuracy"]
+        assert not (at/"round_00/judge").exists() and not (at/"round_00/annotated.parquet").exists()
+        assert (at/"round_01/judge/DONE").is_file()
+        accuracy = read_json(at/"round_01/round.json")["judge"]["accuracy"]
         assert accuracy is None if measure is None else 0 <= accuracy <= 1
         said = in_words(read_results(at))
         assert "No human was asked" in said and ("right in" in said) == bool(measure)
