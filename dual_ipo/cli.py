@@ -115,7 +115,7 @@ def stops(
     k: int,     # the last finished round
 ) -> list[str]: # reasons
     "Why the run should end here, see `monitor.should_stop`."
-    judged = [entry["reward"].get("judged") for entry in run.entries()[:k + 1]]
+    judged = [entry["judge"].get("judged") for entry in run.entries()[:k + 1]]
     if not k or None in judged: return []
     return should_stop(judged, read_table(run.round(k) / "align/history.parquet"))
 
@@ -229,7 +229,7 @@ def add_gate(commands):
     gate.add_argument("--prompts", type=count, default=200,
                       help="how many of data.prompts to ask about (default 200)")
     gate.add_argument("--generator", help="checkpoint (default: the config's)")
-    gate.add_argument("--judge", help="checkpoint of a judge after its cold start, such as RUN/round_00/reward "
+    gate.add_argument("--judge", help="checkpoint of a judge after its cold start, such as RUN/round_00/judge "
                                       "(default: the config's)")
     gate.add_argument("--out", type=Path, help="folder for clips and figures (default runs/NAME-gate)")
 

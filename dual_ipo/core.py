@@ -901,12 +901,12 @@ class Pair:
     prompt: str
     a: Video
     b: Video
-    label: str | None = None        # "A", "B" or "same" as a person said; None: not yet judged
+    label: str | None = None        # "A", "B" or "tie" as a person said; None: not yet judged
     pair_id: str = ""
     rationale: dict[str, dict] | None = None   # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}
 
     def _repr_html_(self):
-        verdict = {"A": "A is better", "B": "B is better", "same": "equally good"}.get(self.label, "not judged")
+        verdict = {"A": "A is better", "B": "B is better", "tie": "equally good"}.get(self.label, "not judged")
         playing = video_html(side_by_side(self.a, self.b).mp4(), 400)
         return f"<p>{html.escape(str(self.prompt))} <b>({verdict})</b></p>{playing}"
 

@@ -41,7 +41,7 @@ def clip_prompt(
 
 # %% ../nbs/10_cot.ipynb #7c3413a6
 def to_answer(
-    label: str,  # "A", "B", "same" or "tie"
+    label: str,  # "A", "B" or "tie"
     order: str,  # "ab": A is shown first; "ba": B is
 ) -> str:        # "1", "2" or "tie"
     "What the judge should answer when the videos are shown in this order."
@@ -100,7 +100,7 @@ def reason_line(
 # %% ../nbs/10_cot.ipynb #d7b74ab8
 def pair_response(
     rationale: Rationale | None,  # None: verdict only
-    verdict: str,                 # "A", "B", "same" or "tie"
+    verdict: str,                 # "A", "B" or "tie"
     order: str = "ab",            # "ab" or "ba"
 ) -> str:
     "The reasons and the verdict as the judge should write them, to be read back by `parse_rationale`."
@@ -150,7 +150,7 @@ def pair_example(
     other = dict(a="what is seen in video 1", b="what is seen in video 2", grade_a=3, grade_b=4)
     rows = {d: EXAMPLE.get(d, other) for d in dimensions}
     gap = sum(row["grade_a"] - row["grade_b"] for row in rows.values())
-    return pair_response(rows, "A" if gap > 0 else "B" if gap < 0 else "same")
+    return pair_response(rows, "A" if gap > 0 else "B" if gap < 0 else "tie")
 
 # %% ../nbs/10_cot.ipynb #7613a634
 CLIPS = "These are frames of two videos, each with its time in seconds. Both videos were made from this prompt:\n"
@@ -367,8 +367,8 @@ def check_rationales(
         missing = [d for d in dimensions if pair.rationale and d not in pair.rationale]
         if not missing: continue
         has, wanted = (", ".join(map(str, words))[:120] for words in (pair.rationale, dimensions))
-        raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, reward.dimensions are {wanted}; "
-                        f"set reward.dimensions to what is there, or add {missing[0]}")
+        raise UserError(f"pair {pair.pair_id}: its rationale_json has {has}, judge.dimensions are {wanted}; "
+                        f"set judge.dimensions to what is there, or add {missing[0]}")
 
 # %% ../nbs/10_cot.ipynb #1447e737
 def items_of(
@@ -435,8 +435,8 @@ def check_readable(
     if n >= share*len(texts): return
     shown = ", ".join([repr(text[:80]) for text, good in zip(texts, readable) if not good][:3])
     raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, "
-                    f"reward.min_readable is {share:.0%}), not such as {shown}; "
-                    "take another judge, raise reward.max_new_tokens if they are cut off, or lower reward.min_readable")
+                    f"judge.min_readable is {share:.0%}), not such as {shown}; "
+                    "take another judge, raise judge.max_new_tokens if they are cut off, or lower judge.min_readable")
 
 # %% ../nbs/10_cot.ipynb #0b3dd3ae
 Ways = dict[int, tuple[float, tuple]]   # by how much A leads → (log-probability, grades in each dimension so far)
@@ -457,7 +457,7 @@ def one_more(
 # %% ../nbs/10_cot.ipynb #5d767c13
 def likeliest(
     logp: list[list[list[float]]],   # [2][D][5] log-probabilities of the grades of A and of B
-    label: str,                      # "A", "B", "same" or "tie"
+    label: str,                      # "A", "B" or "tie"
 ) -> tuple[tuple[int, int], ...]:    # (grade of A, grade of B) in each dimension
     "The likeliest grades whose sum agrees with a label."
     ways, wanted = {0: (0., ())}, {"A": 1, "B": -1}.get(label, 0)

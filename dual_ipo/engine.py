@@ -25,7 +25,7 @@ from .store import read_json
 def vllm() -> ModuleType:
     "The package; UserError where it is not installed."
     try: import vllm
-    except ImportError: raise UserError("reward.backend: vllm is not installed here; "
+    except ImportError: raise UserError("judge.backend: vllm is not installed here; "
                                         "pip install vllm, or set it to transformers") from None
     return vllm
 
@@ -41,8 +41,8 @@ def adapter_settings(
     if not (folder / "adapter").is_dir(): return dict(model=str(folder)), {}
     rank = read_json(folder / "adapter" / "adapter_config.json")["r"]
     if rank > RANKS[-1]:
-        raise UserError(f"reward.backend: vllm takes adapters up to rank {RANKS[-1]}, the judge has learned {rank}; "
-                        "set it to transformers, or lower reward.lora_rank")
+        raise UserError(f"judge.backend: vllm takes adapters up to rank {RANKS[-1]}, the judge has learned {rank}; "
+                        "set it to transformers, or lower judge.lora_rank")
     from vllm.lora.request import LoRARequest
     max_rank = next(r for r in RANKS if r >= rank)
     settings = dict(model=judge.source, tokenizer=str(folder), enable_lora=True, max_lora_rank=max_rank)
@@ -61,7 +61,7 @@ def start(
         return engine
     except Exception as error:
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise UserError(f"reward.backend: vllm does not start with this judge ({reason}); "
+        raise UserError(f"judge.backend: vllm does not start with this judge ({reason}); "
                         "set it to transformers") from error
 
 # %% ../nbs/15_engine.ipynb #0885dd32

@@ -6,7 +6,7 @@
 __all__ = ['AGGREGATES', 'HEADLINE', 'VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'at_fault', 'ask', 'load_measure',
            'check_score', 'check_scores', 'check_names', 'score_videos', 'check_headline', 'summarise', 'vbench_scores',
            'result_means', 'read_vbench', 'vbench_name', 'vbench_manifest', 'export_vbench', 'clear_accuracy',
-           'rounded', 'reward_accuracy']
+           'rounded', 'judge_accuracy']
 
 # %% ../nbs/31_evaluate.ipynb #6f4ec996
 import importlib, json, math, shutil, traceback
@@ -64,7 +64,7 @@ def check_score(
     B: int,           # clips
 ):
     "UserError unless a score is one finite number a clip, under a name that is free."
-    if not isinstance(name, str) or name in ("prompt", "seed", "path"):
+    if not isinstance(name, str) or name in ("prompt", "candidate", "clip"):
         raise UserError(f"measure: {name!r} can't be a score's name; rename it")
     if not isinstance(values, Tensor) or values.is_complex():
         raise UserError(f"measure: {name} is no tensor of real numbers; return one number a video")
@@ -130,15 +130,15 @@ def summarise(
     scores: dict[str, Tensor],    # name -> [n], 0..1, see `score_videos`
     prompts: list[str],           # [n]
     seed: int = 0,                # of the bootstrap
-) -> dict[str, object]:           # {*HEADLINE, "dims", "ci95", "n_videos"}, points of 100
+) -> dict[str, object]:           # {*HEADLINE, "dims", "ci95", "n_clips"}, points of 100
     "The `generator` entry of a round."
-    if not len(prompts): raise UserError("evaluate: there are no videos to score; give evaluation prompts")
+    if not len(prompts): raise UserError("evaluate: there are no clips to score; give evaluation prompts")
     check_headline(list(scores))
     points = {name: round(100*float(values.double().mean()), 3) for name, values in scores.items()}
     headline = {name: points[name] for name in HEADLINE}
     dims = {name: value for name, value in points.items() if name not in AGGREGATES}
     ci95 = [round(100*x, 3) for x in bootstrap_ci(scores["total"], prompts, seed=seed)]
-    return headline | dict(dims=dims, ci95=ci95, n_videos=len(prompts))
+    return headline | dict(dims=dims, ci95=ci95, n_clips=len(prompts))
 
 # %% ../nbs/31_evaluate.ipynb #d9b9770b
 VBENCH_QUALITY = {   # dimension: (min, max, weight), VBench scripts/constant.py
@@ -203,7 +203,7 @@ def vbench_name(
 
 # %% ../nbs/31_evaluate.ipynb #2fb8c412
 def vbench_manifest(
-    rows: list[dict],      # {"prompt", "path"} a clip, in the order of their indices
+    rows: list[dict],      # {"prompt", "clip"} a clip, in the order of their indices
 ) -> list[dict]:           # {"file", "prompt", "index", "source"}
     "What each clip is called; UserError unless every prompt has as many."
     seen, manifest = {}, []
@@ -211,14 +211,14 @@ def vbench_manifest(
         prompt = row["prompt"]
         index = seen[prompt] = seen.get(prompt, -1) + 1
         file = vbench_name(prompt, index)
-        manifest.append(dict(file=file, prompt=prompt, index=index, source=str(row["path"])))
+        manifest.append(dict(file=file, prompt=prompt, index=index, source=str(row["clip"])))
     if len(set(seen.values())) == 1: return manifest
     raise UserError(f"prompt {min(seen, key=seen.get)!r}: has fewer clips than others; "
                     "VBench wants the same number of each")
 
 # %% ../nbs/31_evaluate.ipynb #b960a3e3
 def export_vbench(
-    rows: list[dict],   # {"prompt", "path"} a clip, in the order of their indices
+    rows: list[dict],   # {"prompt", "clip"} a clip, in the order of their indices
     folder: Path,       # a new folder
 ) -> Path:              # the folder, complete
     "Copy clips to the names VBench wants, with a manifest; the folder appears whole or not at all."
@@ -234,7 +234,7 @@ def export_vbench(
 
 # %% ../nbs/31_evaluate.ipynb #06ff1a5b
 def clear_accuracy(
-    truth: list[str],       # [B] "A", "B" or "same"
+    truth: list[str],       # [B] "A", "B" or "tie"
     p_a: Tensor,            # [B] the judge's probability that A is better
     gap: Tensor,            # [B] true difference between the two clips
     clear: float | None,    # a pair is clear when its gap is above this; None: the median
@@ -253,16 +253,16 @@ def rounded(
     return {key: short(value) if isinstance(value, float) else value for key, value in entry.items()}
 
 # %% ../nbs/31_evaluate.ipynb #8cba341e
-def reward_accuracy(
-    truth: list[str],                           # [B] "A", "B" or "same"
+def judge_accuracy(
+    truth: list[str],                           # [B] "A", "B" or "tie"
     p_a: Tensor,                                # [B] the judge's probability that A is better
     p_a_static: Tensor | None = None,           # [B] the cold-start judge's, on the same pairs
     judgements: list[Judgement] | None = None,  # [B] by voting
     gap: Tensor | None = None,                  # [B] true difference between the two clips
     clear: float | None = None,                 # see `clear_accuracy`
-) -> dict[str, float | int | None]:             # summary.json's `reward`; None where it can't be told
-    "The `reward` entry of a round."
-    decided = [i for i, label in enumerate(truth) if label != "same"]
+) -> dict[str, float | int | None]:             # summary.json's `judge`; None where it can't be told
+    "The `judge` entry of a round."
+    decided = [i for i, label in enumerate(truth) if label != "tie"]
     ece = verdict_ece(p_a[decided], torch.tensor([truth[i] == "A" for i in decided]))
     entry = dict(accuracy=accuracy(p_a, truth), accuracy_static=None, accuracy_clear=None, ece=ece,
                  parse_rate=None, position_consistency=None, n_pairs=len(truth))

@@ -153,7 +153,7 @@ def score_cells(
     bold: bool,
 ) -> list[str]:
     "A round's row of the table."
-    accuracy = entry["reward"].get("accuracy")
+    accuracy = entry["judge"].get("accuracy")
     values = [*map(entry["generator"].get, SCORES), None if accuracy is None else 100*accuracy]
     cells = [str(entry["round"]), *("–" if x is None else f"{x:.1f}" for x in values)]
     return [f"**{cell}**" for cell in cells] if bold else cells

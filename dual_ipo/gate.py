@@ -58,7 +58,7 @@ def candidates_of(
     folder: Path,
 ) -> list[dict]:          # rows of `sample_candidates` with a score
     "Sample and grade; after previews only their ends."
-    c, only, dimensions = config.candidates, None, config.reward.dimensions
+    c, only, dimensions = config.candidates, None, config.judge.dimensions
     def sampled(where, sampling, only=None):
         return sample_candidates(model, prompts, c.per_prompt, where, config.seed, "gate", only=only,
                                  batch_size=config.generator.batch_size, what=folder.name, sampling=sampling)
@@ -191,7 +191,7 @@ def gate(
     name = "_".join(f"{key}_{value:g}" for key, value in dials.items())
     if config.candidates.preview_steps: name, dials = f"{name}_keep_{keep}", dials | dict(keep=keep)
     model = load_generator(config, generator or config.generator.path)
-    judge = load_judge(config, judge or config.reward.path)
+    judge = load_judge(config, judge or config.judge.path)
     full = scored_candidates(with_candidates(config, **DIALS), model, judge, prompts, folder / "full")
     cheap = scored_candidates(config, model, judge, prompts, folder / name)
     rows = agreement(full, cheap)

@@ -80,15 +80,15 @@ def is_below(value: float | None, limit: float | None) -> bool:
 # %% ../nbs/30_monitor.ipynb #6a01f042
 def judge_trouble(
     k: int,                           # the round
-    reward: dict[str, float | None],  # its `reward` entry; None where it wasn't measured
+    judge: dict[str, float | None],   # its `judge` entry; None where it wasn't measured
     parse: float = 0.9,               # parse rate below this
     position: float = 0.5,            # position consistency below this
     worse: float = 0.02,              # accuracy this far below the cold-start judge's
     calibration: float = 0.15,        # ECE above this
 ) -> list[str]:
     "Reasons to distrust the judge of a round."
-    readable, steady, ece, reasons = *map(reward.get, ("parse_rate", "position_consistency", "ece")), []
-    now, static = reward.get("accuracy"), reward.get("accuracy_static")
+    readable, steady, ece, reasons = *map(judge.get, ("parse_rate", "position_consistency", "ece")), []
+    now, static = judge.get("accuracy"), judge.get("accuracy_static")
     if is_below(readable, parse):
         reasons.append(f"only {readable:.0%} of the judge's votes can be read (limit {parse:.0%})")
     if is_below(steady, position):
@@ -146,13 +146,13 @@ def warnings_of(
     "Every reason of every round, in order."
     lines, scores, judged = [], [], []
     for entry in rounds:
-        k, reward = entry["round"], entry.get("reward") or {}
+        k, judge = entry["round"], entry.get("judge") or {}
         history = histories.get(k, [])
         if entry.get("generator"): scores.append(entry["generator"])
-        if reward.get("judged") is not None: judged.append(reward["judged"])
+        if judge.get("judged") is not None: judged.append(judge["judged"])
         measured, graded = len(scores) == k + 1, len(judged) == k + 1   # in this round and all before
         if measured: lines += quality_fall(scores) + motion_fall(scores) + stalled(scores)
         if measured and graded: lines += hacking(judged, [score["total"] for score in scores])
         if graded: lines += should_stop(judged, history)
-        lines += [f"round {k}: {line}" for line in loss_anomalies(history)] + judge_trouble(k, reward)
+        lines += [f"round {k}: {line}" for line in loss_anomalies(history)] + judge_trouble(k, judge)
     return lines

@@ -222,7 +222,7 @@ def token_facts(
     judge: Judge,
 ) -> dict[str, int]:
     "Tokens of a question about a pair, and about one clip."
-    shape, part = config.generator, config.reward
+    shape, part = config.generator, config.judge
     clip = Video(torch.zeros(shape.num_frames, 3, shape.height, shape.width, dtype=torch.uint8), shape.fps)
     words = "a prompt of a dozen words or so, as users of such models write"
     pair = pair_item(Pair(words, clip, clip), "ab", part.dimensions if config.votes.reasons else [])
@@ -261,7 +261,7 @@ def parameter_facts(
     judge: Judge,
 ) -> dict[str, int]:   # parameters; bytes
     "The judge's size, while it is asked and while it learns."
-    lora, size = config.reward.lora_rank, getattr(torch, config.reward.dtype).itemsize
+    lora, size = config.judge.lora_rank, getattr(torch, config.judge.dtype).itemsize
     adapters = sum(p.numel() for name, p in judge.model.named_parameters() if "lora_" in name)
     parameters = sum(p.numel() for p in judge.model.parameters()) - adapters
     rounds = config.rounds if lora else 1   # in the last round, the adapters of all before as one
@@ -275,7 +275,7 @@ def judge_facts(
     config: Config,
 ) -> dict[str, int]:   # of `token_facts`, `text_facts` and `parameter_facts`
     "How long the judge's questions are, what it keeps of a token, its size; UserError when its config can't be had."
-    part = config.reward
+    part = config.judge
     dtype = getattr(torch, part.dtype)
     judge = Judge.load(part.path, dtype=dtype, lora_rank=part.lora_rank, meta=True, **part.view)
     text = text_facts(judge.base.config.get_text_config(), dtype.itemsize)
@@ -286,7 +286,7 @@ RESPONSE = 160   # tokens of reasons about four dimensions and a verdict
 
 def response_tokens(config: Config) -> int:
     "Tokens of a response as they are learned from and scored."
-    return min(config.reward.max_new_tokens, RESPONSE) if config.votes.reasons else 8
+    return min(config.judge.max_new_tokens, RESPONSE) if config.votes.reasons else 8
 
 # %% ../nbs/32_plan.ipynb #f180a0f2
 def asking_memory(
@@ -294,7 +294,7 @@ def asking_memory(
     j: dict[str, int],     # of `judge_facts`
 ) -> dict[str, int]:       # bytes on one GPU at most
     "What the judge needs to grade, to vote and to score what it wrote."
-    part, k, token = config.reward, config.votes.k // 2, j["cache"] + j["work"]
+    part, k, token = config.judge, config.votes.k // 2, j["cache"] + j["work"]
     questions, response = max(part.batch_size // k, 1), response_tokens(config)
     writing = questions * (j["pair"] * token + k * (j["pair"] + part.max_new_tokens) * j["cache"])
     scoring = questions * k * ((j["pair"] + response) * j["cache"] + response * j["vocabulary"] * 10)
@@ -309,7 +309,7 @@ def learning_memory(
     at_most: int,            # and of them at once, where an update has two passes
 ) -> float:                  # bytes on one GPU
     "What the judge needs to learn."
-    part, response = config.reward, response_tokens(config)
+    part, response = config.judge, response_tokens(config)
     twice = part.checkpointing is True or part.checkpointing == "auto" and j["parameters"] >= LARGE
     kept, again = (j["boundary"], 1.5 * j["block"]) if twice else (j["block"], 0)
     tokens = j["pair"] + response
@@ -422,7 +422,7 @@ def reading(self: Costs, tokens: int, n: int) -> float:
 @patch
 def writing(self: Costs, n: int) -> float:
     "Seconds to write n responses."
-    part, response = self.config.reward, self.config.reward.max_new_tokens if self.config.votes.reasons else 8
+    part, response = self.config.judge, self.config.judge.max_new_tokens if self.config.votes.reasons else 8
     token = part.batch_size * (2 * self.judge["parameters"]) / (self.gpu.flops * self.share)
     return -(-n // part.batch_size) * response * max(token, self.judge["weights"] / self.gpu.bandwidth)
 
@@ -436,13 +436,13 @@ def voting(self: Costs, pairs: int) -> float:
 @patch
 def grading(self: Costs, clips: int) -> float:
     "Seconds to grade clips."
-    return self.reading(self.judge["clip"] + 5 * len(self.config.reward.dimensions), clips)
+    return self.reading(self.judge["clip"] + 5 * len(self.config.judge.dimensions), clips)
 
 # %% ../nbs/32_plan.ipynb #e4f8b3be
 @patch
 def answered(self: Costs) -> int:
     "Tokens of a question about a pair and its response."
-    return self.judge["pair"] + (self.config.reward.max_new_tokens if self.config.votes.reasons else 8)
+    return self.judge["pair"] + (self.config.judge.max_new_tokens if self.config.votes.reasons else 8)
 
 # %% ../nbs/32_plan.ipynb #933262d4
 @patch
@@ -508,7 +508,7 @@ def judged(self: Costs, held: dict[str, float]) -> list[Stage]:
 def evaluated(self: Costs, held: dict[str, float]) -> list[Stage]:
     "The round's evaluation, and the judge's where there is a measure."
     e = self.config.evaluate
-    clips, steps = e.prompts * e.videos_per_prompt, self.config.generator.num_inference_steps
+    clips, steps = e.prompts * e.clips_per_prompt, self.config.generator.num_inference_steps
     seconds = self.voting(clips // 2 if e.measure else 0) * 2 + self.grading(clips)
     sampling = self.sampling_memory(self.whole)
     return [Stage("evaluation", clips * self.clip_flops(steps, self.whole), 0, sampling, self.shards(e.prompts)),
@@ -561,17 +561,17 @@ def align_remedies(config: Config, lora: bool) -> list[Changes]:
 def learning_remedies(config: Config) -> list[Changes]:
     "What makes an update of the judge smaller."
     found = []
-    if config.reward.checkpointing is False: found.append(dict(reward=dict(checkpointing="auto")))
-    if not config.reward.lora_rank: found.append(dict(reward=dict(lora_rank=64)))
+    if config.judge.checkpointing is False: found.append(dict(judge=dict(checkpointing="auto")))
+    if not config.judge.lora_rank: found.append(dict(judge=dict(lora_rank=64)))
     return found
 
 # %% ../nbs/32_plan.ipynb #cf3670b6
 def question_remedies(config: Config) -> list[Changes]:
     "What makes a question shorter."
-    part, shape = config.reward, config.generator
+    part, shape = config.judge, config.generator
     pixels = min(part.max_pixels or 10**9, shape.height * shape.width)
-    found = [dict(reward=dict(max_pixels=n)) for n in (200704, 100352) if n < pixels]
-    if part.frames_per_video > 4: found.append(dict(reward=dict(frames_per_video=4)))
+    found = [dict(judge=dict(max_pixels=n)) for n in (200704, 100352) if n < pixels]
+    if part.frames_per_video > 4: found.append(dict(judge=dict(frames_per_video=4)))
     return found
 
 # %% ../nbs/32_plan.ipynb #fbc14ca8
@@ -584,7 +584,7 @@ def remedies(
     found = align_remedies(config, g["lora"]) if stage == "align" else []
     if stage in SAMPLING and config.generator.batch_size > 1: found.append(dict(generator=dict(batch_size=1)))
     if stage in JUDGING:
-        found += [dict(reward=dict(batch_size=n)) for n in (64, 32, 16, 8, 4, 2, 1) if n < config.reward.batch_size]
+        found += [dict(judge=dict(batch_size=n)) for n in (64, 32, 16, 8, 4, 2, 1) if n < config.judge.batch_size]
     if stage in LEARNING: found += learning_remedies(config)
     if stage in JUDGING + LEARNING: found += question_remedies(config)
     return found
@@ -762,16 +762,16 @@ def fitted(
 
 # %% ../nbs/32_plan.ipynb #89cba371
 STAGES = {  # of `rounds` → (row of the plan, setting that it hangs on)
-    "cold_start": ("cold start", "reward.max_pixels"),
+    "cold_start": ("cold start", "judge.max_pixels"),
     "previews": ("previews", "generator.batch_size"),
     "candidates": ("candidates", "generator.batch_size"),
-    "ranking": ("ranking", "reward.batch_size"),
+    "ranking": ("ranking", "judge.batch_size"),
     "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
     "fresh": ("fresh clips", "generator.batch_size"),
-    "votes": ("votes", "reward.batch_size"),
-    "srpo": ("srpo", "reward.max_pixels"),
+    "votes": ("votes", "judge.batch_size"),
+    "srpo": ("srpo", "judge.max_pixels"),
     "evaluate": ("evaluation", "generator.batch_size"),
-    "judge_check": ("judge check", "reward.batch_size")}
+    "judge_check": ("judge check", "judge.batch_size")}
 
 # %% ../nbs/32_plan.ipynb #d1264169
 def out_of_memory(

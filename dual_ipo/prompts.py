@@ -62,9 +62,10 @@ def column_names(
     path,                  # for the message
     head: list[str],       # the first row
     needed: list[str],
+    renamed: dict[str, str] = {},   # names that others give → ours
 ) -> list[str]:            # without white space around them
     "The columns of a CSV file; UserError when one is missing or there twice."
-    head = [name.strip() for name in head]
+    head = [renamed.get(name.strip(), name.strip()) for name in head]
     for name, n in Counter(name.casefold() for name in head).items():
         if name and n > 1: raise UserError(f"{path}: column {name!r} is there {n} times; keep one")
     if missing := [name for name in needed if name not in head]:
@@ -75,11 +76,12 @@ def column_names(
 def read_csv(
     path,
     columns: list[str],                  # that must be there
+    renamed: dict[str, str] = {},        # see `column_names`
 ) -> list[tuple[int, dict[str, str]]]:   # (line, row)
     "The rows of a CSV file with their lines; UserError when a column is missing or there twice, or a row is ragged."
     reader, rows, line = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), [], 1
     try:
-        head, line = column_names(path, next(reader, []), columns), reader.line_num + 1
+        head, line = column_names(path, next(reader, []), columns, renamed), reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(head):
                 raise UserError(f"{path}: row {line} has not one value for each column; correct it")

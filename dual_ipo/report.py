@@ -10,7 +10,7 @@ __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_ST
            'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run', 'changes',
            'title', 'rounds_table', 'warning_lines', 'monitor_notes', 'interval_trace', 'label', 'round_axis',
            'panel_titles', 'interval_of', 'Panel', 'panels_of', 'draw_panel', 'quality_figure', 'decided',
-           'judged_right', 'Curve', 'accuracy_curve', 'reward_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
+           'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
            'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure', 'smooth',
            'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within', 'video_tag', 'reel', 'spread',
            'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table', 'scaled',
@@ -157,7 +157,7 @@ def missing(
 def gain(
     results: Results,
     name: str = "total",
-) -> dict[str, float] | None:  # {"difference", "ci95", "n_videos"}, points; None without scores of both
+) -> dict[str, float] | None:  # {"difference", "ci95", "n_clips"}, points; None without scores of both
     "What the last round has over the base, clip by clip."
     tables = results.tables("evaluate/scores.parquet")
     scores = {k: rows for k, rows in tables.items() if name in rows[0]}
@@ -190,12 +190,12 @@ UNASKED = ("No human was asked: there are no human pairs, the judge started as i
            "and how often it agrees with people is unknown")
 
 def judge_in_words(
-    reward: dict[str, float | None],  # of a round's entry
+    judge: dict[str, float | None],  # of a round's entry
     asked: bool,                      # there are human pairs
 ) -> str:                             # '' where it was not measured
     "How often the judge is right; no full stop."
     parts, before = [], "in its state after the cold start" if asked else "as its checkpoint was"
-    accuracy, static = reward.get("accuracy"), reward.get("accuracy_static")
+    accuracy, static = judge.get("accuracy"), judge.get("accuracy_static")
     if accuracy is not None: parts.append(f"The judge is right in {accuracy:.0%} of fresh pairs")
     if static is not None: parts.append(f"{before}, in {static:.0%}")
     return "; ".join(parts)
@@ -205,7 +205,7 @@ def in_words(results: Results) -> str:
     "What came of the run, in a sentence or two."
     if not results.rounds: return "No round is finished yet."
     asked = results.config.get("data", {}).get("pairs", "pairs") is not None
-    judge = judge_in_words(results.rounds[-1].get("reward") or {}, asked)
+    judge = judge_in_words(results.rounds[-1].get("judge") or {}, asked)
     sentences = [generator_in_words(results), judge, "" if asked else UNASKED]
     return ". ".join(filter(None, sentences)) + "."
 
@@ -420,7 +420,7 @@ def decided(
     p: str = "p_a",     # or p_a_static
 ) -> list[dict]:
     "The pairs of which one clip is better, and of which the judge said something."
-    return [row for row in rows if row["truth"] != "same" and row.get(p) is not None]
+    return [row for row in rows if row["truth"] != "tie" and row.get(p) is not None]
 
 # %% ../nbs/50_report.ipynb #3f823200
 def judged_right(
@@ -445,7 +445,7 @@ ACCURACIES = (Curve("accuracy_clear", "co-evolved, clear pairs", BLUE, "dot"), C
 # %% ../nbs/50_report.ipynb #e27dc401
 def accuracy_curve(
     curve: Curve,
-    entries: dict[int, dict],  # round → its `reward` entry
+    entries: dict[int, dict],  # round → its `judge` entry
 ) -> go.Scatter | None:        # None where no round has it
     "One accuracy over rounds."
     values = [entry.get(curve.key) for entry in entries.values()]
@@ -455,13 +455,13 @@ def accuracy_curve(
                       hovertemplate="%{y:.1%}<extra>%{fullData.name}</extra>")
 
 # %% ../nbs/50_report.ipynb #8b1f898d
-UNASKED_PAIRS = ("No reward accuracy: there are no labelled pairs to ask the judge about (they need a measure, "
+UNASKED_PAIRS = ("No judge accuracy: there are no labelled pairs to ask the judge about (they need a measure, "
                  "or held-out human pairs).")
 
-def reward_figure(results: Results) -> go.Figure | HTML:
-    "Reward accuracy over rounds."
-    entries = {entry["round"]: entry.get("reward") or {} for entry in results.rounds}
-    entries = {k: reward for k, reward in entries.items() if reward.get("accuracy") is not None}
+def judge_figure(results: Results) -> go.Figure | HTML:
+    "The judge's accuracy over rounds."
+    entries = {entry["round"]: entry.get("judge") or {} for entry in results.rounds}
+    entries = {k: judge for k, judge in entries.items() if judge.get("accuracy") is not None}
     if not entries: return missing(UNASKED_PAIRS)
     votes, ks, fig, lowest = results.tables("evaluate/votes.parquet"), list(entries), go.Figure(), .45
     if all(k in votes for k in ks):
@@ -754,16 +754,16 @@ def pairs_gallery(
 def clips_of_all(
     scores: dict[int, list[dict]],         # round → rows of evaluate/scores.parquet
 ) -> list[dict[int, dict]]:                # round → row, a clip each
-    "The same prompt and seed in every round, in the order of the base's table."
-    found = {}   # (prompt, seed) → round → row
+    "The same prompt and candidate in every round, in the order of the base's table."
+    found = {}   # (prompt, candidate) → round → row
     for k, rows in scores.items():
-        for row in rows: found.setdefault((row["prompt"], row["seed"]), {})[k] = row
+        for row in rows: found.setdefault((row["prompt"], row["candidate"]), {})[k] = row
     return [found_in for found_in in found.values() if len(found_in) == len(scores)]
 
 # %% ../nbs/50_report.ipynb #95a3b288
 def rounds_reel(
     results: Results,
-    rows: dict[int, dict],  # round → row of evaluate/scores.parquet, all of one prompt and seed
+    rows: dict[int, dict],  # round → row of evaluate/scores.parquet, all of one prompt and candidate
     measured: bool,         # rows have a truth
 ) -> str:
     "A clip, round after round."
@@ -771,7 +771,7 @@ def rounds_reel(
     for k, row in rows.items():
         words = f"<b>{'base' if k == 0 else f'round {k}'}</b>"
         if measured: words += f"<br>{100*row['total']:.0f} · motion {100*row['dynamic_degree']:.0f}"
-        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['path']}"), words))
+        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['clip']}"), words))
     return reel(rows[0]["prompt"], clips)
 
 # %% ../nbs/50_report.ipynb #12b020f0
@@ -781,7 +781,7 @@ def rounds_gallery(
     results: Results,
     n: int = 6,  # prompts
 ) -> HTML:
-    "The base beside every round, for the same prompt and seed."
+    "The base beside every round, for the same prompt and candidate."
     scores = results.tables("evaluate/scores.parquet")
     if len(scores) < 2 or 0 not in scores: return missing(NOTHING_TO_COMPARE)
     found, last, order = clips_of_all(scores), max(scores), "in the order of the table"
@@ -803,7 +803,7 @@ def quarantine_table(
     rows = read_table(path) if path.is_file() else []
     if not rows: return block('<p class="quiet">No clip was left out.</p>')
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
-    return block(table_html(["clip", "reason"], [[row["path"], row["reason"]] for row in rows[:n]], "text"), more)
+    return block(table_html(["clip", "reason"], [[row["clip"], row["reason"]] for row in rows[:n]], "text"), more)
 
 # %% ../nbs/50_report.ipynb #eb795094
 def scaled(

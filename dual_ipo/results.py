@@ -20,7 +20,7 @@ from .terminal import one_line
 
 # %% ../nbs/40_results.ipynb #95e36ad2
 HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic degree",
-        "reward accuracy", "static judge", "seconds")
+        "judge accuracy", "static judge", "seconds")
 
 def number(
     x: float | None,
@@ -34,11 +34,11 @@ def headline_row(
     entry: dict,           # of a round, see `store.Entry`
 ) -> list[str | None]:     # a cell for each of HEAD; None where it was not measured
     "What a round brought."
-    scores, reward = entry.get("generator") or {}, entry.get("reward") or {}
+    scores, judge = entry.get("generator") or {}, entry.get("judge") or {}
     name = "base" if entry["round"] == 0 else entry["round"]
     interval = " – ".join(number(end, ".1f") for end in scores.get("ci95") or []) or None
     others = [number(scores.get(name), ".1f") for name in ("quality", "semantic", "dynamic_degree")]
-    accuracies = [number(reward.get(name), ".1%") for name in ("accuracy", "accuracy_static")]
+    accuracies = [number(judge.get(name), ".1%") for name in ("accuracy", "accuracy_static")]
     seconds = number(sum(entry["seconds"].values()), ".0f") if entry.get("seconds") else None
     return [name, number(scores.get("total"), ".1f"), interval, *others, *accuracies, seconds]
 

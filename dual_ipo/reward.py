@@ -1129,7 +1129,7 @@ def is_decided(
 @patch
 def vote(self: Judge,
     pairs: list[Pair],
-    k: int,                       # votes per pair, half of them with the videos swapped
+    k: int,                       # votes per pair, half of them with the clips swapped
     keys: tuple,                  # name the randomness, with each pair's id (or its prompt)
     dimensions: list[str] = DIMENSIONS,
     early: bool = False,          # stop where the label is decided; it is the same, p_a is of the votes that ended
@@ -1233,7 +1233,7 @@ def check_judge(
     context = judge.base.config.get_text_config().max_position_embeddings or math.inf
     if n + max_new_tokens <= context: return n
     most = frames_that_fit(judge, item, n, context - max_new_tokens)
-    remedies = [f"lower reward.frames_per_video to {most}"] if most >= 2 else []
-    if not judge.max_pixels: remedies.append("set reward.max_pixels to 200704")
+    remedies = [f"lower judge.frames_per_video to {most}"] if most >= 2 else []
+    if not judge.max_pixels: remedies.append("set judge.max_pixels to 200704")
     why = f"a question of {n:,} tokens and a response of {max_new_tokens:,} do not fit its context of {context:,}"
     raise UserError(f"judge {judge.source}: {why}; {' or '.join(remedies) or 'give one with a longer context'}")

@@ -40,7 +40,7 @@ from .config import Config, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import Item, annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
-from .evaluate import load_measure, reward_accuracy, score_videos, summarise
+from .evaluate import load_measure, judge_accuracy, score_videos, summarise
 from .generator import Generator, Sampling, meta_generator
 from .kernels import whole_bytes
 from .losses import objective_of
@@ -89,7 +89,7 @@ def path(self: RoundFolder, name: str) -> Path:
 @patch
 def before(
     self: RoundFolder,
-    what: str,      # "generator" or "reward"
+    what: str,      # "generator" or "judge"
 ) -> Path:          # the config's if no round before has made one
     "Where the newest such model of an earlier round is."
     found = [model for i in range(self.k) if is_done(model := self.run.round(i) / what)]
@@ -99,8 +99,8 @@ def before(
 @patch(as_prop=True)
 def first_judge(self: RoundFolder) -> Path:
     "Where the judge of the cold start is; without human pairs there was none, and it is the config's."
-    cold = self.run.round(0) / "reward"
-    return cold if is_done(cold) else self.config.reward.path
+    cold = self.run.round(0) / "judge"
+    return cold if is_done(cold) else self.config.judge.path
 
 # %% ../nbs/33_rounds.ipynb #16eab83a
 def device() -> str:
@@ -132,7 +132,7 @@ def load_judge(
 ) -> Judge:
     "A judge with the config's settings, as its checkpoint has it."
     set_deterministic(config.deterministic)
-    part = config.reward
+    part = config.judge
     judge = Judge.load(intact(path), device=device(), dtype=getattr(torch, part.dtype), lora_rank=part.lora_rank,
                        learns=learns, seed=config.seed, **part.view)
     judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
@@ -149,7 +149,7 @@ def generator_facts(config: Config, path) -> Generator:
 
 def judge_facts(config: Config, path, learns: bool = False) -> Judge:
     "What is known of `load_judge`'s without its weights."
-    part = config.reward
+    part = config.judge
     judge = Judge.load(intact(path), meta=True, lora_rank=part.lora_rank, **part.view)
     judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
     return judge
@@ -157,7 +157,7 @@ def judge_facts(config: Config, path, learns: bool = False) -> Judge:
 # %% ../nbs/33_rounds.ipynb #afc320c4
 def voting_of(config: Config) -> dict:
     "How the judge writes about a pair."
-    part = config.reward
+    part = config.judge
     return dict(dimensions=part.dimensions if config.votes.reasons else [], temperature=part.temperature,
                 top_p=part.top_p, max_new_tokens=part.max_new_tokens, batch=part.batch_size)
 
@@ -295,7 +295,7 @@ def read_files(
     prompts, eval_prompts = read_prompts(at / data.prompts), read_prompts(at / data.eval_prompts)
     check_prompts(config, prompts, eval_prompts)
     pairs = read_pairs(at / data.pairs) if data.pairs else PairTable([])
-    check_rationales(pairs.rows, config.reward.dimensions)
+    check_rationales(pairs.rows, config.judge.dimensions)
     return Input(prompts, eval_prompts, pairs, read_clips(at / data.real_clips) if data.real_clips else [])
 
 # %% ../nbs/33_rounds.ipynb #da25bcd6
@@ -325,7 +325,7 @@ def content_digests(
 # %% ../nbs/33_rounds.ipynb #34212ed0
 def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     "What the user's files contain: a digest of each table's rows, and of each clip."
-    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.path_a], names[row.path_b]]
+    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b]]
              for row in given.pairs.rows]
     real = [[caption, names[path]] for caption, path in given.real]
     return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
@@ -365,7 +365,7 @@ def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  
         check_same(r, known["content"], content)
         return set(known["bad"])
     check_model(r.config, given.prompts, given.eval_prompts, given.real)
-    bad = [names[Path(row["path"])] for row in check_given_clips(r, given)]
+    bad = [names[Path(row["clip"])] for row in check_given_clips(r, given)]
     write_json(at, dict(bad=bad, content=content))
     return set(bad)
 
@@ -382,7 +382,7 @@ def read_input(r: RoundFolder) -> Input:
 # %% ../nbs/33_rounds.ipynb #84206d42
 def check_judge_of(config: Config, prompts: list[str]):
     "UserError where the judge can't do what it is asked to. Its config files and its tokenizer tell."
-    part, video = config.reward, config.generator
+    part, video = config.judge, config.generator
     judge = Judge.load(part.path, meta=True, **part.view)
     judge.max_thinking_tokens = part.max_thinking_tokens
     check_stored(judge)
@@ -405,7 +405,7 @@ def all_of(pairs: PairTable) -> list[Pair]: return [pairs[i] for i in range(len(
 # %% ../nbs/33_rounds.ipynb #e6eb99be
 def annotated(r: Round, judge: Judge, pairs: PairTable) -> list[Pair]:
     "The human pairs with reasons, which the judge writes where people gave none: CoT-guided annotation, in shards."
-    given, part, seed = all_of(pairs), r.config.reward, r.config.seed
+    given, part, seed = all_of(pairs), r.config.judge, r.config.seed
     asked = {key: r.sampling[key] for key in ("temperature", "top_p", "max_new_tokens", "batch")}
     def reasons(some):
         found = annotate(judge, some, part.dimensions, seed=seed, min_readable=part.min_readable, **asked)
@@ -431,14 +431,14 @@ def write_annotated(
 def save_judge(r: Round, judge: Judge):
     "Save the round's judge, whole or not at all; of several ranks the first does."
     if not ranks().is_main_process: return
-    with stage(r.folder / "reward") as missing:
-        if missing: judge.save(r.folder / "reward")
+    with stage(r.folder / "judge") as missing:
+        if missing: judge.save(r.folder / "judge")
 
 # %% ../nbs/33_rounds.ipynb #0f2fbfca
 @staged("cold_start", lambda r: history_of(r.folder / "cold_start"))
 def start_judge(r: Round, pairs: PairTable) -> list[dict]:  # history, a row a step
     "Fine-tune the judge on the human pairs: CoT-guided annotation and SFT. Without pairs it starts as it is."
-    part, settings, seed = r.config.reward, r.config.cold_start.model_dump(), r.config.seed
+    part, settings, seed = r.config.judge, r.config.cold_start.model_dump(), r.config.seed
     if not len(pairs): return
     judge = r.judge(part.path, learns=True)
     train, _ = pairs.split(r.config.data.held_out, seed)
@@ -472,13 +472,13 @@ def human_items(r: RoundFolder, pairs: PairTable) -> list[Item]:
     "What the cold start was taught, with the reasons it was given; UserError where those belong to none of the pairs."
     train, _ = pairs.split(r.config.data.held_out, r.config.seed)
     known = with_their_reasons(all_of(train), r.run.round(0) / "annotated.parquet")
-    return cold_start_items(known, r.config.reward.dimensions)
+    return cold_start_items(known, r.config.judge.dimensions)
 
 # %% ../nbs/33_rounds.ipynb #9a4f5b50
 @patch
 def newest(
     self: RoundFolder,
-    what: str,          # "generator" or "reward"
+    what: str,          # "generator" or "judge"
 ) -> Path:
     "Where the newest such model is: this round's, or one of a round before."
     own = self.folder / what
@@ -486,19 +486,19 @@ def newest(
 
 # %% ../nbs/33_rounds.ipynb #08fd58c7
 def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evaluate/scores.parquet without scores
-    "Sample the newest generator with the same prompts and seeds as in every round."
+    "Sample the newest generator with the same prompts and noise as in every round."
     part, folder = r.config.evaluate, r.folder / "evaluate"
-    clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.videos_per_prompt,
+    clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.clips_per_prompt,
                               folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
-    return [dict(prompt=clip["prompt"], seed=clip["candidate"], path=clip["clip"]) for clip in clips]
+    return [dict(prompt=clip["prompt"], candidate=clip["candidate"], clip=clip["clip"]) for clip in clips]
 
 # %% ../nbs/33_rounds.ipynb #3c2c79a8
 @staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
-def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, seed, path, scores
+def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, candidate, clip, scores
     "Sample the evaluation clips and measure them."
     rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
-    paths, prompts = [folder / row["path"] for row in rows], [row["prompt"] for row in rows]
+    paths, prompts = [folder / row["clip"] for row in rows], [row["prompt"] for row in rows]
     scores = score_videos(load_measure(measure), paths, prompts) if measure else {}
     for name, values in scores.items():
         for row, value in zip(rows, values): row[name] = value.item()
@@ -511,9 +511,9 @@ def measured_pair(
 ) -> tuple[Pair, float]:   # with its true label; the gap between the totals
     "Two evaluation clips whose totals were measured, as a pair."
     gap = a["total"] - b["total"]
-    label = "A" if gap > 0 else "B" if gap < 0 else "same"
-    first, second = (VideoFile(whole(folder / row["path"])) for row in (a, b))
-    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['seed']}:{b['seed']}"), abs(gap)
+    label = "A" if gap > 0 else "B" if gap < 0 else "tie"
+    first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
+    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
 
 # %% ../nbs/33_rounds.ipynb #673b40e2
 def truth_of(
@@ -592,31 +592,31 @@ def vote_row(
 def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     "The judge's mean grade of the newest clips, each clip's in judge_check/grades.parquet."
     rows = read_table(r.folder / "evaluate/scores.parquet")
-    clips, folder = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows], r.folder / "judge_check"
-    grades = torch.tensor(grades_of(judge, clips, r.config.reward.dimensions, folder / "grades"))
-    table = [dict(path=row["path"], grade=own.mean().item()) for row, own in zip(rows, grades)]
+    clips, folder = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows], r.folder / "judge_check"
+    grades = torch.tensor(grades_of(judge, clips, r.config.judge.dimensions, folder / "grades"))
+    table = [dict(clip=row["clip"], grade=own.mean().item()) for row, own in zip(rows, grades)]
     write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
 
 # %% ../nbs/33_rounds.ipynb #1f605be1
-@staged("judge_check", lambda r: read_json(r.folder / "judge_check/reward.json"))
+@staged("judge_check", lambda r: read_json(r.folder / "judge_check/judge.json"))
 def evaluate_judge(
     r: Round,
     pairs: list[Pair],            # with true labels
     gaps: list[float] | None,     # see `truth_of`
-) -> dict[str, float]:            # the `reward` entry; `judged` is the cold-start judge's grade of the newest clips
+) -> dict[str, float]:            # the `judge` entry; `judged` is the cold-start judge's grade of the newest clips
     "Ask the judge of this round, and then the cold-start judge, about pairs whose truth is known."
-    path, votes = r.newest("reward"), None   # one judge in memory at a time
+    path, votes = r.newest("judge"), None   # one judge in memory at a time
     if path != r.first_judge: votes = check_votes_of(r, r.judge(path), pairs, "updated")
     cold = r.judge(r.first_judge)
     static = check_votes_of(r, cold, pairs, "static")
     votes = votes or static
-    check_votes(votes, r.config.reward.min_readable)
+    check_votes(votes, r.config.judge.min_readable)
     rows = [vote_row(*each) for each in zip(pairs, gaps or [None] * len(pairs), votes, static)]
     if pairs: write_table(r.folder / "evaluate/votes.parquet", rows)
     p_a, p_a_static = torch.tensor([vote.p_a for vote in votes]), torch.tensor([vote.p_a for vote in static])
-    accuracy = reward_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps)
-    write_json(r.folder / "judge_check/reward.json", accuracy | dict(judged=follow_grades(r, cold)))
+    accuracy = judge_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps)
+    write_json(r.folder / "judge_check/judge.json", accuracy | dict(judged=follow_grades(r, cold)))
 
 # %% ../nbs/33_rounds.ipynb #c064b693
 def summary_of(
@@ -624,7 +624,7 @@ def summary_of(
     seed: int,            # of the bootstrap
 ) -> dict:                # the `generator` entry; {} where nothing was measured
     "What was measured, all in all."
-    names, scores = [name for name in scored[0] if name not in ("prompt", "seed", "path")], {}
+    names, scores = [name for name in scored[0] if name not in ("prompt", "candidate", "clip")], {}
     for name in names: scores[name] = torch.tensor([row[name] for row in scored])
     return summarise(scores, [row["prompt"] for row in scored], seed) if scores else {}
 
@@ -632,12 +632,12 @@ def summary_of(
 def finish(
     r: RoundFolder,
     scored: list[dict],        # rows of evaluate/scores.parquet
-    reward: dict[str, float],  # see `evaluate_judge`
+    judged: dict[str, float],  # see `evaluate_judge`
     reasons: list[str],        # for an extra update of the judge
 ) -> dict:                     # the round's entry
     "Write round.json, summary.json and DONE."
     measured = summary_of(scored, r.config.seed)
-    entry = dict(round=r.k, generator=measured, reward=reward, extra_srpo=reasons,
+    entry = dict(round=r.k, generator=measured, judge=judged, extra_srpo=reasons,
                  seconds=read_json(r.folder / "seconds.json", dict[str, float]))
     if not is_done(r.folder):
         write_json(r.folder / "round.json", entry)
@@ -650,12 +650,12 @@ def prompts_of_round(
     prompts: list[str],
     k: int,            # round, from 1
     n: int,            # prompts per round
-    seed: int | str,
+    named: int | str,  # the run's seed, or a text with it: it names the draw
 ) -> list[str]:        # min(n, all) different ones
     "The prompts of round `k`."
     n, order = min(n, len(prompts)), []
     for epoch in range((k * n - 1) // len(prompts) + 2):
-        shuffled = torch.randperm(len(prompts), generator=generator("prompts", seed, epoch))
+        shuffled = torch.randperm(len(prompts), generator=generator("prompts", named, epoch))
         order += [prompts[i] for i in shuffled.tolist()]
     return list(dict.fromkeys(order[(k - 1) * n:]))[:n]
 
@@ -689,11 +689,11 @@ def scores_of(
     shards: Path,                    # folder for what is graded
 ) -> list[dict[str, float]]:         # score, and the judge's grade in every dimension
     "The judge's mean grade of every clip, or the total of `candidates.scorer`."
-    dimensions, scorer = r.config.reward.dimensions, r.config.candidates.scorer
+    dimensions, scorer = r.config.judge.dimensions, r.config.candidates.scorer
     if scorer:
         found = totals(scorer, [path for _, path in clips], [prompt for prompt, _ in clips])
         return [dict(score=total) for total in found]
-    grades = grades_of(r.judge(r.before("reward")), clips, dimensions, shards)
+    grades = grades_of(r.judge(r.before("judge")), clips, dimensions, shards)
     return [dict(score=sum(own) / len(own)) | dict(zip(dimensions, own)) for own in grades]
 
 # %% ../nbs/33_rounds.ipynb #0a4cae6e
@@ -822,9 +822,9 @@ def next_candidates(r: Round, prompts: list[str]) -> list[Pair]:
 @staged("fresh", lambda r: read_candidates(r.folder / "fresh"))
 def sample_for_votes(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
     "Sample clips of the new generator for `votes.pairs` pairs, two and two of a prompt."
-    n, seed = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
-    own, each = prompts_of_round(prompts, r.k, n, seed), 2 * -(-r.config.votes.pairs // n)
-    sample_cheaply(r, r.folder / "generator", own, each, r.folder / "fresh", seed, r.k, what="fresh clips")
+    n, named = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
+    own, each = prompts_of_round(prompts, r.k, n, named), 2 * -(-r.config.votes.pairs // n)
+    sample_cheaply(r, r.folder / "generator", own, each, r.folder / "fresh", named, r.k, what="fresh clips")
 
 # %% ../nbs/33_rounds.ipynb #6ace758d
 def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judge that stays as it is
@@ -837,8 +837,8 @@ def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judg
 # %% ../nbs/33_rounds.ipynb #461259c7
 def earlier_judge(r: RoundFolder) -> Path:
     "Path of the judge before its last update."
-    found = [judge for i in range(r.k) if is_done(judge := r.run.round(i) / "reward")]
-    return found[-2] if len(found) > 1 else r.config.reward.path
+    found = [judge for i in range(r.k) if is_done(judge := r.run.round(i) / "judge")]
+    return found[-2] if len(found) > 1 else r.config.judge.path
 
 # %% ../nbs/33_rounds.ipynb #bac24072
 def table_path(r: RoundFolder, video: Video) -> str:
@@ -863,12 +863,12 @@ def relabelled(
 def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
     "Vote on pairs and weigh each label by its certainty."
     part = r.config.votes
-    rows = pseudo_label(r.judge(r.before("reward")), pairs, part.k, (r.config.seed, r.k, "vote"),
+    rows = pseudo_label(r.judge(r.before("judge")), pairs, part.k, (r.config.seed, r.k, "vote"),
                         reference=r.judge(earlier_judge(r)), by=part.by, min_gap=part.min_gap, early=part.early,
-                        min_readable=r.config.reward.min_readable, folder=r.folder / "votes",
+                        min_readable=r.config.judge.min_readable, folder=r.folder / "votes",
                         **r.config.pce.model_dump(), **r.sampling)
     if part.scorer: rows = relabelled(part.scorer, pairs, rows)
-    named = [dict(path_a=table_path(r, pair.a), path_b=table_path(r, pair.b)) for pair in pairs]
+    named = [dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs]
     write_table(r.folder / "votes.parquet", [name | row for name, row in zip(named, rows)])
 
 # %% ../nbs/33_rounds.ipynb #aee697a0
@@ -886,11 +886,11 @@ def train_judge(
     steps: int,
 ) -> list[dict]:          # history, a row a step
     "SRPO for some steps from the judge of the round before."
-    settings, part, seed = r.config.srpo.model_dump(), r.config.reward, r.config.seed
+    settings, part, seed = r.config.srpo.model_dump(), r.config.judge, r.config.seed
     if not len(human): settings["lambda_human"] = 0.
     items = human_items(r, human) if settings["lambda_human"] else []
     def learn():
-        judge = r.judge(r.before("reward"), learns=True)
+        judge = r.judge(r.before("judge"), learns=True)
         if judge.is_lora: judge.merge(part.lora_rank, seed)
         srpo(judge, pairs, rows, r.folder / "srpo", seed=seed, human=items, dimensions=r.sampling["dimensions"],
              checkpointing=part.checkpointing, **settings | dict(steps=steps))
@@ -927,8 +927,8 @@ def stages(r: Round) -> Iterator[tuple[str, object]]:  # (what it is, what was l
         yield "votes", (votes := label(r, fresh))
         yield "the judge's update", (reasons := update_judge(r, fresh, votes, history, human))
     yield "evaluation", (scored := evaluate_generator(r, eval_prompts))
-    yield "the judge's check", (reward := evaluate_judge(r, *truth_of(r, scored, human)))
-    yield "the round", finish(r, scored, reward, reasons)
+    yield "the judge's check", (judged := evaluate_judge(r, *truth_of(r, scored, human)))
+    yield "the round", finish(r, scored, judged, reasons)
 
 # %% ../nbs/33_rounds.ipynb #081390e6
 def run_round(

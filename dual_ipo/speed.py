@@ -606,10 +606,10 @@ def small_run(
     own |= dict(guidance_scale=g.sampling.guidance_scale, path=str(folder / "generator"), num_inference_steps=steps)
     files = dict(prompts="prompts.txt", eval_prompts="eval_prompts.txt", pairs="pairs.csv")
     return dict(
-        generator=own, reward=dict(path=str(judge)), data={key: str(folder / file) for key, file in files.items()},
+        generator=own, judge=dict(path=str(judge)), data={key: str(folder / file) for key, file in files.items()},
         cold_start=dict(steps=1), candidates=dict(prompts_per_round=2, per_prompt=3),
         align=dict(steps=2, batch_size=2, warmup=1), votes=dict(pairs=2), srpo=dict(steps=1, batch_size=8),
-        evaluate=dict(prompts=2, videos_per_prompt=2))
+        evaluate=dict(prompts=2, clips_per_prompt=2))
 
 # %% ../nbs/91_speed.ipynb #8cbdc827
 def a_run(

@@ -338,7 +338,7 @@ def best_path(
     order: str,               # "ab" or "ba"
     labels: set[str],         # what the path may say
 ) -> dict[str, object] | None:
-    "The likeliest of the paths that saw the videos in this order and say this."
+    "The likeliest of the paths that saw the clips in this order and say this."
     paths = zip(row["paths"], row["votes"])
     fitting = [path for path, label in paths if path["order"] == order and label in labels]
     return max(fitting, key=lambda path: path["log_prob"], default=None)

@@ -26,7 +26,7 @@ def group_sums(
 
 # %% ../nbs/05_stats.ipynb #9fba3808
 def bootstrap_ci(
-    values: Tensor | list[float],     # [n] one number a video, or a pair
+    values: Tensor | list[float],     # [n] one number a clip, or a pair
     groups: list[str] | None = None,  # [n] the prompt of each; None: every value stands alone
     n: int = 2000,                    # resamples
     seed: int = 0,                    # of what is drawn
@@ -50,22 +50,22 @@ def mean_ci(
 
 # %% ../nbs/05_stats.ipynb #823e0940
 def paired_difference(
-    before: list[dict],  # rows {"prompt", "seed", name...} of one generator
+    before: list[dict],  # rows {"prompt", "candidate", name...} of one generator
     after: list[dict],   # of the other
     name: str = "total", # the score to compare, 0..1
     seed: int = 0,       # of the bootstrap
-) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_videos"}, points of 100
+) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, points of 100
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
-    scores, prompts, gains = {(row["prompt"], row["seed"]): row[name] for row in before}, [], []
+    scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
     for row in after:
-        if (row["prompt"], row["seed"]) not in scores: continue
+        if (row["prompt"], row["candidate"]) not in scores: continue
         prompts.append(row["prompt"])
-        gains.append(row[name] - scores[row["prompt"], row["seed"]])
+        gains.append(row[name] - scores[row["prompt"], row["candidate"]])
     if not gains:
-        raise UserError(f"evaluate: the two tables share no prompt and seed, so {name} can't be compared; "
+        raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
     low, high = bootstrap_ci(gains, prompts, seed=seed)
-    return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_videos=len(gains))
+    return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_clips=len(gains))
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
 def right(
@@ -78,27 +78,27 @@ def right(
 # %% ../nbs/05_stats.ipynb #d9cd0cd8
 def accuracy(
     p_a: Tensor,        # [B] probability that A is better
-    truth: list[str],   # [B] "A", "B" or "same"
+    truth: list[str],   # [B] "A", "B" or "tie"
 ) -> float:             # 0..1; nan if no pair is decided
     "Share of the decided pairs judged right; p = 1/2 counts half."
-    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "same"]
+    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "tie"]
     return sum(points)/len(points) if points else math.nan
 
 # %% ../nbs/05_stats.ipynb #be060585
 def accuracy_with_ties(
     p_a: Tensor,       # [B]
-    truth: list[str],  # [B] "A", "B" or "same"
-    epsilon: float,    # the judge says same when |p - 1/2| <= epsilon; negative: never
+    truth: list[str],  # [B] "A", "B" or "tie"
+    epsilon: float,    # the judge says tie when |p - 1/2| <= epsilon; negative: never
 ) -> float:            # 0..1
-    "Share of all pairs judged right, `same` being an answer like the others."
-    answers = ["same" if abs(p - .5) <= epsilon else "A" if p > .5 else "B" for p in p_a.double().tolist()]
+    "Share of all pairs judged right, `tie` being an answer like the others."
+    answers = ["tie" if abs(p - .5) <= epsilon else "A" if p > .5 else "B" for p in p_a.double().tolist()]
     return sum(answer == label for answer, label in zip(answers, truth))/len(truth)
 
 # %% ../nbs/05_stats.ipynb #c4f379c1
 def tie_threshold(
     p_a: Tensor,       # [B] on a validation split
     truth: list[str],  # [B]
-) -> float:            # 0..1/2, or -1: never say same
+) -> float:            # 0..1/2, or -1: never say tie
     "The epsilon with the best `accuracy_with_ties`, the smallest of several (Ties Matter, arXiv 2305.14324)."
     candidates = [-1.] + sorted({abs(p - .5) for p in p_a.double().tolist()})
     return max(candidates, key=lambda epsilon: accuracy_with_ties(p_a, truth, epsilon))

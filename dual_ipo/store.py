@@ -407,7 +407,7 @@ PATHS = [   # (part, key) of the config
     ("data", "pairs"),
     ("data", "real_clips"),
     ("generator", "path"),
-    ("reward", "path")]
+    ("judge", "path")]
 
 # %% ../nbs/02_store.ipynb #6f8641ef
 def portable(
@@ -528,7 +528,7 @@ class Entry(Fact):
     "A round.json."
     round: int = Field(ge=0)
     generator: Scores | None = None   # {} where nothing was measured
-    reward: dict[str, FiniteFloat | None] | None = {}
+    judge: dict[str, FiniteFloat | None] | None = {}
     seconds: dict[str, FiniteFloat] = {}
     extra_srpo: list[str] = []
 

@@ -53,7 +53,7 @@ def name(self: Job) -> str:
     return f"{self.variant}-{self.arch}-{self.seed}"
 
 # %% ../nbs/90_studies.ipynb #78b99de9
-COLD = ("generator", "reward", "cold_start", "evaluate", "data")   # parts of the config that round 0 depends on
+COLD = ("generator", "judge", "cold_start", "evaluate", "data")   # parts of the config that round 0 depends on
 
 @patch(as_prop=True)
 def shared_start(self: Job) -> Job:
@@ -117,7 +117,7 @@ def execute(
 ):
     "All rounds of a job that are not done, and its tables."
     run = start(job, folder)
-    held_out = folder / job.held_out_start.name / "round_00/reward" if job.held_out else None
+    held_out = folder / job.held_out_start.name / "round_00/judge" if job.held_out else None
     with run.lock():
         write_toy_input(run.path / "input", config_of(job), **job.human)
         for k in range(job.rounds + 1):
@@ -231,13 +231,13 @@ def labels_of(r: Round) -> list[dict]:
     if not (r.folder / "votes.parquet").exists(): return []
     votes, clips, rows = read_table(r.folder / "votes.parquet"), {}, []
     for vote in votes:
-        for side in "ab": clips[vote[f"path_{side}"]] = dict(clip=vote[f"path_{side}"], prompt=vote["prompt"])
+        for side in "ab": clips[vote[f"clip_{side}"]] = dict(clip=vote[f"clip_{side}"], prompt=vote["prompt"])
     true = dict(zip(clips, truths(r, clips.values(), "")))
     for vote in votes:
         kept = chosen(vote, "prompt", "votes", "label", "p_a", "consistent", "pce", "kept")
         orders = [path["order"] for path in vote["paths"]]
         R = [path["log_prob"] - path["log_prob_ref"] for path in vote["paths"]]
-        rows.append(kept | dict(gap=true[vote["path_a"]] - true[vote["path_b"]], orders=orders, R=R))
+        rows.append(kept | dict(gap=true[vote["clip_a"]] - true[vote["clip_b"]], orders=orders, R=R))
     return rows
 
 # %% ../nbs/90_studies.ipynb #35e53f10
@@ -247,8 +247,8 @@ def mean_grades(
     judge,             # path
 ) -> list[float]:      # mean grade of each, 1..5
     "What a judge thinks of the evaluation clips, one by one."
-    clips = [(row["prompt"], r.folder / "evaluate" / row["path"]) for row in rows]
-    return [sum(grades) / len(grades) for grades in grades_of(r.judge(judge), clips, r.config.reward.dimensions)]
+    clips = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows]
+    return [sum(grades) / len(grades) for grades in grades_of(r.judge(judge), clips, r.config.judge.dimensions)]
 
 # %% ../nbs/90_studies.ipynb #a8f0eb98
 def clips_of(
@@ -260,8 +260,8 @@ def clips_of(
     judged = [row["grade"] for row in read_table(r.folder / "judge_check/grades.parquet")]
     other = mean_grades(r, scores, held_out) if held_out else [None] * len(scores)
     for score, grade, other_grade in zip(scores, judged, other):
-        measured = {key: x for key, x in score.items() if key not in ("prompt", "seed", "path")}
-        about = dict(prompt=score["prompt"], clip=score["seed"])
+        measured = {key: x for key, x in score.items() if key not in ("prompt", "candidate", "clip")}
+        about = dict(prompt=score["prompt"], clip=score["candidate"])
         rows.append(about | measured | dict(judged=grade, held_out=other_grade))
     return rows
 
@@ -313,7 +313,7 @@ def evaluate_base(
     "What another generator makes of the job's evaluation prompts, from the same noise."
     config, about = config_of(job), dict(variant=job.variant, arch=job.arch, seed=job.seed, round=0)
     evaluate, prompts = config.evaluate, toy_prompts(144, "eval", job.seed)[:config.evaluate.prompts]
-    rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.videos_per_prompt,
+    rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.clips_per_prompt,
                              folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
     paths, prompts = [Path(folder) / row["clip"] for row in rows], [row["prompt"] for row in rows]
     scores = score_videos(load_measure(evaluate.measure), paths, prompts)
@@ -492,7 +492,7 @@ def judge_difference(
     a: str = "p_a", b: str = "p_a_static",
 ) -> dict:                   # {"mean", "lo", "hi", "n", "a", "b"}, accuracies 0..1
     "Accuracy of one judge minus that of another on the same pairs."
-    rows = [row for row in rows if row["truth"] != "same"]
+    rows = [row for row in rows if row["truth"] != "tie"]
     mine, other = [right(row[a], row["truth"]) for row in rows], [right(row[b], row["truth"]) for row in rows]
     interval = mean_ci([x - y for x, y in zip(mine, other)], [(row["seed"], row["prompt"]) for row in rows])
     return interval | dict(a=sum(mine) / len(rows), b=sum(other) / len(rows))

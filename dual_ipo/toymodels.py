@@ -35,7 +35,7 @@ OTHERS = ("stands still frozen does not move nothing clear but yes no user judge
 def judge_words() -> list[str]:
     "Every text whose words the toy judge knows whole."
     questions = [pair_prompt(""), pair_prompt("", []), clip_prompt("")]
-    questions += [annotation_prompt(Pair("", None, None, label)) for label in ("A", "B", "same")]
+    questions += [annotation_prompt(Pair("", None, None, label)) for label in ("A", "B", "tie")]
     questions += [*DESCRIBE.values(), CHECK.format(prompt=""), DESCRIBE_ONE.format(prompt="", dimension="")]
     levels = chain.from_iterable(LEVELS.values())
     return [*questions, *TEMPLATES, *chain(*KINDS.values()), *SEMANTIC, *chain(*levels), OTHERS]

@@ -632,7 +632,7 @@ def annotate_pairs(
     pairs: list[Pair],
     seed: int = 0,
     agreement: float = .82,  # with the truth
-    same: float = .01,  # a smaller gap in Total is called "same"
+    tie: float = .01,   # a smaller gap in Total is a tie
 ) -> list[Pair]:        # with label and rationale
     "Label pairs as a person would, with a reason and two grades for each dimension."
     rng, prompts = generator("annotator", seed), [pair.prompt for pair in pairs]
@@ -644,7 +644,7 @@ def annotate_pairs(
     prefers_a = torch.rand(len(pairs), generator=rng) < (gaps / bradley_terry_scale(gaps, agreement)).sigmoid()
     labelled = []
     for i, pair in enumerate(pairs):
-        label = "same" if gaps[i].abs() < same else "A" if prefers_a[i] else "B"
+        label = "tie" if gaps[i].abs() < tie else "A" if prefers_a[i] else "B"
         labelled.append(replace(pair, label=label, rationale=rationale_of([words[0][i], words[1][i]], grades, i)))
     return labelled
 
@@ -710,7 +710,7 @@ def real_clips(
     seed: int = 0,
     curated: bool = False,  # clean and rightly captioned
 ) -> tuple[torch.Tensor, list[str]]:  # (uint8 [n, T, C, H, W], captions [n])
-    "Real videos for the NLL term: the web's, as bad as what the generators learned from, or curated ones."
+    "Real clips for the NLL term: the web's, as bad as what the generators learned from, or curated ones."
     rng, prompts = generator("real clips", seed), toy_prompts(288, "train", seed)
     words = torch.tensor([parse_prompt(prompts[i % len(prompts)]) for i in range(n)])
     scene, said = clean_scene(words, rng), words

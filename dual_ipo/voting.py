@@ -23,7 +23,7 @@ def check_k(
 ) -> int:
     "K itself, or a UserError when it can't be split over both orders."
     if k >= 2 and k % 2 == 0: return k
-    raise UserError(f"k = {k}: half of the votes see the videos swapped; give an even number of votes, 2 or more")
+    raise UserError(f"k = {k}: half of the votes see the clips swapped; give an even number of votes, 2 or more")
 
 # %% ../nbs/11_voting.ipynb #36b4a12a
 @dataclass
@@ -92,7 +92,7 @@ def mean(
 @lru_cache(256)
 def outcomes(
     n: int,       # votes that are missing
-    order: str,   # in which they see the videos
+    order: str,   # in which they see the clips
 ) -> list[list[Vote]]:
     "All ways in which missing votes could come out."
     found = []

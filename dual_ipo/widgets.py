@@ -117,7 +117,7 @@ def pair_player(
     pair: Pair,
 ) -> PairPlayer:  # display it; `.frame` is where the reader stopped
     "Play both clips of a pair in step."
-    words = {"A": ("A · better", "B"), "B": ("A", "B · better"), "same": ("A · equally good", "B · equally good")}
+    words = {"A": ("A · better", "B"), "B": ("A", "B · better"), "tie": ("A · equally good", "B · equally good")}
     caption_a, caption_b = words.get(pair.label, ("A", "B"))
     fps = max(pair.a.fps, pair.b.fps)
     n_frames = round(fps*max(pair.a.duration(), pair.b.duration()))
@@ -193,7 +193,7 @@ def vote_card(
     "A judged pair: both clips, the votes, the verdict and its certainty."
     clips = []
     for side in "AB":
-        clips.append((clip_tag(row[f"path_{side.lower()}"], folder), f'<b style="color:{COLORS[side]}">{side}</b>'))
+        clips.append((clip_tag(row[f"clip_{side.lower()}"], folder), f'<b style="color:{COLORS[side]}">{side}</b>'))
     dots = f'<div style="margin:12px 0 4px">{vote_dots(row["votes"])}</div>'
     facts = f'<div class="tag" style="font-size:13px">{facts_of(row)}</div>'
     return block(reel(row["prompt"], clips), dots, facts, words_of(row))

@@ -29,7 +29,7 @@ def save(folder, name, videos, prompts, **columns):
     rows = []
     for i, prompt in enumerate(prompts):
         own = {key: float(value[i]) for key, value in scores.items()}
-        rows.append(dict(prompt=prompt, path=f"clips/{name}_{i:02d}.mp4", **columns, **own))
+        rows.append(dict(prompt=prompt, clip=f"clips/{name}_{i:02d}.mp4", **columns, **own))
     return rows
 
 
@@ -62,7 +62,7 @@ def votes(folder, k, prompts, table, sharpness, rng):
         consistent = halves[0]*halves[1] > 0
         pce = 1/(1 + math.exp(-(8*(abs(p_a - .5) - .25) + torch.randn(1, generator=rng).item())))
         label = "tie" if not consistent else "A" if p_a > .5 else "B"
-        rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, path_a=a["path"], path_b=b["path"], label=label, p_a=p_a,
+        rows.append(dict(pair_id=f"{k}-{i}", prompt=prompt, clip_a=a["clip"], clip_b=b["clip"], label=label, p_a=p_a,
                          n_valid=len(valid), n_votes=K, consistent=consistent, votes=cast, pce=pce, kept=pce > .5,
                          weight=pce, truth="A" if gap > 0 else "B", gap=abs(gap)))
     return rows
@@ -86,35 +86,35 @@ def synthetic_run(
     folder = Path(folder)
     config = dict(
         seed=0, rounds=rounds,
-        generator=dict(path="checkpoints/wan_small", lora_rank=16), reward=dict(path="checkpoints/judge"),
+        generator=dict(path="checkpoints/wan_small", lora_rank=16), judge=dict(path="checkpoints/judge"),
         candidates=dict(prompts_per_round=n, per_prompt=4),
         align=dict(objective=objective, steps=60, batch_size=16, lr=3e-5, beta=2000., lambda_win=.1, lambda_real=0.),
         votes=dict(k=K, pairs=n),
-        evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, videos_per_prompt=2))
+        evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, clips_per_prompt=2))
     write_yaml(folder/"run.yaml", config)
     prompts, train, entries = toy_prompts(n, "eval"), toy_prompts(n, "train"), []
     for k in range(rounds + 1):
         rng, share, at = generator("votes", k), 1 - .22*k, folder/f"round_{k:02d}"
         scored = []
-        for seed in (0, 1):
-            scored += save(at/"evaluate", f"s{seed}", clips(prompts, share, k, seed), prompts, seed=seed)
-        if not truth: scored = [{key: row[key] for key in ("prompt", "seed", "path")} for row in scored]
+        for i in (0, 1):
+            scored += save(at/"evaluate", f"s{i}", clips(prompts, share, k, i), prompts, candidate=i)
+        if not truth: scored = [{key: row[key] for key in ("prompt", "candidate", "clip")} for row in scored]
         write_table(at/"evaluate/scores.parquet", scored)
-        names = [key for key in scored[0] if key not in ("prompt", "seed", "path")]
+        names = [key for key in scored[0] if key not in ("prompt", "candidate", "clip")]
         means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in names}
-        entry = dict(round=k, generator={}, reward={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
+        entry = dict(round=k, generator={}, judge={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
             dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))
         if truth:
             entry["generator"] = {key: means[key] for key in (*AGGREGATES, "dynamic_degree")} | dict(
                 dims={key: value for key, value in means.items() if key not in AGGREGATES},
-                ci95=[means["total"] - 2.1, means["total"] + 2.1], n_videos=2*n)
+                ci95=[means["total"] - 2.1, means["total"] + 2.1], n_clips=2*n)
             rows = votes(at, k, prompts, scored, 6 + 3*k, rng)
             static = votes(at, k, prompts, scored, 6, rng)
             keys = ("pair_id", "prompt", "label", "p_a", "n_valid", "n_votes", "consistent", "votes", "truth", "gap")
             table = []
             for row, s in zip(rows, static): table.append({key: row[key] for key in keys} | dict(p_a_static=s["p_a"]))
             write_table(at/"evaluate/votes.parquet", table)
-            entry["reward"] = dict(
+            entry["judge"] = dict(
                 accuracy=right(rows), accuracy_static=right(static), accuracy_clear=min(1, right(rows) + .08),
                 ece=.08 - .01*k, parse_rate=.98, position_consistency=.8 + .02*k, n_pairs=n, judged=4 + .2*k)
         if k:
@@ -122,12 +122,12 @@ def synthetic_run(
             table = []
             for c in range(4):
                 made = save(shard, f"c{c}", clips(train, share + .22, k, "c", c), train)
-                table += [row | dict(candidate=c, clip=f"shard_0000/{row['path']}") for row in made]
+                table += [row | dict(candidate=c, clip=f"shard_0000/{row['clip']}") for row in made]
             keys = ("prompt", "candidate", "clip")
             write_table(shard/"table.parquet", [{key: row[key] for key in keys} for row in table])
             for row in table:
                 score = .7*row["total"] + .3*torch.rand(1, generator=rng).item()
-                row |= dict(path=f"candidates/{row['clip']}", score=score)
+                row |= dict(score=score)
             scores = [{key: r[key] for key in ("prompt", "candidate", "clip", "score")} for r in table]
             for row, r in zip(scores, table): row["motion"] = r["dynamic_degree"]
             write_table(at/"scores.parquet", scores)
@@ -138,6 +138,7 @@ def synthetic_run(
                 pair = dict(prompt=prompt, clip_w=w["clip"], clip_l=l["clip"], score_w=w["score"], score_l=l["score"])
                 pairs.append(pair | (dict(total_w=w["total"], total_l=l["total"]) if truth else {}))
             write_table(at/"pairs.parquet", pairs)
+            table = [row | dict(clip=f"candidates/{row['clip']}") for row in table]   # as seen from the round's folder
             table = votes(at, k, train, table, 8 + 2*k, rng)
             for row in table: del row["truth"], row["gap"]
             write_table(at/"votes.parquet", table)
@@ -146,6 +147,6 @@ def synthetic_run(
         write_json(at/"round.json", entry)
         entries.append(entry)
     write_json(folder/"summary.json", dict(config=config, rounds=entries))
-    bad = [dict(path="clips/0042.mp4", reason="is truncated: 5 of 9 frames; fetch it again")]
+    bad = [dict(clip="clips/0042.mp4", reason="is truncated: 5 of 9 frames; fetch it again")]
     if quarantine: write_table(folder/"quarantine.parquet", bad)
     return folder

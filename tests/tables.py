@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
 NOTEBOOK = Path(__file__).parent.parent/"nbs/02_store.ipynb"
-HUB = re.compile(r"round_\d+/(generator|reward)/(?!DONE|generator\.json|judge\.json)")   # the hub's own layouts
+HUB = re.compile(r"round_\d+/(generator|judge)/(?!DONE|generator\.json|judge\.json)")   # the hub's own layouts
 JSON_KINDS = {bool: "yes/no", int: "whole", float: "number", str: "text", dict: "object"}
 ANYTHING = None   # where a file holds nothing but missing values
 

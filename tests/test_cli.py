@@ -73,8 +73,8 @@ def test_prompt_mistakes(capsys, folder, text, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.replace("path_B", "video_B"), ["pairs.csv", "path_B"]),
-    (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",same,", ",equal,"),
+    (lambda t: t.replace("clip_b", "video_B"), ["pairs.csv", "clip_b"]),
+    (lambda t: t.replace(",A,", ",left,").replace(",B,", ",right,").replace(",tie,", ",equal,"),
      ["pairs.csv", "unknown label"]),
     (lambda t: t.replace("clips/00000_A.mp4", "../00000_A.mp4"), ["pairs.csv", "00000_A.mp4"]),
     (lambda t: t.replace("clips/00000_A.mp4", "/etc/passwd"), ["pairs.csv", "passwd"]),
@@ -113,7 +113,7 @@ def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, 
     "Only if asked to, and only where the grade stands still while losers are driven away."
     def execute_round(run, k):
         write_table(run.round(k)/"align/history.parquet", [dict(E_l=.33, margin_l=loser)]*8)
-        write_json(run.round(k)/"round.json", dict(round=k, generator={}, reward=dict(judged=judged[k]), seconds={}))
+        write_json(run.round(k)/"round.json", dict(round=k, generator={}, judge=dict(judged=judged[k]), seconds={}))
         mark_done(run.round(k))
     monkeypatch.setattr(cli, "execute_round", execute_round)
     monkeypatch.setattr("dual_ipo.report.make_report", lambda path: path)
@@ -127,7 +127,7 @@ def test_init_writes_what_a_model_wants(capsys, tmp_path, monkeypatch):
     for name in GENERATORS:
         assert main(["init", str(tmp_path/f"{name}.yaml"), "--generator", name, "--judge", "owner/judge"]) == 0
         config = read_config(tmp_path/f"{name}.yaml")
-        assert config.generator.path == GENERATORS[name]["path"] and config.reward.path == "owner/judge"
+        assert config.generator.path == GENERATORS[name]["path"] and config.judge.path == "owner/judge"
         wants = (226, 5000.) if "cog" in name else (512, 2000.)
         assert (config.generator.max_sequence_length, config.align.beta) == wants
     assert main(["init", str(tmp_path/"x.yaml"), "--generator", "sora"]) == 2

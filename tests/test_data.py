@@ -144,7 +144,7 @@ def test_quarantine_counts_and_stops(tmp_path):
     clip(T=4).save(paths[5])
     clip(T=9).save(paths[6])   # a longer one is good
     good, quarantine = check_clips([*paths, paths[0]], (5, 16, 24), max_bad_share=.2, fps=8)
-    assert len(good) == 8 and [row["path"] for row in quarantine] == [str(paths[2]), str(paths[5])]
+    assert len(good) == 8 and [row["clip"] for row in quarantine] == [str(paths[2]), str(paths[5])]
     assert "5x32x24" in quarantine[0]["reason"] and "lasts 0.50 s" in quarantine[1]["reason"]
     write_table(tmp_path/"quarantine.parquet", quarantine)
     assert read_table(tmp_path/"quarantine.parquet") == quarantine
@@ -156,13 +156,14 @@ def test_quarantine_counts_and_stops(tmp_path):
 
 # pairs
 
-HEAD = "prompt,path_A,path_B,label\n"
+HEAD = "prompt,clip_a,clip_b,label\n"
 PAIRS = {
-    "no column path_B": ("prompt,path_A,label\nx,a.mp4,A\n", "no column 'path_B'"),
-    "no label": ("prompt,path_A,path_B\nx,a.mp4,b.mp4\n", "no column 'label'"),
+    "no column clip_b": ("prompt,clip_a,label\nx,a.mp4,A\n", "no column 'clip_b'"),
+    "no label": ("prompt,clip_a,clip_b\nx,a.mp4,b.mp4\n", "no column 'label'"),
     "no rows": (HEAD, "has no pairs"),
     "unknown label": (HEAD + "x,a.mp4,b.mp4,A\nx,a.mp4,b.mp4,left\n", "row 3: unknown label 'left'"),
     "label of another case": (HEAD + "x,a.mp4,b.mp4,a\n", "unknown label 'a'"),
+    "another word for a tie": (HEAD + "x,a.mp4,b.mp4,same\n", "unknown label 'same'; use A, B or tie"),
     "no label given": (HEAD + "x,a.mp4,b.mp4,\n", "unknown label ''"),
     "RewardBench's invalid": (
         "path_A,path_B,prompt,VQ,MQ,TA,Overall\na.mp4,b.mp4,x,A,A,A,invalid\n", "unknown label 'invalid'"),
@@ -202,13 +203,13 @@ def test_paths_inside_are_fine(tmp_path):
 def test_pairs_there_and_back(tmp_path):
     rationale = {"motion": {"a": "steady, \"even\"\nand calm", "b": "jerky", "grade_a": 5, "grade_b": 2}}
     pairs = [Pair("a square, moving", clip(), clip(shift=2), label, str(i), rationale)
-             for i, label in enumerate(("A", "B", "same"))]
+             for i, label in enumerate(("A", "B", "tie"))]
     table = read_pairs(write_pairs(tmp_path, pairs))
-    assert [row.label for row in table.rows] == ["A", "B", "same"] and table.rows[0].rationale == rationale
-    assert table[2].a.frames.shape == (5, 3, 16, 24) and table[2].label == "same"
+    assert [row.label for row in table.rows] == ["A", "B", "tie"] and table.rows[0].rationale == rationale
+    assert table[2].a.frames.shape == (5, 3, 16, 24) and table[2].label == "tie"
     good, quarantine = check_clips(table.paths(), None, max_bad_share=0)
     assert len(table.keep(good)) == 3 and not quarantine
-    table.rows[1].path_b.write_bytes(table.rows[1].path_b.read_bytes()[:-9])
+    table.rows[1].clip_b.write_bytes(table.rows[1].clip_b.read_bytes()[:-9])
     good, quarantine = check_clips(table.paths(), None, max_bad_share=.5)
     assert len(table.keep(good)) == 2 and "truncated" in quarantine[0]["reason"]
 
@@ -225,7 +226,7 @@ def test_bad_real_clips(tmp_path):
     (tmp_path/"b.mp4").symlink_to("/etc/hostname")
     (tmp_path/"b.txt").write_text("b", "utf-8")
     assert "doesn't stay in" in line_of(read_clips, tmp_path)
-    (tmp_path/"c.csv").write_text("path,caption\na.mp4,x\n", "utf-8")
+    (tmp_path/"c.csv").write_text("clip,caption\na.mp4,x\n", "utf-8")
     assert "no column 'prompt'" in line_of(read_clips, tmp_path/"c.csv")
 
 

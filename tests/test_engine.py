@@ -69,7 +69,7 @@ def test_an_adapter_runs_beside_its_base(monkeypatch):
     assert seen["lora"] is seen["added"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= seen["files"]   # still there when it is read
     judge.merge(600)
-    told = "adapters up to rank 512, the judge has learned 612; set it to transformers, or lower reward.lora_rank"
+    told = "adapters up to rank 512, the judge has learned 612; set it to transformers, or lower judge.lora_rank"
     with pytest.raises(UserError, match=told):
         judge.vote([pair(0)], 2, ("x",), max_new_tokens=20)
 
@@ -86,9 +86,9 @@ def test_where_it_is_missing_or_fails_the_user_reads_one_line(judge, monkeypatch
 
 def test_the_config_brings_it():
     config = demo_config("wan", "dpo", 1, 0)
-    assert load_judge(config, config.reward.path).engine is None
-    config.reward.backend = "vllm"
-    assert isinstance(load_judge(config, config.reward.path).engine, Engine)
+    assert load_judge(config, config.judge.path).engine is None
+    config.judge.backend = "vllm"
+    assert isinstance(load_judge(config, config.judge.path).engine, Engine)
 
 
 def test_a_stage_starts_one_engine(judge, monkeypatch):

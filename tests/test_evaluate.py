@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dual_ipo.core import UserError, generator, write_mp4
-from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, reward_accuracy, score_videos, summarise,
+from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, judge_accuracy, score_videos, summarise,
                                vbench_name, vbench_scores)
 from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 
@@ -39,13 +39,13 @@ def test_bootstrap_is_named_and_fair():
 
 
 def test_paired_difference_matches_clips():
-    before = [dict(prompt=p, seed=s, total=p/10) for p in range(5) for s in range(2)]
-    after = [dict(prompt=p, seed=s, total=p/10 + .03) for p in reversed(range(4)) for s in range(3)]
+    before = [dict(prompt=p, candidate=s, total=p/10) for p in range(5) for s in range(2)]
+    after = [dict(prompt=p, candidate=s, total=p/10 + .03) for p in reversed(range(4)) for s in range(3)]
     gain = paired_difference(before, after)
-    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_videos"] == 8
+    assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_clips"] == 8
     assert all(abs(x - 3) < 1e-9 for x in gain["ci95"])
     with pytest.raises(UserError, match="no prompt and seed"):
-        paired_difference(before, [dict(prompt=9, seed=0, total=.1)])
+        paired_difference(before, [dict(prompt=9, candidate=0, total=.1)])
 
 
 LEADERBOARD = dict(
@@ -93,11 +93,11 @@ def test_vbench_names_stay_in_their_folder(prompt):
 
 def test_export_is_whole_or_absent(tmp_path):
     write_mp4(tmp_path/"clip.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
-    rows = [dict(prompt="a dog", path=tmp_path/"clip.mp4")]*5
+    rows = [dict(prompt="a dog", clip=tmp_path/"clip.mp4")]*5
     with pytest.raises(UserError, match="fewer clips"):
-        export_vbench(rows + [dict(prompt="a cat", path=tmp_path/"clip.mp4")], tmp_path/"out")
+        export_vbench(rows + [dict(prompt="a cat", clip=tmp_path/"clip.mp4")], tmp_path/"out")
     with pytest.raises(FileNotFoundError):
-        export_vbench([dict(prompt="a dog", path=tmp_path/"none.mp4")], tmp_path/"out")
+        export_vbench([dict(prompt="a dog", clip=tmp_path/"none.mp4")], tmp_path/"out")
     assert not (tmp_path/"out").exists()
     out = export_vbench(rows, tmp_path/"out")
     assert sorted(p.name for p in out.iterdir()) == [f"a dog-{i}.mp4" for i in range(5)] + ["manifest.json"]
@@ -125,7 +125,7 @@ def test_tie_threshold_is_the_best_there_is():
         g = generator("ties", i)
         smooth = i % 2   # or vote fractions
         p = torch.rand(40, generator=g).double() if smooth else torch.randint(0, 9, (40,), generator=g).double()/8
-        truth = [["A", "B", "same"][j] for j in torch.randint(0, 3, (40,), generator=g).tolist()]
+        truth = [["A", "B", "tie"][j] for j in torch.randint(0, 3, (40,), generator=g).tolist()]
         best = accuracy_with_ties(p, truth, tie_threshold(p, truth))
         epsilons = [-1] + torch.linspace(0, .5, 101).tolist()
         assert best >= max(accuracy_with_ties(p, truth, epsilon) for epsilon in epsilons)
@@ -133,9 +133,9 @@ def test_tie_threshold_is_the_best_there_is():
 
 
 def test_accuracy_leaves_ties_out():
-    assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "same"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
-    entry = reward_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
+    assert accuracy(torch.tensor([.9, .1, .7]), ["A", "A", "tie"]) == .5 and accuracy(torch.tensor([.5]), ["B"]) == .5
+    entry = judge_accuracy(["A", "B", "A", "B"], torch.tensor([.9, .2, .3, .4]), torch.tensor([.9, .8, .3, .6]),
                             gap=[.4, .3, .1, .2])
     assert entry | dict(ece=None) == dict(accuracy=.75, accuracy_static=.25, accuracy_clear=1., ece=None,
                                           parse_rate=None, position_consistency=None, n_pairs=4)
-    assert reward_accuracy(["A", "B"], torch.tensor([.9, .9]), gap=[.4, .3], clear=.35)["accuracy_clear"] == 1
+    assert judge_accuracy(["A", "B"], torch.tensor([.9, .9]), gap=[.4, .3], clear=.35)["accuracy_clear"] == 1

@@ -25,7 +25,7 @@ def experts(pipe):
 
 def finish(run, k, **entry):
     "Declare a round finished."
-    write_json(run.round(k)/"round.json", dict(round=k, generator={}, reward={}) | entry)
+    write_json(run.round(k)/"round.json", dict(round=k, generator={}, judge={}) | entry)
     mark_done(run.round(k))
 
 
@@ -52,7 +52,7 @@ def invented(run, k, base=HUB, layer="blocks.0.attn1.to_q", files=FILES[:1]):
     write_json(run.round(k)/"generator/generator.json", dict(base=base, ranks=[2]))
     mark_done(run.round(k)/"generator")
     scores = dict(total=50. + k, quality=70., semantic=40., dynamic_degree=80., ci95=[49., 53.], dims={})
-    finish(run, k, generator=scores, reward=dict(accuracy=.75))
+    finish(run, k, generator=scores, judge=dict(accuracy=.75))
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_card_tells_nothing_of_the_machine_and_shows_text_as_it_is(tmp_path):
     run = new_run(tmp_path/"<b>bold | `x`", negative_prompt="```\n# shout")
     invented(run, 1, base=str(tmp_path/"base"))
     prompts = "a ```` fence", "one\n\n# two", "<script>", "a fourth"
-    clips = [dict(prompt=p, seed=s, path="x.mp4") for p, s in product(prompts, range(2))]
+    clips = [dict(prompt=p, candidate=s, clip="x.mp4") for p, s in product(prompts, range(2))]
     write_table(run.round(1)/"evaluate/scores.parquet", clips)
     text = (export(run, out=tmp_path/"out")/"README.md").read_text("utf-8")
     assert str(tmp_path) not in text and "# \\<b\\>bold \\| \\`x\\`, round 1" in text

@@ -357,7 +357,7 @@ def test_a_model_of_another_kind(paths):
 def test_too_long_a_prompt_before_any_video(paths, tmp_path):
     g = Generator.load(paths["wan unipc"], **tiny.SETTINGS)
     with pytest.raises(UserError, match="prompt 2 .*17 tokens"):
-        sample_candidates(g, ["a red circle", "red " * 16], 2, tmp_path/"c", seed=0, round=1)
+        sample_candidates(g, ["a red circle", "red " * 16], 2, tmp_path/"c", named=0, round=1)
     assert not (tmp_path/"c").exists()
 
 # resuming
@@ -373,7 +373,7 @@ from dual_ipo.generator import Generator
 import json
 path, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square")]
-sample_candidates(Generator.load(path, **settings), prompts, 2, out, seed=0, round=1, prompts_per_shard=1)
+sample_candidates(Generator.load(path, **settings), prompts, 2, out, named=0, round=1, prompts_per_shard=1)
 """
 
 def test_candidates_killed_between_shards_are_the_same_files(paths, tmp_path):
@@ -411,7 +411,7 @@ if ranks().is_main_process: g.save(sys.argv[6] + "/generator")
 def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once):
     path = paths["wan unipc"]
     g = Generator.load(path, lora_rank=2, **tiny.SETTINGS)
-    rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", seed=0, round=1)
+    rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", named=0, round=1)
     pairs = make_pairs(rows, list(range(6)))
     keywords = dict(steps=3, lr=1e-2, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1, accumulate=2,
         real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])
@@ -436,7 +436,7 @@ def learned(paths, tmp_path_factory):
     "Pairs of the A14B's clips."
     folder = tmp_path_factory.mktemp("learned")
     g = Generator.load(paths["wan 2.2 a14b"], **tiny.SETTINGS)
-    rows = sample_candidates(g, PROMPTS, 2, folder, seed=0, round=1)
+    rows = sample_candidates(g, PROMPTS, 2, folder, named=0, round=1)
     return folder, make_pairs(rows, list(range(6)))
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

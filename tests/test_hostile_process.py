@@ -110,7 +110,7 @@ def test_a_message_is_one_line(text, limit):
 @given(VALUE, TEXT, VALUE, VALUE, VALUE, VALUE)
 def test_progress_of_others(round, stage, done, total, elapsed, eta):
     with tempfile.TemporaryDirectory() as folder:
-        entry = dict(round=stage, generator=dict(total=stage), reward=dict(accuracy=[stage]))
+        entry = dict(round=stage, generator=dict(total=stage), judge=dict(accuracy=[stage]))
         for data in (dict(round=round, stage=stage, done=done, total=total, elapsed=elapsed, eta=eta),
                      dict(round=1, stage=stage, done=1, total=2, elapsed=3., eta=None)):
             (Path(folder)/"progress.json").write_text(json.dumps(data), "utf-8")
@@ -147,7 +147,7 @@ def test_pairs_of_others(made, data):
     rows = [row | dict(prompt=data.draw(SOUND), clip_w=data.draw(PATHS), clip_l=data.draw(PATHS)) for row in made.pairs]
     names = [data.draw(SOUND) for _ in range(4)]
     folder = made.folder
-    entry = dict(round=names[0], generator={}, reward=dict(accuracy=.5), seconds={names[1]: 3.})
+    entry = dict(round=names[0], generator={}, judge=dict(accuracy=.5), seconds={names[1]: 3.})
     config = dict(seed=names[2], generator=dict(path=names[3]), align=dict(objective=names[0]))
     results = Results(folder, config, [entry])
     results.tables = lambda name: {1: rows} if name == "pairs.parquet" else {}
@@ -158,9 +158,9 @@ def test_pairs_of_others(made, data):
     harmless(monitor_notes(Results(folder, {}, [entry | dict(round=0)])).data)
     assert not Tags(str(time_figure(results).data[0].name)).tags
     with tempfile.TemporaryDirectory() as other:
-        write_table(Path(other)/"quarantine.parquet", [dict(path=names[0], reason=names[1])])
+        write_table(Path(other)/"quarantine.parquet", [dict(clip=names[0], reason=names[1])])
         harmless(quarantine_table(Results(Path(other), {}, [])).data)
-        entry = dict(round=names[0], generator=dict(total=names[1]), reward=dict(accuracy=None))
+        entry = dict(round=names[0], generator=dict(total=names[1]), judge=dict(accuracy=None))
         write_json(Path(other)/"round_00/round.json", entry)
         with suppress(UserError): harmless(read_results(other)._repr_html_())
     clip = Video(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 8)

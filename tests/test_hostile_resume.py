@@ -51,13 +51,13 @@ def edited(rows, edits, folder):
         if what == "remove" and len(rows) > 3: del rows[i]
         if what == "add": rows.insert(i, replace(rows[j], prompt=f"{rows[j].prompt} again", pair_id=f"new {i} {j}"))
         if what == "prompt": rows[i] = replace(rows[i], prompt=f"{rows[i].prompt} slowly")
-        if what == "label": rows[i] = replace(rows[i], label={"A": "B", "B": "same", "same": "A"}[rows[i].label])
+        if what == "label": rows[i] = replace(rows[i], label={"A": "B", "B": "tie", "tie": "A"}[rows[i].label])
         if what == "id": rows[i] = replace(rows[i], pair_id=f"renamed {j}")
-        if what == "other": rows[i] = replace(rows[i], path_a=rows[j].path_b, path_b=rows[j].path_a)
+        if what == "other": rows[i] = replace(rows[i], clip_a=rows[j].clip_b, clip_b=rows[j].clip_a)
         if what in ("clip", "same-time"):
-            was = os.stat(rows[i].path_a)
-            color(rows[i].path_a, (j % 256, j // 256 % 256, 7))
-            if what == "same-time": os.utime(rows[i].path_a, ns=(was.st_atime_ns, was.st_mtime_ns))
+            was = os.stat(rows[i].clip_a)
+            color(rows[i].clip_a, (j % 256, j // 256 % 256, 7))
+            if what == "same-time": os.utime(rows[i].clip_a, ns=(was.st_atime_ns, was.st_mtime_ns))
         TRIED[what] += 1
     return rows
 
@@ -75,12 +75,12 @@ def interrupted(life, make):
 
 
 def pairs_of(rows):
-    return [Pair(row.prompt, VideoFile(row.path_a), VideoFile(row.path_b), pair_id=row.pair_id) for row in rows]
+    return [Pair(row.prompt, VideoFile(row.clip_a), VideoFile(row.clip_b), pair_id=row.pair_id) for row in rows]
 
 
 def clips_of(rows):
     clips = []
-    for row in rows: clips += [(row.prompt, row.path_a), (row.prompt, row.path_b)]
+    for row in rows: clips += [(row.prompt, row.clip_a), (row.prompt, row.clip_b)]
     return clips
 
 
@@ -122,14 +122,14 @@ def test_encodings_after_edits(edits, killed):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rows = table(folder, 20)
-        for kind, items in (("texts", [row.prompt for row in rows]), ("clips", [row.path_a for row in rows])):
+        for kind, items in (("texts", [row.prompt for row in rows]), ("clips", [row.clip_a for row in rows])):
             def dies(part):
                 if killed and part[0] == items[10]: raise Killed
                 return encode(part)
             try: encode_once(items, dies, folder/kind, kind, per_shard=5)
             except Killed: TRIED["killed"] += 1
         rows = edited(rows, edits, folder)
-        for kind, items in (("texts", [row.prompt for row in rows]), ("clips", [row.path_a for row in rows])):
+        for kind, items in (("texts", [row.prompt for row in rows]), ("clips", [row.clip_a for row in rows])):
             where = encode_once(items, encode, folder/kind, kind, per_shard=5)
             kept = torch.stack([read_latents(folder/kind, *place) for place in where])
             assert torch.equal(kept, torch.stack(encode(items)))
@@ -143,7 +143,7 @@ def test_reasons_after_edits(edits):
         patch.setattr(rounds, "annotate", fake_annotate)
         patch.setattr(rounds, "cold_start", lambda *args, **asked: [])
         folder = Path(folder)
-        r = Stub(folder/"run", Fake(), reward=dict(dimensions=WORDS))
+        r = Stub(folder/"run", Fake(), judge=dict(dimensions=WORDS))
         r.fake.save = lambda at: None
         rows = table(folder)
         start_judge(r, PairTable(rows))
@@ -169,11 +169,11 @@ def test_input_after_edits(edits):
         rows = table(folder, 10)
         r = Stub(folder/"run", Fake(), data=dict(pairs=str(folder), real_clips=str(folder)))
         def seen(rows):
-            given = Input(["a"], ["b"], PairTable(rows), [(row.prompt, row.path_a) for row in rows])
+            given = Input(["a"], ["b"], PairTable(rows), [(row.prompt, row.clip_a) for row in rows])
             whole = []
             for row in rows:
                 whole += [row.prompt, row.label, row.pair_id]
-                for path in (row.path_a, row.path_b): whole += [path.name, path.read_bytes()]
+                for path in (row.clip_a, row.clip_b): whole += [path.name, path.read_bytes()]
             return whole, content_of(given, clip_names(r, given))
         before, was = seen(rows)
         after, now = seen(edited(rows, edits, folder))

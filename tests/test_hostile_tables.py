@@ -304,7 +304,7 @@ def test_accents_under_another_locale(tmp_path):
     "The same text where the locale is ASCII as under UTF-8."
     (tmp_path/"run.yaml").write_bytes('generator:\n  negative_prompt: "visage déformé, 模糊"\n'.encode())
     (tmp_path/"p.txt").write_bytes("ein grüner Kreis\n".encode())
-    (tmp_path/"pairs.csv").write_bytes("prompt,path_A,path_B,label\n一只猫,a.mp4,b.mp4,A\n".encode("utf-8-sig"))
+    (tmp_path/"pairs.csv").write_bytes("prompt,clip_a,clip_b,label\n一只猫,a.mp4,b.mp4,A\n".encode("utf-8-sig"))
     ascii_only = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     said = subprocess.run([sys.executable, "-c", CODE, tmp_path], env=ascii_only, capture_output=True,
         encoding="utf-8", cwd=ROOT)
@@ -322,12 +322,14 @@ def test_the_command_under_another_locale(tmp_path):
 
 # pairs
 
-HEAD = "prompt,path_A,path_B,label"
+HEAD = "prompt,clip_a,clip_b,label"
 PAIRS = {
     "label twice": (f"{HEAD},label\nx,a.mp4,b.mp4,A,B\n", "column 'label' is there 2 times"),
     "label twice, the same": (f"{HEAD},label\nx,a.mp4,b.mp4,A,A\n", "is there 2 times"),
     "Label": (f"{HEAD},Label\nx,a.mp4,b.mp4,A,B\n", "is there 2 times"),
-    "a path twice": (f"{HEAD},path_A\nx,a.mp4,b.mp4,A,c.mp4\n", "column 'path_a' is there 2 times"),
+    "a path twice": (f"{HEAD},clip_a\nx,a.mp4,b.mp4,A,c.mp4\n", "column 'clip_a' is there 2 times"),
+    "our column and VideoGen-RewardBench's": (f"{HEAD},path_A\nx,a.mp4,b.mp4,A,c.mp4\n",
+        "column 'clip_a' is there 2 times"),
     "an id twice": (f"pair_id,pair_id,{HEAD}\n1,2,x,a.mp4,b.mp4,A\n", "is there 2 times"),
     "Overall says otherwise": (f"{HEAD},Overall\nx,a.mp4,b.mp4,A,A\nx,c.mp4,b.mp4,A,B\n",
         "row 3: label 'A' contradicts Overall 'B'"),
@@ -336,7 +338,7 @@ PAIRS = {
     "opposite, swapped": (f"{HEAD}\nx,a.mp4,b.mp4,A\nx,./b.mp4,c/../a.mp4,A\n", "row 3: path"),
     "opposite, swapped, spelt otherwise": (f"{HEAD}\nx,a.mp4,b.mp4,A\n x ,./b.mp4,.//a.mp4,A\n", "rows 2 and 3"),
     "opposite, by a link": (f"{HEAD}\nx,a.mp4,b.mp4,A\nx,a.mp4,link.mp4,B\n", "rows 2 and 3"),
-    "a tie and none": (f"{HEAD}\nx,a.mp4,b.mp4,same\nx,b.mp4,a.mp4,A\n", "rows 2 and 3"),
+    "a tie and none": (f"{HEAD}\nx,a.mp4,b.mp4,tie\nx,b.mp4,a.mp4,A\n", "rows 2 and 3"),
     "with itself, by a link": (f"{HEAD}\nx,b.mp4,link.mp4,A\n", "with itself"),
     "one id for two": (f"pair_id,{HEAD}\n7,x,a.mp4,b.mp4,A\n7,y,a.mp4,b.mp4,A\n",
         "rows 2 and 3 have the same pair_id '7'"),
@@ -367,29 +369,29 @@ def test_wrong_pairs(tmp_path, name):
 
 def test_right_pairs(tmp_path):
     "What agrees is taken: both columns, both orders, other prompts."
-    rows = ["x,a.mp4,b.mp4,A,A", "x,b.mp4,a.mp4,B,B", "y,a.mp4,b.mp4,B,B", "x,a.mp4,c.mp4,same,same",
-        "x,c.mp4,a.mp4,same,same"]
+    rows = ["x,a.mp4,b.mp4,A,A", "x,b.mp4,a.mp4,B,B", "y,a.mp4,b.mp4,B,B", "x,a.mp4,c.mp4,tie,same",
+        "x,c.mp4,a.mp4,tie,same"]
     (tmp_path/"pairs.csv").write_text("\n".join([f"{HEAD},Overall", *rows, ""]), "utf-8")
     rows = read_pairs(tmp_path).rows
-    assert [(r.prompt, r.path_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
-        ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "same", "3"), ("x", "c.mp4", "same", "4")]
+    assert [(r.prompt, r.clip_a.name, r.label, r.pair_id) for r in rows] == [("x", "a.mp4", "A", "0"),
+        ("x", "b.mp4", "B", "1"), ("y", "a.mp4", "B", "2"), ("x", "a.mp4", "tie", "3"), ("x", "c.mp4", "tie", "4")]
 
 
 @tries(300)
 @given(rows=st.lists(st.tuples(st.sampled_from("xy"), st.sampled_from(["a.mp4", "b.mp4", "./a.mp4", "c.mp4"]),
-    st.sampled_from(["a.mp4", "b.mp4", "d/e.mp4"]), st.sampled_from(["A", "B", "same", "a", ""])), min_size=1,
+    st.sampled_from(["a.mp4", "b.mp4", "d/e.mp4"]), st.sampled_from(["A", "B", "tie", "a", ""])), min_size=1,
     max_size=4),
-       names=st.permutations(["prompt", "path_A", "path_B", "label"]))
+       names=st.permutations(["prompt", "clip_a", "clip_b", "label"]))
 def test_labels_mean_one_thing(folder, rows, names):
     import csv
     with open(folder/"pairs.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *([dict(zip(["prompt", "path_A", "path_B", "label"], row))[name]
+        csv.writer(file).writerows([names, *([dict(zip(["prompt", "clip_a", "clip_b", "label"], row))[name]
             for name in names] for row in rows)])
     found = outcome("pairs", read_pairs, folder/"pairs.csv")
     clean, verdicts = [(x, a.removeprefix("./"), b, label) for x, a, b, label in rows], {}
     for x, a, b, label in clean: verdicts.setdefault((x, frozenset((a, b))),
         set()).add({"A": a, "B": b}.get(label, label))
-    sound = all(a != b and label in ("A", "B", "same") for _, a, b,
+    sound = all(a != b and label in ("A", "B", "tie") for _, a, b,
         label in clean) and all(len(own) == 1 for own in verdicts.values())
     assert (found is not None) == sound and (found is None or [(r.prompt, r.label) for r in found.rows] == [(row[0],
         row[3]) for row in rows])
@@ -421,9 +423,9 @@ def test_pairs_of_any_prompt_come_back(tmp_path):
 
 
 def test_real_clips_are_read_strictly(tmp_path):
-    for name, text, says in (("twice.csv", "path,prompt,path\na.mp4,x,b.mp4\n", "is there 2 times"),
-        ("nan.csv", "path,prompt\na.mp4,nan\n", "row 2 has no caption"),
-        ("long.csv", f"path,prompt\n{'a/'*3000}b.mp4,x\n", "row 2: path")):
+    for name, text, says in (("twice.csv", "clip,prompt,clip\na.mp4,x,b.mp4\n", "is there 2 times"),
+        ("nan.csv", "clip,prompt\na.mp4,nan\n", "row 2 has no caption"),
+        ("long.csv", f"clip,prompt\n{'a/'*3000}b.mp4,x\n", "row 2: path")):
         (tmp_path/name).write_text(text, "utf-8")
         assert says in line_of(read_clips, tmp_path/name)
 
@@ -499,10 +501,10 @@ def test_many_keys_are_read_in_linear_time(tmp_path):
     assert took[1] < 24*took[0], took   # 64 where it is quadratic
 
 
-FLOATS = ["generator.fps", "generator.guidance_scale", "reward.temperature", "reward.top_p", "cold_start.lr",
+FLOATS = ["generator.fps", "generator.guidance_scale", "judge.temperature", "judge.top_p", "cold_start.lr",
     "candidates.min_margin", "candidates.cache", "candidates.guidance_stop", "align.lr", "align.beta",
     "align.lambda_win", "align.lambda_real", "votes.min_gap", "pce.tau", "pce.threshold", "srpo.lr", "srpo.beta",
-    "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "reward.min_readable"]
+    "srpo.lambda_win", "srpo.lambda_human", "data.max_bad_share", "judge.min_readable"]
 
 
 @pytest.mark.parametrize("key", FLOATS)
@@ -514,7 +516,7 @@ def test_numbers_that_are_none(key, value):
 
 
 @pytest.mark.parametrize("key", ["rounds", "generator.num_frames", "generator.height", "align.steps",
-    "align.batch_size", "votes.pairs", "candidates.per_prompt", "evaluate.prompts", "reward.max_new_tokens"])
+    "align.batch_size", "votes.pairs", "candidates.per_prompt", "evaluate.prompts", "judge.max_new_tokens"])
 @pytest.mark.parametrize("value", [10**30, -1, True, 1.5, float("inf"), float("nan"), None, "many"], ids=str)
 def test_counts_that_are_none(key, value):
     *part, name = key.split(".")
@@ -569,8 +571,8 @@ def test_yaml_of_any_text(folder, text):
 # what rounds report
 
 SCORES = dict(total=70., quality=71., semantic=60., dynamic_degree=80., ci95=[68., 72.],
-    dims=dict(motion=70., dynamic_degree=80.), n_videos=4)
-ENTRY = dict(round=1, generator=SCORES, reward=dict(accuracy=.7, accuracy_static=.6, accuracy_clear=None, ece=.1,
+    dims=dict(motion=70., dynamic_degree=80.), n_clips=4)
+ENTRY = dict(round=1, generator=SCORES, judge=dict(accuracy=.7, accuracy_static=.6, accuracy_clear=None, ece=.1,
     parse_rate=1., position_consistency=.9, n_pairs=4, judged=3.2), extra_srpo=[], seconds=dict(align=3., votes=2.))
 PROGRESS = dict(round=1, stage="align", done=3, total=9, elapsed=2., eta=4.)
 

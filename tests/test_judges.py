@@ -274,10 +274,10 @@ def test_frames_are_scaled_down_in_their_aspect():
     assert small.dtype == torch.uint8 and small.shape == (9, 3, 23, 42) and scaled_down(frames, 90*160) is frames
 
 @pytest.mark.parametrize("name, max_pixels, refusal", [
-    ("LLaVA-NeXT-Video", None, "context of 4,096; set reward.max_pixels to 200704"),
+    ("LLaVA-NeXT-Video", None, "context of 4,096; set judge.max_pixels to 200704"),
                                                        ("LLaVA-NeXT-Video", 200704,
                                                         "context of 4,096; give one with a longer context"),
-    ("Idefics3", None, "context of 10,240; lower reward.frames_per_video to 2 or set reward.max_pixels to 200704"),
+    ("Idefics3", None, "context of 10,240; lower judge.frames_per_video to 2 or set judge.max_pixels to 200704"),
                                                        ("Idefics3", 200704, None), ("InternVL3", 200704, None),
                                                        ("Qwen3-VL", None, None)])
 def test_a_question_longer_than_the_context_is_refused(name, max_pixels, refusal, checkpoints):

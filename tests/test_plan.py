@@ -28,7 +28,7 @@ def config_of(folder, name, **align):
         for weights in (folder/part).glob("*.safetensors"): weights.unlink()
     tokens = 512 if name.startswith("Wan") else 226
     return Config(generator=dict(path=str(folder), num_frames=T, height=H, width=W, max_sequence_length=tokens),
-                  reward=dict(path=str(CHECKPOINTS/"judge")), align=dict(batch_size=1, **align))
+                  judge=dict(path=str(CHECKPOINTS/"judge")), align=dict(batch_size=1, **align))
 
 
 @pytest.mark.parametrize("name, forward, saved", [("Wan2.1-1.3B", 283.0e12, 79.1e9),
@@ -51,7 +51,7 @@ def config_files(folder, make):
     "A tiny pipeline's config files and the toy's judge."
     make().save_pretrained(folder)
     for weights in folder.rglob("*.safetensors"): weights.unlink()
-    return Config(generator=dict(path=str(folder)) | tiny.SETTINGS, reward=dict(path=str(CHECKPOINTS/"judge")))
+    return Config(generator=dict(path=str(folder)) | tiny.SETTINGS, judge=dict(path=str(CHECKPOINTS/"judge")))
 
 
 def test_wan_22_is_planned_from_its_config_files(tmp_path):
@@ -61,7 +61,7 @@ def test_wan_22_is_planned_from_its_config_files(tmp_path):
     assert two["idle"] == two["weights"] == one["weights"] and not one["idle"]
     assert two["forward"] == one["forward"] != tokens["forward"] and tokens["tokens"] == 12
     config = Config(generator=dict(path=str(tmp_path/"wan 2.2 a14b")) | tiny.SETTINGS,
-                    reward=dict(path=str(CHECKPOINTS/"judge")))
+                    judge=dict(path=str(CHECKPOINTS/"judge")))
     judge, large = judge_facts(config), GPUS["H100"]
     def memory(facts, card): return {row["stage"]: row["memory"] for row in stages(config, facts, judge, card)}
     small = large._replace(memory=1.2*(two["weights"] + two["others"] + two["idle"]))
@@ -201,8 +201,8 @@ def test_out_of_memory_is_one_line(tmp_path):
     config = demo_config("wan", "dpo", 1, 0)
     config.candidates.preview_steps = 2
     r = Round(Run.open(tmp_path/"run", config.model_dump()), 0)
-    remedies = dict(align="generator.lora_rank: 64", previews="reward.frames_per_video: 4",
-                    votes="reward.frames_per_video: 4", cold_start="reward.lora_rank: 64")
+    remedies = dict(align="generator.lora_rank: 64", previews="judge.frames_per_video: 4",
+                    votes="judge.frames_per_video: 4", cold_start="judge.lora_rank: 64")
     for name, setting in remedies.items():
         said = rf"\(.* GB were estimated\); set {setting}.*`dual-ipo plan`"
         line = f"{name}: the 0.0 GB of the GPU are not enough.*{said}"

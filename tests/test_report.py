@@ -10,13 +10,13 @@ import pytest
 from chromium import CHROMIUM, Page
 from dual_ipo.core import UserError
 from dual_ipo.report import (make_report, margins_figure, monitor_notes, pairs_gallery, quality_figure,
-                             quarantine_table, reliability_figure, reward_figure, rounds_gallery, rounds_table,
+                             quarantine_table, reliability_figure, judge_figure, rounds_gallery, rounds_table,
                              time_figure, title, votes_figure)
 from dual_ipo.results import read_results
 from dual_ipo.store import read_table, write_table
 from synthetic import synthetic_run
 
-SECTIONS = (title, rounds_table, monitor_notes, quality_figure, rounds_gallery, reward_figure, reliability_figure,
+SECTIONS = (title, rounds_table, monitor_notes, quality_figure, rounds_gallery, judge_figure, reliability_figure,
             votes_figure, pairs_gallery, margins_figure, time_figure, quarantine_table)
 BAIT = '<img src="https://example.com/x.png" onerror="alert(1)"> & "quoted"'
 
@@ -99,7 +99,7 @@ def test_other_runs(tmp_path, kind):
     if "objective" in kind:
         assert any("no margins" in trace.name for trace in made["margins_figure"].data if trace.name)
     if "truth" in kind:
-        assert "measure" in made["quality_figure"].data and "No reward accuracy" in made["reward_figure"].data
+        assert "measure" in made["quality_figure"].data and "No judge accuracy" in made["judge_figure"].data
     if "quarantine" in kind: assert "No clip was left out" in made["quarantine_table"].data
     assert "video" in made["pairs_gallery"].data
 

@@ -116,7 +116,7 @@ def labelled(files, n):
 
 
 def unlabelled(files, n):
-    return [Pair(row.prompt, VideoFile(row.path_a), VideoFile(row.path_b), pair_id=row.pair_id)
+    return [Pair(row.prompt, VideoFile(row.clip_a), VideoFile(row.clip_b), pair_id=row.pair_id)
             for row in labelled(files, n)]
 
 
@@ -171,7 +171,7 @@ def test_the_judges_check_goes_on(tmp_path):
     files = clips(tmp_path, 70)
     pairs = [Pair(f"prompt {i}", VideoFile(files[i]), VideoFile(files[i + 1]), "AB"[i % 2], str(i)) for i in range(40)]
     def check(fake, at):
-        r = Stub(at, fake, 1, reward=dict(batch_size=64, min_readable=0.))
+        r = Stub(at, fake, 1, judge=dict(batch_size=64, min_readable=0.))
         at = r.folder/"evaluate"
         rows = [dict(prompt=f"prompt {i}", path=os.path.relpath(path, at)) for i, path in enumerate(files)]
         write_table(at/"scores.parquet", rows)
@@ -187,7 +187,7 @@ def test_reasons_stay_with_their_pair(tmp_path, monkeypatch):
     monkeypatch.setattr("dual_ipo.rounds.annotate", fake_annotate)
     monkeypatch.setattr("dual_ipo.rounds.cold_start", lambda *args, **settings: [])
     from dual_ipo.rounds import start_judge
-    table, r = human(tmp_path), Stub(tmp_path/"run", Fake(), reward=dict(dimensions=WORDS))
+    table, r = human(tmp_path), Stub(tmp_path/"run", Fake(), judge=dict(dimensions=WORDS))
     r.fake.save = lambda folder: None
     start_judge(r, table)
     def about(table): return {(i.text, i.response) for i in human_items(r, table) if i.kind == "cot"}
@@ -195,7 +195,7 @@ def test_reasons_stay_with_their_pair(tmp_path, monkeypatch):
     for item in human_items(r, table):
         if item.kind == "cot": assert item.text.split("Prompt: ")[1].split("\n")[0] + " " in item.response
     assert taught
-    new = PairRow("a new prompt on top", table.rows[0].path_a, table.rows[3].path_b, "B", "x", None)
+    new = PairRow("a new prompt on top", table.rows[0].clip_a, table.rows[3].clip_b, "B", "x", None)
     assert about(PairTable([new, *table.rows])) == taught == about(PairTable(table.rows[::-1]))
     assert about(PairTable(table.rows[2:])) < taught
     others = PairTable([replace(row, prompt=row.prompt + "!") for row in table.rows])
@@ -325,14 +325,14 @@ def test_changed_input_is_told(tmp_path):
     moved = shutil.copytree(tmp_path/"data", tmp_path/"moved")   # another place, the same content
     there = Stub(tmp_path/"run", Fake(), data=dict(pairs=str(moved)))
     def at(path): return moved/"clips"/path.name
-    same = PairTable([replace(row, path_a=at(row.path_a), path_b=at(row.path_b)) for row in table.rows])
+    same = PairTable([replace(row, clip_a=at(row.clip_a), clip_b=at(row.clip_b)) for row in table.rows])
     check_same(there, was, content(same, r=there))
     first, *rest = table.rows
     more = [first, *rest, replace(first, prompt="new")]
     for other in (rest, table.rows[::-1], [replace(first, label="B"), *rest], more):
         with pytest.raises(UserError, match="data.pairs"): check_same(r, was, content(PairTable(other)))
     with pytest.raises(UserError, match="data.prompts"): check_same(r, was, content(table, "ba"))
-    color(table.rows[2].path_a, (1, 2, 3))
+    color(table.rows[2].clip_a, (1, 2, 3))
     with pytest.raises(UserError, match="data/clips/002.mp4: is another clip"): check_same(r, was, content(table))
 
 
@@ -402,7 +402,7 @@ def test_links_within_a_hub_snapshot(tmp_path):
         make(blobs/f"{len(os.listdir(blobs))}")
         (snapshot/name).symlink_to(os.path.relpath(blobs/f"{len(os.listdir(blobs)) - 1}", (snapshot/name).parent))
     for side in "AB": put(f"clips/{side}.mp4", lambda path: color(path, (10, 20, 30)))
-    table = "prompt,path_A,path_B,label\na red circle,clips/A.mp4,clips/B.mp4,A\n"
+    table = "prompt,clip_a,clip_b,label\na red circle,clips/A.mp4,clips/B.mp4,A\n"
     put("pairs.csv", lambda path: path.write_text(table, "utf-8"))
     put("prompts.txt", lambda path: path.write_text("a red circle\n", "utf-8"))
     named = f"{home.name}/snapshots/0123abc"

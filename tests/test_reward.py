@@ -243,8 +243,7 @@ def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
     from dual_ipo.cot import force, likeliest
     logp = torch.randn(2, 2, 5, generator=generator("forced")).log_softmax(-1).tolist()
     ways = [((a, b), (c, d)) for a, b, c, d in product(range(1, 6), repeat=4)]
-    rules = dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0,
-                 same=lambda lead: lead == 0, tie=lambda lead: lead == 0)
+    rules = dict(A=lambda lead: lead > 0, B=lambda lead: lead < 0, tie=lambda lead: lead == 0)
     for label, agrees in rules.items():
         fits = [way for way in ways if agrees(sum(a - b for a, b in way))]
         def likelihood(way): return sum(logp[0][d][a - 1] + logp[1][d][b - 1] for d, (a, b) in enumerate(way))
@@ -253,7 +252,7 @@ def test_forced_grades_are_the_likeliest_that_agree(judge, pairs):
 
 def test_too_few_readable_answers_end_the_run(judge, pairs):
     bare = [replace(p, label=None, rationale=None) for p in pairs]
-    line = r"votes: 0 of 20 answers of the judge can be read \(0%, reward.min_readable is 50%\), not such as '"
+    line = r"votes: 0 of 20 answers of the judge can be read \(0%, judge.min_readable is 50%\), not such as '"
     with pytest.raises(UserError, match=line) as error:
         pseudo_label(judge, bare, 4, ("t",), min_readable=.5, **SHORT)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600

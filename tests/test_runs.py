@@ -35,12 +35,12 @@ COMMAND = [sys.executable, "-c", "from dual_ipo.ending import main; raise System
 def small_config(arch="wan", objective="dpo", rounds=1, lora_rank=None):
     "The demo's config made small: the toy judge, and generators of the real classes that know nothing yet."
     data = demo_config(arch, objective, rounds, seed=0).model_dump()
-    data["generator"]["path"], data["reward"]["path"] = arch, "judge"
+    data["generator"]["path"], data["judge"]["path"] = arch, "judge"
     for part, keys in dict(cold_start=dict(steps=30, batch_size=12, lr=1.5e-3),
                            candidates=dict(prompts_per_round=6, per_prompt=3),
                            align=dict(steps=6, batch_size=4, save_every=2),
                            votes=dict(pairs=4, k=2), srpo=dict(steps=2, batch_size=2), evaluate=dict(prompts=6),
-                           reward=dict(lora_rank=lora_rank, min_readable=0.),
+                           judge=dict(lora_rank=lora_rank, min_readable=0.),
                            generator=dict(num_inference_steps=3, lora_rank=lora_rank)).items(): data[part] |= keys
     return data
 
@@ -94,7 +94,7 @@ def test_human_pairs_are_held_out_as_the_config_says(given, tmp_path):
     data = small_config("wan", lora_rank=4)
     data["data"]["held_out"], data["cold_start"]["steps"], data["evaluate"]["measure"] = .5, 2, None
     run = start_run(Namespace(config=write(given, "held.yaml", data), out=tmp_path/"run"))
-    n = run_round(run, 0)["reward"]["n_pairs"]
+    n = run_round(run, 0)["judge"]["n_pairs"]
     assert 6 <= n <= 18 and n + len(read_table(tmp_path/"run/round_00/annotated.parquet")) == 24
 
 
@@ -153,12 +153,12 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
     rounds = read_json(out/"summary.json")["rounds"]
     assert [e["round"] for e in rounds] == [0, 1, 2]
     for e in rounds:
-        assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_videos"}
-        assert e["generator"]["n_videos"] == 12
+        assert set(e["generator"]) == {"total", "quality", "semantic", "dynamic_degree", "dims", "ci95", "n_clips"}
+        assert e["generator"]["n_clips"] == 12
         assert {"accuracy", "accuracy_static", "accuracy_clear", "ece", "parse_rate", "position_consistency",
-                "n_pairs", "judged"} <= set(e["reward"])
+                "n_pairs", "judged"} <= set(e["judge"])
         assert (out/f"round_{e['round']:02d}/round.ipynb").exists()
-    assert rounds[0]["reward"]["accuracy"] == rounds[0]["reward"]["accuracy_static"]
+    assert rounds[0]["judge"]["accuracy"] == rounds[0]["judge"]["accuracy_static"]
     assert rounds[0]["generator"]["total"] != rounds[1]["generator"]["total"]
     votes = read_table(out/"round_01/votes.parquet")
     assert len(votes) == 4 and all(row["n_votes"] == len(row["paths"]) == 2 for row in votes)
@@ -178,7 +178,7 @@ def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
     try: assert main(["run", str(write(given, "bad.yaml", data)), "--out", str(tmp_path/"run")]) == 0
     finally: broken.write_bytes(whole)
     rows = read_table(tmp_path/"run/quarantine.parquet")
-    assert [Path(row["path"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
+    assert [Path(row["clip"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]
 
 
 def test_learning_from_shorter_clips(given, tmp_path):
@@ -213,11 +213,11 @@ def test_the_judge_learns_from_the_next_rounds_candidates(given, tmp_path):
     assert len(first) == len(second) == 4 and len({row["prompt"] for row in first}) == 4
     for k, rows, where in ((1, first, "../round_02/candidates/"), (2, second, "fresh/")):
         for row in rows:
-            for path in (row["path_a"], row["path_b"]):
+            for path in (row["clip_a"], row["clip_b"]):
                 assert path.startswith(where) and (tmp_path/f"run/round_0{k}"/path).is_file()
-            assert row["path_a"] != row["path_b"]
+            assert row["clip_a"] != row["clip_b"]
     candidates = read_table(tmp_path/"run/round_02/candidates/shard_0000/table.parquet")
-    assert {row["path_a"].split("/candidates/")[-1] for row in first} <= {row["clip"] for row in candidates}
+    assert {row["clip_a"].split("/candidates/")[-1] for row in first} <= {row["clip"] for row in candidates}
     seconds = [read_json(tmp_path/f"run/round_0{k}/seconds.json") for k in (1, 2)]
     assert "candidates" in seconds[0] and "candidates" not in seconds[1] and all("fresh" in s for s in seconds)
 
@@ -275,9 +275,9 @@ def test_a_run_without_human_pairs(given, tmp_path):
         run = start_run(Namespace(config=write(given, f"{name}.yaml", data), out=tmp_path/name))
         for k in (0, 1): run_round(run, k)
         at = tmp_path/name
-        assert not (at/"round_00/reward").exists() and not (at/"round_00/annotated.parquet").exists()
-        assert (at/"round_01/reward/DONE").is_file()
-        accuracy = read_json(at/"round_01/round.json")["reward"]["accuracy"]
+        assert not (at/"round_00/judge").exists() and not (at/"round_00/annotated.parquet").exists()
+        assert (at/"round_01/judge/DONE").is_file()
+        accuracy = read_json(at/"round_01/round.json")["judge"]["accuracy"]
         assert accuracy is None if measure is None else 0 <= accuracy <= 1
         said = in_words(read_results(at))
         assert "No human was asked" in said and ("right in" in said) == bool(measure)

@@ -7,7 +7,7 @@ from dual_ipo.studies import Job, config_of, difference, gather, rows_of, run_jo
 
 SMALL = {"cold_start.steps": 2, "candidates.prompts_per_round": 2, "candidates.per_prompt": 2,
          "align.steps": 2, "align.batch_size": 2, "votes.pairs": 2, "votes.k": 2, "evaluate.prompts": 2,
-         "srpo.steps": 1, "reward.max_new_tokens": 8, "reward.min_readable": 0.}
+         "srpo.steps": 1, "judge.max_new_tokens": 8, "judge.min_readable": 0.}
 GIVEN = dict(pairs=6, real=2)
 TRUE = {"candidates.scorer": "dual_ipo.toyworld:measure", "srpo.steps": 0, "align.beta": 0.}
 BROKEN = {"candidates.scorer": "nowhere:f"}
@@ -31,10 +31,10 @@ def test_jobs_end_in_tables(tmp_path, capsys):
     assert run_jobs(jobs, runs) == ["broken-wan-0"]
     assert "No module named 'nowhere'" in (runs/"broken-wan-0.log").read_text("utf-8")
     names = (jobs[0].shared_start.name, "dual-wan-0", "true-wan-0")
-    weights = [(runs/name/"round_00/reward/model.safetensors").stat().st_ino for name in names]
+    weights = [(runs/name/"round_00/judge/model.safetensors").stat().st_ino for name in names]
     assert len(set(weights)) == 1  # one cold start, linked
-    assert (runs/"dual-wan-0/round_01/reward").exists()
-    assert not (runs/"true-wan-0/round_01/reward").exists()
+    assert (runs/"dual-wan-0/round_01/judge").exists()
+    assert not (runs/"true-wan-0/round_01/judge").exists()
 
     gather(jobs, runs, out, grid="test")
     clips, candidates = [read_table(out/f"{name}.parquet") for name in ("clips", "candidates")]

@@ -58,11 +58,11 @@ def test_what_is_written_is_read_back():
         rationale = {d: dict(a=words(), b=words(), grade_a=rng.randint(1, 5), grade_b=rng.randint(1, 5))
             for d in DIMENSIONS[:rng.randint(1, 4)]}
         clean = {d: r | {side: tidy(r[side], rationale) for side in "ab"} for d, r in rationale.items()}
-        label = rng.choice(["A", "B", "same"])
+        label = rng.choice(["A", "B", "tie"])
         text, names = pair_response(rationale, label), list(rationale)
         assert parse_rationale(text, names) == clean == parse_rationale(pair_response(clean, label), names)
         assert parse_rationale(" ".join(text.split()), names) == clean      # as a word tokenizer leaves it
-        assert parse_answer(text) == {"A": "1", "B": "2", "same": "tie"}[label]
+        assert parse_answer(text) == {"A": "1", "B": "2", "tie": "tie"}[label]
         assert parse_grades(pair_response(rationale, label, "ba"),
             list(rationale)) == {d: (r["grade_b"], r["grade_a"]) for d, r in rationale.items()}
 
