@@ -5,6 +5,8 @@ What is deprecated is an error, whoever says so: what a call of ours sets off in
 the warnings that libraries set off themselves."""
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FILTERS = [
@@ -16,6 +18,20 @@ FILTERS = [
     r"ignore::DeprecationWarning:ray\.", r"ignore::FutureWarning:ray\.",
     r"ignore::DeprecationWarning:(jupyter|nbformat|nbconvert|nbclient|papermill|ipykernel|zmq|traitlets|notebook)",
 ]
+
+LONG = ["cluster", "notebooks", "runs", "studies", "training", "resume", "judges", "generator"]   # the longest first
+APART = ["notebooks", "runs"]   # each of their tests may go to another worker: they share little
+
+
+@pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    "Long files first, so that all workers end together; a file, whose fixtures are shared, goes to one worker."
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+    for item in items:
+        if item.path.stem.removeprefix("test_") not in APART: item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=place)
 
 
 def pytest_configure(config):
