@@ -5,7 +5,7 @@ What is deprecated is an error, whoever says so: what a call of ours sets off in
 the warnings that libraries set off themselves."""
 import os
 
-import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,15 +23,21 @@ LONG = ["cluster", "notebooks", "runs", "studies", "training", "resume", "judges
 APART = ["notebooks", "runs"]   # each of their tests may go to another worker: they share little
 
 
-@pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
+def name_of(nodeid): return nodeid.split("::")[0].split("test_")[-1].removesuffix(".py")
+
+
+class Files(LoadScopeScheduling):
+    "A file, whose fixtures are shared, goes to one worker."
+    def _split_scope(self, nodeid): return nodeid if name_of(nodeid) in APART else name_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log): return Files(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    "Long files first, so that all workers end together; a file, whose fixtures are shared, goes to one worker."
-    def place(item):
-        name = item.path.stem.removeprefix("test_")
-        return LONG.index(name) if name in LONG else len(LONG)
-    for item in items:
-        if item.path.stem.removeprefix("test_") not in APART: item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=place)
+    "Long files first, so that all workers end together."
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(name_of(item.nodeid), len(LONG)))
 
 
 def pytest_configure(config):
