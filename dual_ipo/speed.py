@@ -44,7 +44,7 @@ from transformers import (
 
 from .align import step_loss
 from .config import parse_config
-from . import reward
+from . import reward, rounds
 from .core import Pair, Video, generator, noise, seed_of
 from .cot import DIMENSIONS, clip_prompt, pair_item, pair_prompt, pair_response
 from .data import write_pairs
@@ -53,7 +53,7 @@ from .kernels import fit, flash4, has_flash4, keep
 from .losses import Dpo, Kto, dpo_loss
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
-from .rounds import Round, config_of, run_round
+from .rounds import config_of, run_round
 from .store import Run, read_json, read_table, write_json
 from .toyworld import toy_prompts
 
@@ -558,16 +558,16 @@ def utilisation():
 @contextmanager
 def timeline():
     "Collects when each stage of a round began and ended, and the GB that PyTorch held at most."
-    seen, stage = [], Round.stage
+    seen, stage_of = [], rounds.stage_of
     @contextmanager
-    def timed(self, name, *args, **kwargs):
+    def timed(r, name):
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         began = time.time()
-        with stage(self, name, *args, **kwargs) as todo: yield todo
+        with stage_of(r, name) as todo: yield todo
         held = torch.cuda.max_memory_allocated() / 1e9
-        seen.append(dict(round=self.k, stage=name, start=began, end=time.time(), peak_gb=held))
-        print(f"round {self.k} {name}: {time.time() - began:.1f} s, {held:.1f} GB", flush=True)
-    with mock.patch.object(Round, "stage", timed): yield seen
+        seen.append(dict(round=r.k, stage=name, start=began, end=time.time(), peak_gb=held))
+        print(f"round {r.k} {name}: {time.time() - began:.1f} s, {held:.1f} GB", flush=True)
+    with mock.patch.object(rounds, "stage_of", timed): yield seen
 
 # %% ../nbs/91_speed.ipynb #54ce5bf4
 def write_few_prompts(folder: Path) -> list[str]:   # of the training split

@@ -27,7 +27,7 @@ class Page:
             def pages_of():
                 return [tab for tab in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if tab["type"] == "page"]
             pages = self.wait(pages_of, "a page", errors=(OSError,))
-            self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
+            self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=180)
             for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
         except BaseException:
             self.__exit__()
@@ -39,7 +39,7 @@ class Page:
         self.process.wait()
         shutil.rmtree(self.profile, ignore_errors=True)
 
-    def wait(self, ask, what, seconds=60, errors=()):
+    def wait(self, ask, what, seconds=180, errors=()):
         "The first true answer of `ask`."
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -70,7 +70,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, expression, seconds=60): return self.wait(lambda: self.evaluate(expression), expression, seconds)
+    def until(self, expression, seconds=180): return self.wait(lambda: self.evaluate(expression), expression, seconds)
 
     def of(self, *methods): return [e["params"] for e in self.events if e.get("method") in methods]
 

@@ -5,6 +5,8 @@ What is deprecated is an error, whoever says so: what a call of ours sets off in
 the warnings that libraries set off themselves."""
 import os
 
+from xdist.scheduler import LoadScopeScheduling
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FILTERS = [
@@ -16,6 +18,26 @@ FILTERS = [
     r"ignore::DeprecationWarning:ray\.", r"ignore::FutureWarning:ray\.",
     r"ignore::DeprecationWarning:(jupyter|nbformat|nbconvert|nbclient|papermill|ipykernel|zmq|traitlets|notebook)",
 ]
+
+LONG = ["cluster", "notebooks", "runs", "studies", "training", "resume", "judges", "generator"]   # the longest first
+APART = ["notebooks", "runs"]   # each of their tests may go to another worker: they share little
+
+
+def name_of(nodeid): return nodeid.split("::")[0].split("test_")[-1].removesuffix(".py")
+
+
+class Files(LoadScopeScheduling):
+    "A file, whose fixtures are shared, goes to one worker."
+    def _split_scope(self, nodeid): return nodeid if name_of(nodeid) in APART else name_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log): return Files(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first, so that all workers end together."
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(name_of(item.nodeid), len(LONG)))
 
 
 def pytest_configure(config):

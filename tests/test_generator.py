@@ -421,7 +421,7 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, at_once
                sys.executable, "-c", ALIGN]
     data = map(json.dumps, (tiny.SETTINGS, pairs, keywords | dict(objective=objective)))
     done = subprocess.run([*command, path, tmp_path, *data, tmp_path/"two", *at_once], capture_output=True,
-                          encoding="utf-8", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          encoding="utf-8", timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
     for a, b in zip(history, other, strict=True):

@@ -1,6 +1,6 @@
 """Tables and clips are changed at random between a kill and the resumption: the result is a fresh run's, or one line.
 
-HOSTILE=15 in the environment tries fifteen times as many; the counts are printed (pytest -s)."""
+HOSTILE=15 in the environment tries fifteen times as many; the counts are printed (pytest -n 0 -s)."""
 import os
 import tempfile
 from collections import Counter

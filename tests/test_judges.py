@@ -317,7 +317,7 @@ def test_the_table_beside_torchvision(request):
     if not (folder/"torchvision").is_dir():
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps",
                         "--target", folder, release], check=True)
-    arguments = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", str(Path(__file__))]
+    arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", str(Path(__file__))]
     ran = subprocess.run([sys.executable, str(ROOT/"tests/with_torchvision.py"), str(folder), *arguments], cwd=ROOT,
                          capture_output=True, encoding="utf-8")
     print(ran.stdout)

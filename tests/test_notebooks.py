@@ -15,5 +15,5 @@ NOTEBOOKS = [p for p in FOUND if "toy" not in p.parts and not any(part.startswit
 def test_notebook(notebook):
     command = [Path(sysconfig.get_path("scripts"))/"nbdev_test", "--path", str(notebook), "--n_workers", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=env, timeout=300, capture_output=True, encoding="utf-8")
+    process = subprocess.run(command, cwd=ROOT, env=env, timeout=600, capture_output=True, encoding="utf-8")
     assert process.returncode == 0, f"{notebook}\n{process.stdout[-6000:]}\n{process.stderr[-6000:]}"

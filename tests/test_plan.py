@@ -195,7 +195,7 @@ def test_command(tmp_path, capsys):
 
 def test_out_of_memory_is_one_line(tmp_path):
     from dual_ipo.demo import demo_config
-    from dual_ipo.rounds import Round
+    from dual_ipo.rounds import Round, stage_of
     from dual_ipo.store import Run
     import torch
     config = demo_config("wan", "dpo", 1, 0)
@@ -207,7 +207,7 @@ def test_out_of_memory_is_one_line(tmp_path):
         said = rf"\(.* GB were estimated\); set {setting}.*`dual-ipo plan`"
         line = f"{name}: the 0.0 GB of the GPU are not enough.*{said}"
         with pytest.raises(UserError, match=line) as error:
-            with r.stage(name): raise torch.OutOfMemoryError("CUDA out of memory")
+            with stage_of(r, name): raise torch.OutOfMemoryError("CUDA out of memory")
         assert "\n" not in str(error.value)
 
 

@@ -170,12 +170,14 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
 
 
 def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
-    data = small_config() | dict(rounds=1)
-    data["data"]["max_bad_share"] = .2
+    data = small_config(lora_rank=4)
+    data["data"]["max_bad_share"], data["cold_start"]["steps"] = .2, 2
     broken = given/"input/clips/00003_A.mp4"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:len(whole)//2])
-    try: assert main(["run", str(write(given, "bad.yaml", data)), "--out", str(tmp_path/"run")]) == 0
+    try:
+        run = start_run(Namespace(config=write(given, "bad.yaml", data), out=tmp_path/"run"))
+        for k in (0, 1): run_round(run, k)
     finally: broken.write_bytes(whole)
     rows = read_table(tmp_path/"run/quarantine.parquet")
     assert [Path(row["clip"]).name for row in rows] == ["00003_A.mp4"] and rows[0]["reason"]

@@ -110,10 +110,12 @@ def test_killed_at_random_moments_many_times(tmp_path, server):
     began = time.monotonic()
     whole = server.finish(tmp_path/"whole", steps=60, pause=.01)
     lasts = time.monotonic() - began
-    rng = random.Random(0)
-    moments = [rng.uniform(.05, .4)*lasts for _ in range(12)]
-    codes = [server.train(tmp_path/"killed", kill_after=moment, steps=60, pause=.01) for moment in moments]
-    assert codes[0] == codes[1] == -signal.SIGKILL  # the first ones surely; the later ones may find it finished
+    rng, codes = random.Random(0), []
+    while codes.count(-signal.SIGKILL) < 2:  # again and sooner, where the machine was busy when it was timed
+        shutil.rmtree(tmp_path/"killed", ignore_errors=True)
+        moments = [rng.uniform(.05, .4)*lasts for _ in range(12)]
+        codes = [server.train(tmp_path/"killed", kill_after=moment, steps=60, pause=.01) for moment in moments]
+        lasts /= 2
     assert server.finish(tmp_path/"killed", steps=60) == whole
 
 
@@ -143,7 +145,7 @@ def test_two_processes_train_like_one(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
                    tmp_path/"script.py", tmp_path/f"{n}"]
         here = os.environ | {"PYTHONPATH": f"{os.path.dirname(__file__)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        process = subprocess.run(command, env=here, timeout=120, capture_output=True, encoding="utf-8")
+        process = subprocess.run(command, env=here, timeout=300, capture_output=True, encoding="utf-8")
         assert process.returncode == 0, process.stderr[-6000:]
         results.append(json.loads((tmp_path/f"{n}"/"result.json").read_text("utf-8")))
     (one, curve, _), (two, curves, n) = results

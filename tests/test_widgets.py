@@ -50,7 +50,7 @@ def lab(tmp_path_factory):
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        for _ in range(300):
+        for _ in range(900):
             try: urlopen(f"http://127.0.0.1:{port}/api"); break
             except OSError: time.sleep(.2)
         yield f"http://127.0.0.1:{port}/lab/tree/w.ipynb?reset", root
@@ -66,13 +66,13 @@ def test_in_jupyterlab(lab):
     text = "document.body.innerText"
     with Page() as page:
         page.send("Page.navigate", url=url)
-        page.until("window.jupyterapp && document.querySelectorAll('.jp-CodeCell').length == 4", 120)
-        page.until("[...jupyterapp.shell.widgets('main')][0].sessionContext?.session?.kernel?.status == 'idle'", 120)
+        page.until("window.jupyterapp && document.querySelectorAll('.jp-CodeCell').length == 4")
+        page.until("[...jupyterapp.shell.widgets('main')][0].sessionContext?.session?.kernel?.status == 'idle'")
         page.send("Page.bringToFront")
         page.evaluate(TO_FRONT)
         page.until("!!jupyterapp.shell.currentWidget")
         page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.until(f"{text}.includes('all cells ran')", 120)
+        page.until(f"{text}.includes('all cells ran')")
 
         page.until(PLAYS)
         frames = set()
