@@ -6,7 +6,8 @@
 __all__ = ['Dtype', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'JudgePart', 'DataPart', 'ColdStartPart',
            'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given', 'VotesPart',
            'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'Config', 'told', 'parse_config',
-           'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
+           'refuse_folder', 'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml',
+           'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
@@ -334,12 +335,21 @@ def parse_config(
     try: return Config.model_validate(data)
     except ValidationError as error: raise UserError(f"{where}: {told(error)}") from None
 
+# %% ../nbs/06_config.ipynb #9819a151
+def refuse_folder(path: Path):
+    "UserError where a folder was given for a config."
+    if not path.is_dir(): return
+    if (path / "run.yaml").is_file(): raise UserError(f"{path}: is the folder of a run; give {path / 'run.yaml'}")
+    raise UserError(f"{path}: is a folder that holds no run.yaml; give a config (`dual-ipo init` writes one), "
+                    "or the folder of a run")
+
 # %% ../nbs/06_config.ipynb #cd9460b2
 def read_config(
     path: Path,   # a YAML file
 ) -> Config:
     "Read and check a config; relative paths in it are taken from where it lies."
-    path, data = Path(path), read_yaml(path)
+    refuse_folder(path := Path(path))
+    data = read_yaml(path)
     if not isinstance(data, dict): raise UserError(f"{path}: holds no keys; write one with `dual-ipo init`")
     config = parse_config(data, str(path))
     def here(p):   # a file in a hub snapshot is a link to where its neighbours are not

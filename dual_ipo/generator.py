@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'NO_TEXT_TO_VIDEO', 'add_lora', 'stack_lora', 'split_lora', 'rank_of', 'Learned', 'put_beside', 'fold_lora',
-           'read_checkpoint', 'pipeline_class', 'class_of', 'check_part', 'check_pipeline', 'Sampling', 'Generator',
-           'CogVideoX', 'halved', 'Wan', 'adapter_of', 'adapters_off', 'meta_part', 'described_part', 'meta_parts',
-           'meta_generator']
+           'read_checkpoint', 'pipeline_class', 'class_of', 'check_part', 'check_pipeline', 'whole_pipeline',
+           'Sampling', 'Generator', 'CogVideoX', 'halved', 'Wan', 'adapter_of', 'adapters_off', 'meta_part',
+           'described_part', 'meta_parts', 'meta_generator']
 
 # %% ../nbs/22_generator.ipynb #2010b063
 import copy, math, shutil
@@ -28,8 +28,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .checkpoints import (
-    LORA_FILES, check_config, check_finite, check_fits, check_pointers, check_weights, in_a_line, layers_of,
-    opening, read_loras, unpadded, variant_of)
+    LORA_FILES, check_base, check_config, check_fits, check_pointers, check_weights, in_a_line, layers_of,
+    of_hub, on_disk, opening, read_loras, unpadded, variant_of)
 from .config import Config
 from .core import UserError, generator, noise
 from .kernels import (
@@ -168,12 +168,12 @@ def check_part(
 
 # %% ../nbs/22_generator.ipynb #72a53dd4
 def check_pipeline(
-    base: str,                       # a pipeline folder; a hub's files are whole
+    base: str,                       # a pipeline folder
     loras: list[list[dict]] = (),    # of each expert the adapters to fold in
     must: bool = True,  # False: parts without any weights are fine, as where only config files were fetched
 ) -> str | None:        # the variant to ask for
     "UserError unless all models of a pipeline lie in its folder, whole, and take the adapters."
-    if not (root := Path(base)).is_dir(): return None
+    root = Path(base)
     kinds = {key: class_of(about) for key, about in DiffusionPipeline.load_config(base).items()}
     adapters = dict(zip(EXPERTS, loras))
     for key, kind in kinds.items():
@@ -185,6 +185,16 @@ def check_pipeline(
         raise UserError(f"{base}: has {experts} experts, the adapters are for {len(loras)}; "
                         "give the base they were made for")
     return next(filter(None, (variant_of(root/key) for key in kinds)), None)
+
+# %% ../nbs/22_generator.ipynb #14c8d273
+def whole_pipeline(
+    base: str,                       # a pipeline folder or hub id
+    loras: list[list[dict]] = (),    # see `check_pipeline`
+) -> tuple[str, str | None]:         # its folder, and the variant to ask for
+    "A pipeline's files, on this machine; UserError unless all are there, whole, and take the adapters."
+    with opening(str(base)): parts = DiffusionPipeline.load_config(base)
+    folder = on_disk(base, ["", *parts])
+    with of_hub(base, folder), opening(str(base)): return str(folder), check_pipeline(str(folder), loras)
 
 # %% ../nbs/22_generator.ipynb #dfdfdb99
 @dataclass(frozen=True)
@@ -421,13 +431,12 @@ def load(cls: Generator,
     "The generator at `path` with the adapters found there. UserError for pipelines of other classes."
     base, loras = read_checkpoint(path)
     family = adapter_of(base)
+    folder, variant = whole_pipeline(base, loras)
     with opening(str(base)):
-        variant = check_pipeline(base, loras)
-        pipe = family.pipeline.from_pretrained(base, dtype=family.dtypes(dtype, lora_rank), variant=variant)
+        pipe = family.pipeline.from_pretrained(folder, dtype=family.dtypes(dtype, lora_rank), variant=variant)
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     model = family(pipe, dtype=dtype, lora_rank=lora_rank, base=base, loras=loras, **settings)
-    for part in (pipe.text_encoder, pipe.vae, *model.experts):
-        check_finite(part.state_dict(), base)   # where they are: a GPU takes no time
+    for part in (pipe.text_encoder, pipe.vae, *model.experts): check_base(part, base)
     return model
 
 # %% ../nbs/22_generator.ipynb #ad6c38d3
@@ -912,7 +921,8 @@ def meta_generator(
     part = config.generator
     base, loras = read_checkpoint(part.path)
     family, dtype = adapter_of(base), getattr(torch, part.dtype)
-    with opening(str(base)): check_pipeline(base, loras, must)
+    if Path(base).is_dir():
+        with opening(str(base)): check_pipeline(base, loras, must)
     parts = meta_parts(base, family.pipeline, family.dtypes(dtype, part.lora_rank))
     settings = part.model_dump(exclude={"path", "batch_size", "dtype"})
     with opening(str(base)): return family(family.pipeline(**parts), device="meta", dtype=dtype, **settings)

@@ -41,7 +41,7 @@ from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, gener
 from .cot import Item, annotate, check_rationales, cold_start_items
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, judge_accuracy, score_videos, summarise
-from .generator import Generator, Sampling, meta_generator
+from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
 from .losses import objective_of
 from .monitor import needs_srpo
@@ -380,24 +380,28 @@ def read_input(r: RoundFolder) -> Input:
     return given._replace(pairs=given.pairs.keep(good), real=real)
 
 # %% ../nbs/33_rounds.ipynb #84206d42
-def check_judge_of(config: Config, prompts: list[str]):
+def check_judge_of(config: Config, prompts: list[str]) -> Judge:   # without weights
     "UserError where the judge can't do what it is asked to. Its config files and its tokenizer tell."
     part, video = config.judge, config.generator
     judge = Judge.load(part.path, meta=True, **part.view)
     judge.max_thinking_tokens = part.max_thinking_tokens
-    check_stored(judge)
     check_judge(judge, video.height, video.width, judge.budget(part.max_new_tokens), max(prompts, key=len),
                 part.dimensions)
+    return judge
 
 # %% ../nbs/33_rounds.ipynb #cd0afe47
 def check_input(config: Config):
-    "Read everything a config names, without computing: UserError for the first thing that is wrong."
+    """Read everything a config names, without computing: UserError for the first thing that is wrong.
+    What hub ids name is fetched, once nothing else is."""
     given = read_files(config)
     for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
         if name: load_measure(name)
     objective_of(config.align.objective, config.align.model_dump())
     check_model(config, given.prompts, given.eval_prompts, given.real)
-    check_judge_of(config, given.prompts)
+    judge = check_judge_of(config, given.prompts)
+    base, loras = read_checkpoint(config.generator.path)
+    if not Path(base).is_dir(): whole_pipeline(base, loras)   # of a folder `check_model` has seen all
+    check_stored(judge)
 
 # %% ../nbs/33_rounds.ipynb #b11818fd
 def all_of(pairs: PairTable) -> list[Pair]: return [pairs[i] for i in range(len(pairs))]

@@ -100,8 +100,10 @@ def test_init_writes_a_config_that_reads_and_keeps_what_is_there(capsys, tmp_pat
     assert Config(**yaml.safe_load((tmp_path/"run.yaml").read_text("utf-8"))) == Config()
 
 
-@pytest.mark.parametrize("command", ["status", "report"])
-def test_no_run_there(capsys, tmp_path, command): says(capsys, tmp_path, "run.yaml", argv=[command, str(tmp_path)])
+@pytest.mark.parametrize("command", ["status", "report", "run", "plan", "gate"])
+def test_no_run_there(capsys, tmp_path, command):
+    more = ["holds no run.yaml", "config", "folder of a run"] if command in ("run", "plan", "gate") else []
+    says(capsys, tmp_path, "run.yaml", *more, argv=[command, str(tmp_path)])
 
 
 STALLS, CLIMBS = [4, 4.3, 4.31, 4.5], [4, 4.3, 4.5, 4.7]   # the judge's mean grade, round after round

@@ -107,12 +107,12 @@ def deep(path, values, trc, primaries=9, matrix=9, codec="libx265"):
 def test_hdr(tmp_path, name, codec):
     formats = {format.name for format in av.codec.Codec(codec, "w").video_formats}
     if codec == "libvpx-vp9" and "yuv420p10le" not in formats: pytest.skip("no VP9 of 10 bits")
+    shown = {16: lambda nits: nits, 18: lambda light: 1000*light**1.2}   # cd/m² on a display of 1000 (BT.2100)
     for trc, curve, white in ((16, pq, 203), (18, hlg, .265)):
-        found = []
-        for light in (0, .18, 1, 3):
-            path = deep(tmp_path/name, (round(4*(16 + 219*curve(light*white))), 512, 512), trc, codec=codec)
-            found.append(read_mp4(path)[0].float().mean().item())
-        assert found[0] < 3 and 98 <= found[1] <= 130 and found[2] > 250 and found[3] > 250
+        for share in (0, .02, .128, .18, .5, 1, 3):
+            path = deep(tmp_path/name, (round(4*(16 + 219*curve(share*white))), 512, 512), trc, codec=codec)
+            right = 255*min(shown[trc](share*white)/203, 1)**(1/2.4)   # BT.1886, its white at BT.2408's reference
+            assert abs(read_mp4(path)[0].float().mean().item() - right) < 3, (trc, share)
 
 
 def test_wide_colours_become_ours(tmp_path):
