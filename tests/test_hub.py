@@ -73,10 +73,10 @@ from dual_ipo.rounds import check_input, load_generator, load_judge
 def said(generator, judge):
     "What the input check says; the models are opened once it has nothing to say."
     config = read_config(Path(sys.argv[1]))
-    config.generator.path, config.reward.path = f"some/{generator}", f"some/{judge}"
+    config.generator.path, config.judge.path = f"some/{generator}", f"some/{judge}"
     try:
         check_input(config)
-        return load_generator(config, config.generator.path).base, load_judge(config, config.reward.path).source
+        return load_generator(config, config.generator.path).base, load_judge(config, config.judge.path).source
     except UserError as error: return str(error)
 print(json.dumps([said(*names) for names in json.loads(sys.argv[2])]))
 """
