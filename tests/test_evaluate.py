@@ -44,7 +44,7 @@ def test_paired_difference_matches_clips():
     gain = paired_difference(before, after)
     assert math.isclose(gain["difference"], 3, rel_tol=1e-9) and gain["n_clips"] == 8
     assert all(abs(x - 3) < 1e-9 for x in gain["ci95"])
-    with pytest.raises(UserError, match="no prompt and seed"):
+    with pytest.raises(UserError, match="no prompt and candidate"):
         paired_difference(before, [dict(prompt=9, candidate=0, total=.1)])
 
 
@@ -116,7 +116,7 @@ def test_scores_of_paths_and_tensors(tmp_path):
     broken = torch.tensor([1, math.nan, 1, math.inf, 1])
     with pytest.raises(UserError, match="isn't finite for 2"):
         score_videos(lambda v, p: dict(total=broken), videos, list("abcde"))
-    with pytest.raises(UserError, match="no videos"): summarise({}, [])
+    with pytest.raises(UserError, match="no clips"): summarise({}, [])
 
 
 def test_tie_threshold_is_the_best_there_is():
