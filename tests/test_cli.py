@@ -113,7 +113,7 @@ STALLS, CLIMBS = [4, 4.3, 4.31, 4.5], [4, 4.3, 4.5, 4.7]   # the judge's mean gr
                                                        (True, CLIMBS, .03, 3), (False, STALLS, .03, 3)])
 def test_a_run_ends_where_the_monitor_says(tmp_path, monkeypatch, stop, judged, loser, last):
     "Only if asked to, and only where the grade stands still while losers are driven away."
-    def execute_round(run, k):
+    def execute_round(run, k, on):
         write_table(run.round(k)/"align/history.parquet", [dict(E_l=.33, margin_l=loser)]*8)
         write_json(run.round(k)/"round.json", dict(round=k, generator={}, judge=dict(judged=judged[k]), seconds={}))
         mark_done(run.round(k))

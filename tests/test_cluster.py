@@ -89,7 +89,7 @@ def pixels(part): return [dict(x=x, values=noise((8,), "pixels", x).tolist()) fo
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])   # two do a whole round below
 def test_shards_are_the_same_on_any_number_of_workers(three, tmp_path, monkeypatch, workers):
     with at_place(Here()): rows = rows_in_shards(list(range(20)), 3, tmp_path/"here", "pixels", pixels)
     three.dismiss()

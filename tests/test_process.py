@@ -72,7 +72,7 @@ def heard():
 
 def start(run, tmp_path, **kwargs):
     "The command at work on a round whose notebook waits; (process, pid of its kernel)."
-    notebook = lesson(tmp_path/"wait.ipynb", WAIT, "run", "round")
+    notebook = lesson(tmp_path/"wait.ipynb", WAIT, "run", "round", "on")
     given = [sys.executable, "-c", COMMAND, str(notebook), "run", "x.yaml", "--out", str(run.path)]
     process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
                                preexec_fn=heard, **kwargs)
@@ -145,7 +145,7 @@ def test_ctrl_c_while_it_imports():
     pytest.param("from dual_ipo.core import UserError; raise UserError('a.csv: row 3\\nis wrong')", 2,
                  ["a.csv: row 3 is wrong"], id="user")])
 def test_bad_ends(run, tmp_path, capsys, monkeypatch, cell, code, words):
-    monkeypatch.setattr(cli, "ROUND", lesson(tmp_path/"round.ipynb", cell, "run", "round"))
+    monkeypatch.setattr(cli, "ROUND", lesson(tmp_path/"round.ipynb", cell, "run", "round", "on"))
     monkeypatch.setattr(cli, "start_run", lambda args: run)
     assert main(["run", "x.yaml"]) == code
     said = capsys.readouterr().err
