@@ -218,6 +218,7 @@ def check_weights(
 SHARD = re.compile(r"-\d+-of-\d+")
 READ = ".json", ".txt", ".model", ".jinja", ".tiktoken"   # configs, vocabularies, templates
 
+# %% ../nbs/07_checkpoints.ipynb #b2e9a3eb
 def form_of(
     name: str,       # of a file
 ) -> tuple | None:   # the least is preferred, as in `weight_files`; None: it holds no weights

@@ -79,6 +79,7 @@ def bars(
 # %% ../nbs/60_cli.ipynb #6d12b466
 ROUND = Path(dual_ipo.__file__).parent / "notebooks/round.ipynb"
 
+# %% ../nbs/60_cli.ipynb #8a6ad8f8
 def where(
     run: Run,
     k: int,   # the round that is at work
@@ -181,6 +182,7 @@ def check_names(args: argparse.Namespace):
 # %% ../nbs/60_cli.ipynb #ec553a55
 ON = "here, auto (a worker for every GPU, or core, by Ray) or HOST:PORT of a Ray cluster (default: the config's)"
 
+# %% ../nbs/60_cli.ipynb #f2d61d7c
 def add_demo(commands):
     demo = commands.add_parser("demo", help="rounds on the toy world, then a report")
     demo.add_argument("--arch", choices=["wan", "cogvideox"], default="wan")

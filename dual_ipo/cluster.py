@@ -69,6 +69,7 @@ def place():
     "Where work is done now."
     return _place[-1]
 
+# %% ../nbs/09_cluster.ipynb #171509de
 @contextmanager
 def at_place(where):
     "Inside, work is done there."
@@ -119,6 +120,7 @@ def opened(load: Callable, args: tuple):
     _opened.append(load(*args))
     return _opened[-1]
 
+# %% ../nbs/09_cluster.ipynb #67dff6ed
 class Held:
     "A model that is elsewhere: `facts(*args)` here, `load(*args)` where it is sent."
     def __init__(self, load: Callable, facts: Callable, args: tuple):
@@ -179,6 +181,7 @@ def ray_or_not():
         raise UserError("several workers need Ray: pip install 'dual-ipo[ray]', or use `--on here`") from None
     return ray
 
+# %% ../nbs/09_cluster.ipynb #7a3b96e3
 @contextmanager
 def inherited_paths():
     "Processes that are started inside import what this one can."
@@ -189,6 +192,7 @@ def inherited_paths():
         os.environ.pop("PYTHONPATH")
         if before is not None: os.environ["PYTHONPATH"] = before
 
+# %% ../nbs/09_cluster.ipynb #26cf107b
 def join(
     address: str | None = None,   # None: start one on this machine, which ends with this process
     workers: int | None = None,   # that it must have room for
@@ -238,6 +242,7 @@ def pool(self: OnRay) -> list:
     self.actors = self.actors or [actor.remote() for _ in range(self.workers)]
     return self.actors
 
+# %% ../nbs/09_cluster.ipynb #50d28bc4
 @patch
 def dismiss(self: OnRay):
     "End the actors."
@@ -267,6 +272,7 @@ def hand_out(self: OnRay, work: Work, shards: list[tuple[Path, list]]) -> Iterat
             n_done += 1
             yield folder
 
+# %% ../nbs/09_cluster.ipynb #28305b03
 @patch
 def each(self: OnRay, work: Work, shards: list[tuple[Path, list]], what: str):
     "Have the workers make the shards that are not there."
@@ -277,6 +283,7 @@ def each(self: OnRay, work: Work, shards: list[tuple[Path, list]], what: str):
         self.dismiss()   # they would go on
         raise
 
+# %% ../nbs/09_cluster.ipynb #f9d20c7c
 @patch
 def model(self: OnRay, load: Callable, facts: Callable, *args) -> Held:
     "What workers open by `load(*args)`; this process knows `facts(*args)`."
@@ -296,6 +303,7 @@ def gang(self: OnRay, run: Callable, n: int, folder: str):
     try: TorchTrainer(on_each_rank, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
     except Exception as error: raise cause_of(error) from None
 
+# %% ../nbs/09_cluster.ipynb #a3d565a1
 @patch
 def train(self: OnRay, run: Callable, batch_size: int):
     "Run a training on as many workers as share its batch evenly, again where one of them is lost."
@@ -336,6 +344,7 @@ def gathered(
         try: yield ray.get_runtime_context().gcs_address
         finally: ray.shutdown()
 
+# %% ../nbs/09_cluster.ipynb #90fec731
 def working(
     on: str,   # of `gathered`
     part,      # the config's `cluster`

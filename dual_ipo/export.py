@@ -148,6 +148,7 @@ def hub_id(base: str) -> bool:
 # %% ../nbs/25_export.ipynb #be9feff7
 SCORES = "total", "quality", "semantic", "dynamic_degree"
 
+# %% ../nbs/25_export.ipynb #4f943568
 def score_cells(
     entry: dict,   # of summary.json
     bold: bool,

@@ -103,6 +103,7 @@ def flash4(
 # %% ../nbs/21_kernels.ipynb #e5191b1e
 WORTH = 10**8  # parameters from which compiling pays
 
+# %% ../nbs/21_kernels.ipynb #bb0e343b
 def choose_compile(
     wanted: str | bool,  # "auto", True or False
     transformer: nn.Module,
@@ -213,6 +214,7 @@ def choose_kept(
 # %% ../nbs/21_kernels.ipynb #5f400144
 KEPT = dict(none="all", selective="attention", full="none")   # what is checkpointed → what a block keeps
 
+# %% ../nbs/21_kernels.ipynb #31737f5b
 def choose_memory(
     n: int, sizes: dict[str, float], samples: int, free: float,   # as above
     checkpointing: str = "auto",                      # see `fit`

@@ -875,6 +875,7 @@ PAGE = """<!doctype html>
 # %% ../nbs/50_report.ipynb #fe241695
 PLOTLY = "application/vnd.plotly.v1+json"
 
+# %% ../nbs/50_report.ipynb #e83437fc
 def output_html(
     data: dict,  # MIME type → content, of a cell's output
 ) -> str:        # '' for what a page does not show

@@ -52,6 +52,7 @@ from .voting import Vote, check_k, decided, tally
 MARKUP = re.compile(r"<[^<>]+>|\[/?[A-Z][A-Z0-9_ ]*\]")   # what control tokens look like
 FORM = re.compile("|".join(x.pattern for x in (THINK, TAGS)), re.IGNORECASE)   # what a judge may write
 
+# %% ../nbs/13_reward.ipynb #ec15f62c
 def numbered_tokens(
     config,       # of the model
     n: int,       # tokens that there are

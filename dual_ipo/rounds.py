@@ -147,6 +147,7 @@ def generator_facts(config: Config, path) -> Generator:
     part = config.generator.model_copy(update=dict(path=str(path)))
     return meta_generator(config.model_copy(update=dict(generator=part)))
 
+# %% ../nbs/33_rounds.ipynb #fc31c46b
 def judge_facts(config: Config, path, learns: bool = False) -> Judge:
     "What is known of `load_judge`'s without its weights."
     part = config.judge
@@ -187,6 +188,7 @@ class Round(RoundFolder):
 @patch(as_prop=True)
 def sampling(self: Round) -> dict: return voting_of(self.config)
 
+# %% ../nbs/33_rounds.ipynb #1015c3f6
 @patch
 def train(self: Round, run: Callable, batch_size: int):
     "Run a training where work is done; its progress is this round's."

@@ -44,6 +44,7 @@ def judge_words() -> list[str]:
 CUT = r"</?answer>|\w+|\n|[^\w\s]"   # what a word is
 SPECIAL = ("<pad>", "<unk>", "<eos>", "<image>")   # 0, 1, 2, 3
 
+# %% ../nbs/81_toymodels.ipynb #5251b252
 def judge_vocabulary() -> dict[str, int]:
     "Special tokens, words in their order, and letters to begin and to go on with."
     cut, words = pre_tokenizers.Split(Regex(CUT), "removed", invert=True), set()

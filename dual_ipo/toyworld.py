@@ -65,6 +65,7 @@ def parse_prompt(
 # %% ../nbs/80_toyworld.ipynb #0b183ae3
 SPLITS = dict(train=(0, 96), human=(96, 144), eval=(144, 192))   # of the combinations, in a fixed random order
 
+# %% ../nbs/80_toyworld.ipynb #430a775e
 def combinations(
     split: str,  # of `SPLITS`
 ) -> list[tuple[int, ...]]:
@@ -651,6 +652,7 @@ def annotate_pairs(
 # %% ../nbs/80_toyworld.ipynb #4529f4ef
 CHECKPOINTS = Path(__file__).parent / "toy" if "__file__" in globals() else Path("../dual_ipo/toy")
 
+# %% ../nbs/80_toyworld.ipynb #67b9abf8
 @cache
 def people_clips(
     folder: Path = CHECKPOINTS.parent / "people",

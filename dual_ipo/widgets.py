@@ -142,6 +142,7 @@ def clip_tag(
 COLORS = {"A": BLUE, "B": SAND, "tie": STONE, "invalid": "white"}
 GAP = '<span style="display:inline-block;width:14px"></span>'
 
+# %% ../nbs/51_widgets.ipynb #5cfd3159
 def vote_dot(
     vote: str | None,   # "A", "B", "tie"; what else there is is invalid
 ) -> str:
@@ -162,6 +163,7 @@ def vote_dots(
 # %% ../nbs/51_widgets.ipynb #59f89ff6
 VERDICTS = {"A": "A is better", "B": "B is better", "tie": "a tie"}
 
+# %% ../nbs/51_widgets.ipynb #03ae15d4
 def facts_of(
     row: dict,     # of votes.parquet
 ) -> str:          # HTML
