@@ -192,8 +192,9 @@ def sampling(self: Round) -> dict: return voting_of(self.config)
 @patch
 def train(self: Round, run: Callable, batch_size: int):
     "Run a training where work is done; its progress is this round's."
+    driver = os.getpid()
     def with_progress():
-        set_progress_file(self.run.path / "progress.json", self.k)
+        if os.getpid() != driver: set_progress_file(self.run.path / "progress.json", self.k)   # in a gang
         run()
     place().train(with_progress, batch_size)
 

@@ -4,7 +4,9 @@ on the machine.
 What is deprecated is an error, whoever says so: what a call of ours sets off in a library counts as ours. Below are
 the warnings that libraries set off themselves."""
 import os
+import sys
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(items):
     "Long files first, so that all workers end together."
     rank = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(name_of(item.nodeid), len(LONG)))
+
+
+@pytest.fixture(autouse=True)
+def no_progress_file():
+    "A run that a test leaves behind is not where the next one reports."
+    yield
+    if "dual_ipo.store" in sys.modules: sys.modules["dual_ipo.store"].set_progress_file(None)
 
 
 def pytest_configure(config):

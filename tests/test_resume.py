@@ -47,7 +47,7 @@ def number_of(text): return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 class Fake:
     "A judge whose answers follow from what it is shown, and that is killed after so many calls."
-    frames_per_video, engine = 2, None
+    frames_per_video, batch_size, engine = 2, 64, None
 
     def __init__(self, life=10**9): self.life, self.calls, self.asked = life, 0, []
 
@@ -173,7 +173,7 @@ def test_the_judges_check_goes_on(tmp_path):
     def check(fake, at):
         r = Stub(at, fake, 1, judge=dict(batch_size=64, min_readable=0.))
         at = r.folder/"evaluate"
-        rows = [dict(prompt=f"prompt {i}", path=os.path.relpath(path, at)) for i, path in enumerate(files)]
+        rows = [dict(prompt=f"prompt {i}", clip=os.path.relpath(path, at)) for i, path in enumerate(files)]
         write_table(at/"scores.parquet", rows)
         return evaluate_judge(r, pairs, None)
     both(tmp_path, check)

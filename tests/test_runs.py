@@ -83,7 +83,7 @@ def test_the_loop_is_written_once(given, tmp_path, monkeypatch):
     for k in (0, 1):
         run_round(run, k)
         first, seen[:] = seen[:], []
-        exec(round_notebook(), dict(run=str(run.path), round=k))
+        exec(round_notebook(), dict(run=str(run.path), round=k, on="here"))
         assert seen == first == [name for name in own if name in seen]
         mark_done(run.round(k))
         seen.clear()

@@ -134,6 +134,8 @@ history = train(model, loss_fn, 6, sys.argv[1] + "/run", 1e-2, seed=0, save_ever
 if ranks().is_main_process:
     result = [[p.tolist() for p in model.parameters()], history, ranks().num_processes]
     with open(sys.argv[1] + "/result.json", "w", encoding="utf-8") as file: json.dump(result, file)
+ranks().wait_for_everyone()
+ranks().destroy_process_group()   # one that ends while another still talks may abort it
 """
 
 
