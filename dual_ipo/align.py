@@ -24,7 +24,7 @@ from .core import UserError, VideoFile, noise, resample
 from .kernels import fit
 from .losses import Objective, nll
 from .store import digest, file_digest, read_json, write_json, write_table, write_tensors
-from .training import Ahead, rank_slice, ranks, take, train
+from .training import Ahead, groups_of, rank_slice, ranks, take, train
 
 # %% ../nbs/24_align.ipynb #3a421851
 def named(
@@ -259,7 +259,7 @@ def encode_clips(
     at_once = max(1, 2**24//(num_frames*model.height*model.width))
     def read(path): return VideoFile(path).read(resample(VideoFile(path), num_frames, model.fps))
     def encode(paths):
-        parts = [paths[i:i+at_once] for i in range(0, len(paths), at_once)]
+        parts = groups_of(paths, at_once)
         return torch.cat([model.encode_videos(torch.stack(list(map(read, part)))) for part in parts])
     return encode_once(paths, encode, folder, "real clips", made_with=[*model.shape_of(num_frames), model.fps])
 

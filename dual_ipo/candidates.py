@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['candidate_row', 'sample_shard', 'made_with', 'per_shard', 'sample_candidates', 'best_worst', 'random_two',
-           'both_ends', 'groups_of', 'pair_row', 'make_pairs', 'open_latents', 'read_latents', 'preview']
+           'both_ends', 'by_prompt', 'pair_row', 'make_pairs', 'open_latents', 'read_latents', 'preview']
 
 # %% ../nbs/23_candidates.ipynb #806e1943
 import os
@@ -136,7 +136,7 @@ def both_ends(
     return ends
 
 # %% ../nbs/23_candidates.ipynb #96266df9
-def groups_of(
+def by_prompt(
     rows: list[dict],            # of `sample_candidates`
     scores: Tensor,              # [len(rows)], NaN: no verdict
 ) -> dict[int, list[int]]:       # prompt → places in `rows`
@@ -171,7 +171,7 @@ def make_pairs(
     if how not in ("best_worst", "random"):
         raise UserError(f"pairs: {how!r} is not a way to pair; use best_worst or random")
     scores, pairs = torch.as_tensor(scores, dtype=torch.float64), []
-    for index, group in groups_of(rows, scores).items():
+    for index, group in by_prompt(rows, scores).items():
         if len(group) < 2: continue
         first, own = rows[group[0]], scores[group]
         two = best_worst(own) if how == "best_worst" else random_two(own, first["named"], first["round"], index)

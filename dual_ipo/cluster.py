@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'CORES', 'ENDED', 'Work', 'Here', 'place', 'at_place', 'in_shards', 'rows_in_shards', 'opened', 'Held',
-           'Worker', 'cause_of', 'divisor', 'ray_or_not', 'inherited_paths', 'join', 'OnRay', 'chosen', 'gathered',
-           'working']
+           'Worker', 'cause_of', 'divisor', 'ray_or_not', 'join', 'OnRay', 'chosen', 'gathered', 'working']
 
 # %% ../nbs/09_cluster.ipynb #bbdf7b99
 import os
@@ -20,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from fastcore.basics import patch
@@ -44,8 +44,6 @@ class Work(NamedTuple):
 # %% ../nbs/09_cluster.ipynb #7fce9841
 class Here:
     "This process."
-    workers = 1
-
     def each(self, work: Work, shards: list[tuple[Path, list]], what: str):
         "Make the shards that are not there, one after the other; every rank its share."
         state = ranks()
@@ -181,17 +179,6 @@ def ray_or_not():
         raise UserError("several workers need Ray: pip install 'dual-ipo[ray]', or use `--on here`") from None
     return ray
 
-# %% ../nbs/09_cluster.ipynb #7a3b96e3
-@contextmanager
-def inherited_paths():
-    "Processes that are started inside import what this one can."
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    try: yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None: os.environ["PYTHONPATH"] = before
-
 # %% ../nbs/09_cluster.ipynb #26cf107b
 def join(
     address: str | None = None,   # None: start one on this machine, which ends with this process
@@ -200,8 +187,10 @@ def join(
     "Connect this process with a Ray cluster. UserError where none answers."
     ray, handler, cores = ray_or_not(), signal.getsignal(signal.SIGTERM), max(os.cpu_count(), workers or 0)
     own = {} if address else dict(include_dashboard=False, num_cpus=cores)
+    importable = os.pathsep.join(path for path in sys.path if path)   # to processes that are started here, too
     try:
-        with inherited_paths(): ray.init(address, log_to_driver=False, logging_level="critical", **own)
+        with mock.patch.dict(os.environ, PYTHONPATH=importable):
+            ray.init(address, log_to_driver=False, logging_level="critical", **own)
     except ConnectionError:
         raise UserError(f"--on {address}: no Ray cluster answers there; start one or use `--on here`") from None
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)   # Ray takes it

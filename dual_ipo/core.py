@@ -7,7 +7,7 @@ __all__ = ['MISSING', 'SMALL', 'TICK', 'MAX_FRAMES', 'MAX_PIXELS', 'MAX_TOTAL', 
            'WIDE', 'ICTCP', 'SPARE', 'KEPT', 'UserError', 'seed_of', 'generator', 'noise', 'warn_once', 'sync_folder',
            'whole_file', 'h264_stream', 'encoded', 'write_mp4', 'check_caps', 'ebml_size', 'boxes_end',
            'declared_bytes', 'video_stream', 'check_file', 'opened', 'Timeline', 'rate_of', 'is_even', 'timeline_of',
-           'decoder_of', 'decode', 'starts_anew', 'groups_of', 'Packet', 'Scan', 'check_count', 'scan',
+           'decoder_of', 'decode', 'starts_anew', 'picture_groups', 'Packet', 'Scan', 'check_count', 'scan',
            'packet_timeline', 'decoded_timeline', 'timeline', 'with_square_pixels', 'to_sdr', 'recoloured', 'on_black',
            'upright', 'Shown', 'needed', 'take', 'read_clip', 'read_mp4', 'check_clip', 'browser_plays', 'video_html',
            'evenly', 'shown_at', 'Video', 'for_browsers', 'resample', 'timeline_at', 'VideoFile', 'frames_of', 'fitted',
@@ -371,7 +371,7 @@ def starts_anew(
     return False
 
 # %% ../nbs/00_core.ipynb #8a1d1249
-def groups_of(
+def picture_groups(
     packets: list[tuple[int, bool]],  # (time stamp, is a key frame) of each, as stored
 ) -> list[int]:                       # of each packet, the number of its group; [] where groups lean on each other
     "Which packets can be decoded without the others."
@@ -438,7 +438,7 @@ def packet_timeline(
     if not shown: check_count(path, 0, found.promised)
     last = shown[-1].last if shown[-1] == found.packets[-1] else 0   # out of order: it follows from the order stored
     line = timeline_of([packet.stamp for packet in shown], last, found.tick, found.rate, path)
-    if line.ticks: line.groups = groups_of([(packet.stamp, packet.is_key) for packet in found.packets])
+    if line.ticks: line.groups = picture_groups([(packet.stamp, packet.is_key) for packet in found.packets])
     for packet, group in zip(found.packets, line.groups):
         if not packet.is_cut: line.group[line.ticks[packet.stamp]] = group
     return line

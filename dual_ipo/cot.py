@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'SIDE', 'RANGE', 'TAGS', 'Row', 'Rationale', 'MEANINGS', 'EXAMPLE', 'CLIPS', 'VERDICTS', 'THINK',
-           'ANSWER', 'BOX', 'Ways', 'pair_prompt', 'clip_prompt', 'to_answer', 'to_label', 'tidy', 'better_of',
-           'reason_line', 'pair_response', 'grade_stems', 'clip_response', 'list_of', 'pair_example', 'pair_form',
-           'pair_question', 'clip_question', 'frame_labels', 'frame_list', 'reply_at', 'answer_at', 'read_verdict',
-           'parse_answer', 'head_of', 'ends_in_verdict', 'one_row', 'read_row', 'reasons_of', 'parse_rationale',
-           'parse_grades', 'Item', 'pair_item', 'clip_item', 'check_rationales', 'items_of', 'cold_start_items',
-           'annotation_prompt', 'annotation_question', 'check_readable', 'one_more', 'likeliest', 'forced_rationale',
-           'force', 'annotation_item', 'read_annotation', 'annotate']
+           'ANSWER', 'BOX', 'Ways', 'pair_prompt', 'clip_prompt', 'label_of', 'to_answer', 'to_label', 'tidy',
+           'better_of', 'reason_line', 'pair_response', 'grade_stems', 'clip_response', 'list_of', 'pair_example',
+           'pair_form', 'pair_question', 'clip_question', 'frame_labels', 'frame_list', 'reply_at', 'answer_at',
+           'read_verdict', 'parse_answer', 'head_of', 'ends_in_verdict', 'one_row', 'read_row', 'reasons_of',
+           'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'check_rationales', 'items_of',
+           'cold_start_items', 'annotation_prompt', 'annotation_question', 'check_readable', 'one_more', 'likeliest',
+           'forced_rationale', 'force', 'annotation_item', 'read_annotation', 'annotate']
 
 # %% ../nbs/10_cot.ipynb #3f3615cb
 import re
@@ -38,6 +38,14 @@ def clip_prompt(
 ) -> str:
     "Ask for grades of one video."
     return f"Frames of a video. Prompt: {prompt}\nGrade each 1 to 5 as <answer>grade</answer>: {', '.join(dimensions)}"
+
+# %% ../nbs/10_cot.ipynb #9b06060b
+def label_of(
+    gap: float,         # how much more A has than B: of grades, or of totals
+    least: float = 0.,  # a gap up to it is none
+) -> str:               # "A", "B" or "tie"
+    "Which of two clips is the better one."
+    return "A" if gap > least else "B" if gap < -least else "tie"
 
 # %% ../nbs/10_cot.ipynb #7c3413a6
 def to_answer(
@@ -83,8 +91,7 @@ def better_of(
     order: str,   # "ab" or "ba"
 ) -> str:         # "1", "2" or "tie"
     "Which of the two, as they are shown, has the higher grade."
-    a, b = row["grade_a"], row["grade_b"]
-    return to_answer("A" if a > b else "B" if b > a else "tie", order)
+    return to_answer(label_of(row["grade_a"] - row["grade_b"]), order)
 
 # %% ../nbs/10_cot.ipynb #837947a6
 def reason_line(
@@ -150,7 +157,7 @@ def pair_example(
     other = dict(a="what is seen in video 1", b="what is seen in video 2", grade_a=3, grade_b=4)
     rows = {d: EXAMPLE.get(d, other) for d in dimensions}
     gap = sum(row["grade_a"] - row["grade_b"] for row in rows.values())
-    return pair_response(rows, "A" if gap > 0 else "B" if gap < 0 else "tie")
+    return pair_response(rows, label_of(gap))
 
 # %% ../nbs/10_cot.ipynb #7613a634
 CLIPS = "These are frames of two videos, each with its time in seconds. Both videos were made from this prompt:\n"

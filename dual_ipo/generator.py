@@ -35,7 +35,7 @@ from .core import UserError, generator, noise
 from .kernels import (
     choose_attention, choose_compile, compile_blocks, flash4, keep_nothing, together, use_attention, whole_bytes)
 from .store import find_base, is_done, mark_done, note_base, write_json
-from .training import low_adapters, mixed_precision
+from .training import groups_of, low_adapters, mixed_precision
 
 # %% ../nbs/22_generator.ipynb #1cd6a3ea
 def add_lora(
@@ -315,8 +315,7 @@ def embed(self: Generator,
 ) -> Tensor:      # [B, max_sequence_length, C] on the CPU
     "The pipeline's own embeddings."
     options = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device)
-    batches = [prompts[i:i+32] for i in range(0, len(prompts), 32)]
-    return torch.cat([self.pipe.encode_prompt(batch, **options)[0].cpu() for batch in batches])
+    return torch.cat([self.pipe.encode_prompt(batch, **options)[0].cpu() for batch in groups_of(prompts, 32)])
 
 # %% ../nbs/22_generator.ipynb #3b6820e5
 @patch

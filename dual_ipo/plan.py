@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .candidates import per_shard
+from .cluster import divisor
 from .config import Config
 from .core import Pair, UserError, Video, generator
 from .cot import clip_item, pair_item
@@ -466,7 +467,7 @@ def slowest(
     count: int,   # GPUs
 ) -> float:       # of what one GPU would take
     "The share of a stage that falls to the GPU with most of it: shards go round, a gang shares its batch evenly."
-    if stage.gang: return 1 / max(n for n in range(1, count + 1) if stage.parts % n == 0)
+    if stage.gang: return 1 / divisor(count, stage.parts)
     return -(-stage.parts // count) / max(stage.parts, 1)
 
 # %% ../nbs/32_plan.ipynb #p0o1shar

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'load_judge',
-           'generator_facts', 'judge_facts', 'voting_of', 'Round', 'add_seconds', 'stage_of', 'staged', 'history_of',
-           'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model', 'Input', 'read_files', 'root_of',
-           'clip_names', 'content_digests', 'content_of', 'check_same', 'check_given_clips', 'checked', 'read_input',
-           'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge', 'start_judge',
-           'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'truth_of',
-           'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge',
-           'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply', 'read_candidates', 'totals', 'scores_of',
-           'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator',
-           'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge',
-           'table_path', 'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'stage_of', 'staged',
+           'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model', 'Input',
+           'read_files', 'root_of', 'clip_names', 'content_digests', 'content_of', 'check_same', 'check_given_clips',
+           'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated',
+           'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator',
+           'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row',
+           'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply',
+           'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
+           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
+           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
+           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -38,7 +39,7 @@ from .candidates import both_ends, make_pairs, preview, sample_candidates
 from .cluster import place, rows_in_shards
 from .config import Config, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
-from .cot import Item, annotate, check_rationales, cold_start_items
+from .cot import Item, annotate, check_rationales, cold_start_items, label_of
 from .data import PairTable, check_clips, read_clips, read_pairs
 from .evaluate import load_measure, judge_accuracy, score_videos, summarise
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
@@ -51,7 +52,7 @@ from .reward import Judge, check_judge, check_stored
 from .srpo import cast, cold_start, pseudo_label, srpo
 from .store import (PATHS, Run, digest, file_digest, intact, is_done, located, mark_done, pair_digest,
                             read_json, read_table, set_progress_file, stage, whole, write_json, write_table)
-from .training import Ahead, TrainingAnomaly, ranks
+from .training import Ahead, TrainingAnomaly, groups_of, ranks
 from .voting import check_votes
 
 # %% ../nbs/33_rounds.ipynb #805674a2
@@ -142,16 +143,16 @@ def load_judge(
     return judge
 
 # %% ../nbs/33_rounds.ipynb #c1u5t3r0
-def generator_facts(config: Config, path) -> Generator:
-    "What is known of `load_generator`'s without its weights."
+def weightless_generator(config: Config, path) -> Generator:
+    "`load_generator`'s without weights."
     part = config.generator.model_copy(update=dict(path=str(path)))
     return meta_generator(config.model_copy(update=dict(generator=part)))
 
 # %% ../nbs/33_rounds.ipynb #fc31c46b
-def judge_facts(config: Config, path, learns: bool = False) -> Judge:
-    "What is known of `load_judge`'s without its weights."
+def weightless_judge(config: Config, path, learns: bool = False) -> Judge:
+    "`load_judge`'s without weights."
     part = config.judge
-    judge = Judge.load(intact(path), meta=True, lora_rank=part.lora_rank, **part.view)
+    judge = Judge.load(intact(path), meta=True, **part.view)
     judge.batch_size, judge.max_thinking_tokens = part.batch_size, part.max_thinking_tokens
     return judge
 
@@ -179,10 +180,10 @@ class Round(RoundFolder):
         set_progress_file(self.run.path / "progress.json", k)
 
     def generator(self, path) -> Generator:
-        return place().model(load_generator, generator_facts, self.config, path)
+        return place().model(load_generator, weightless_generator, self.config, path)
 
     def judge(self, path, learns: bool = False) -> Judge:
-        return place().model(load_judge, judge_facts, self.config, path, learns)
+        return place().model(load_judge, weightless_judge, self.config, path, learns)
 
 # %% ../nbs/33_rounds.ipynb #b57147d0
 @patch(as_prop=True)
@@ -386,8 +387,7 @@ def read_input(r: RoundFolder) -> Input:
 def check_judge_of(config: Config, prompts: list[str]) -> Judge:   # without weights
     "UserError where the judge can't do what it is asked to. Its config files and its tokenizer tell."
     part, video = config.judge, config.generator
-    judge = Judge.load(part.path, meta=True, **part.view)
-    judge.max_thinking_tokens = part.max_thinking_tokens
+    judge = weightless_judge(config, part.path)
     check_judge(judge, video.height, video.width, judge.budget(part.max_new_tokens), max(prompts, key=len),
                 part.dimensions)
     return judge
@@ -518,9 +518,8 @@ def measured_pair(
 ) -> tuple[Pair, float]:   # with its true label; the gap between the totals
     "Two evaluation clips whose totals were measured, as a pair."
     gap = a["total"] - b["total"]
-    label = "A" if gap > 0 else "B" if gap < 0 else "tie"
     first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
-    return Pair(a["prompt"], first, second, label, f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
+    return Pair(a["prompt"], first, second, label_of(gap), f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
 
 # %% ../nbs/33_rounds.ipynb #673b40e2
 def truth_of(
@@ -564,8 +563,9 @@ def grades_of(
     n = judge.frames_per_video
     def graded(some):
         size = judge.batch_size * max(1, 16 // judge.batch_size)   # while some are graded, the next are read
-        ready = Ahead(lambda i: as_seen(some[size * i:size * (i + 1)], n), -(-len(some) // size))
-        found = [judge.grades(ready(i), dimensions) for i in range(ready.last)]
+        parts = groups_of(some, size)
+        ready = Ahead(lambda i: as_seen(parts[i], n), len(parts))
+        found = [judge.grades(ready(i), dimensions) for i in range(len(parts))]
         return [dict(grades=own) for own in torch.cat(found).tolist()]
     def name(clip): return [clip[0], file_digest(clip[1])]
     rows = rows_in_shards(clips, 64, folder, "grades", graded, dimensions, n, name=name)
@@ -862,7 +862,7 @@ def relabelled(
     prompts = [pair.prompt for pair in pairs]
     of_a = totals(scorer, [pair.a.path for pair in pairs], prompts)
     of_b = totals(scorer, [pair.b.path for pair in pairs], prompts)
-    labels = ["A" if a > b else "B" if a < b else "tie" for a, b in zip(of_a, of_b)]
+    labels = [label_of(a - b) for a, b in zip(of_a, of_b)]
     return [row | dict(label=label, kept=label != "tie", weight=1.) for row, label in zip(rows, labels)]
 
 # %% ../nbs/33_rounds.ipynb #2918553d

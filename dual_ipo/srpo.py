@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cluster import rows_in_shards
 from .core import Judgement, Pair, UserError, generator
-from .cot import DIMENSIONS, Item, answer_at, pair_item
+from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import clip_digest, digest, pair_digest
 from .training import Room, groups_of, ordered, take, train
@@ -255,8 +255,7 @@ def label_by_grades(
 ) -> Judgement:
     "The same votes with the label that their grades give, see `grade_gap`."
     if judgement.label == "invalid": return judgement
-    gap = grade_gap(judgement, dimensions)
-    return replace(judgement, label="A" if gap > min_gap else "B" if gap < -min_gap else "tie")
+    return replace(judgement, label=label_of(grade_gap(judgement, dimensions), min_gap))
 
 # %% ../nbs/14_srpo.ipynb #5e27079c
 def weigh(

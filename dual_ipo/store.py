@@ -571,12 +571,12 @@ class Run:
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
-):
-    "UserError when a run was begun with another config, `cluster` aside: no result depends on where work is done."
-    begun = portable_config(read_yaml(run/"run.yaml"), run)
-    for each in (begun, config := dict(config)): each.pop("cluster", None)
-    difference = first_difference(begun, config)
-    if not difference: return
+) -> bool:                    # it is the very same, `cluster` too, on which no result depends
+    "UserError when a run was begun with another config."
+    begun, wanted = portable_config(read_yaml(run/"run.yaml"), run), dict(config)
+    same_place = begun.pop("cluster", None) == wanted.pop("cluster", None)
+    difference = first_difference(begun, wanted)
+    if not difference: return same_place
     is_path = difference.split(":")[0] in map(".".join, PATHS)
     moved = ", or say with --relocate what was moved" if is_path else ""
     raise UserError(f"{run}: belongs to a run with another config ({difference}); "
@@ -593,8 +593,7 @@ def open(cls: Run,
     config = portable_config(json.loads(json.dumps(config)), path)
     if path.exists() and not path.is_dir(): raise UserError(f"{path}: is a file; name another folder")
     if (path/"run.yaml").exists():
-        check_config_of(path, config)
-        if config.get("cluster") != read_yaml(path/"run.yaml").get("cluster"): write_yaml(path/"run.yaml", config)
+        if not check_config_of(path, config): write_yaml(path/"run.yaml", config)
     elif path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise UserError(f"{path}: is not empty and holds no run.yaml; name another folder")
     else: write_yaml(path/"run.yaml", config)

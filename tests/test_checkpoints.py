@@ -40,9 +40,7 @@ def pipelines(tmp_path_factory):
     "A pipeline in every form the libraries write."
     folder = tmp_path_factory.mktemp("pipelines")
     tiny.wan().save_pretrained(folder/"plain")
-    tiny.wan().save_pretrained(folder/"bin", safe_serialization=False)
-    tiny.wan().save_pretrained(folder/"fp16", variant="fp16")
-    tiny.wan().save_pretrained(folder/"sharded", max_shard_size="100KB")
+    for form, how in tiny.FORMS.items(): tiny.wan().save_pretrained(folder/form, **how)
     tiny.cogvideox().save_pretrained(folder/"cogvideox")
     return folder
 
@@ -62,7 +60,7 @@ def before_a_run(path):
     return line(check_model, config, ["a red circle"], ["a blue circle"], [])
 
 
-@pytest.mark.parametrize("form", ["bin", "fp16", "sharded"])
+@pytest.mark.parametrize("form", tiny.FORMS)
 def test_every_form_opens_with_the_same_weights(pipelines, form):
     plain, other = weights_of(pipelines/"plain"), weights_of(pipelines/form)
     assert plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)

@@ -50,9 +50,7 @@ def models(tmp_path_factory):
     "Folders of a pipeline and of a judge, in several forms."
     folder = tmp_path_factory.mktemp("models")
     tiny.wan().save_pretrained(folder/"wan")
-    tiny.wan().save_pretrained(folder/"wan-bin", safe_serialization=False)
-    tiny.wan().save_pretrained(folder/"wan-fp16", variant="fp16")
-    tiny.wan().save_pretrained(folder/"wan-sharded", max_shard_size="100KB")
+    for form, how in tiny.FORMS.items(): tiny.wan().save_pretrained(folder/f"wan-{form}", **how)
     copytree(CHECKPOINTS/"judge", folder/"judge")
     for form in ("bin", "fp16", "wide"): copytree(folder/"judge", folder/f"judge-{form}")
     tensors = load_file(folder/"judge/model.safetensors")

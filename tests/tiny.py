@@ -80,3 +80,9 @@ def saved(folder):
     "Each of them, in its folder there."
     for name, make in PIPELINES.items(): make().save_pretrained(folder/name)
     return {name: folder/name for name in PIPELINES}
+
+FORMS = {   # how the libraries write a pipeline beside the plain form
+    "bin": dict(safe_serialization=False),
+    "fp16": dict(variant="fp16"),
+    "sharded": dict(max_shard_size="100KB"),
+}
