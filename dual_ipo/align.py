@@ -282,7 +282,7 @@ def learn(
     steps: int,
     folder: Path,                     # for checkpoints, history.parquet and what the objective remembers
     lambdas: tuple[float, float],     # λ₁, λ₂
-    checkpointing: str, save_every: int, accumulate: int,
+    checkpointing: str, fsdp: bool | str, save_every: int, accumulate: int,
     **training,                       # see `train`
 ) -> list[dict]:
     "Train one transformer, or finish what was interrupted."
@@ -290,8 +290,7 @@ def learn(
     B, R = batches.B//ranks().num_processes, batches.R//ranks().num_processes
     if trace.exists(): objective.trace = read_json(trace)
     ready, text = Ahead(batches, last), batches.text(batches.pairs[0]["prompt"])
-    model.freeze_reference()
-    with model.alone(), model.attending():
+    with model.alone(), model.learning(fsdp), model.attending():
         at_once, chosen = fit(model, checkpointing, 2*B + R, text, batches.shape)
         if ranks().is_main_process and model.device.type == "cuda": print(f"align: {chosen}", flush=True)
         def loss_fn(wrapped, index):
@@ -336,6 +335,7 @@ def align(
     num_frames: int | None = None,               # of the candidates; None: as many as the generator's
     seed, round: int,             # name all draws
     checkpointing: str = "auto",                 # or none, selective, full: see `kernels.fit`
+    fsdp: bool | str = "auto",                   # whether ranks share the weights, see `to_shard`
     save_every: int = 50, accumulate: int = 1,   # see `train`, also for:
     **training,                   # lr, warmup, decay, weight_decay, max_grad_norm, betas
 ) -> list[dict]:                  # a row a step
@@ -355,5 +355,5 @@ def align(
     batches = Batches(model, pairs, candidates, clips, texts, folder, shape, batch_size, R, objective.shared,
                       (seed, round, "align"))
     return learn_in_turn(
-        objective, model, batches, steps, folder, (lambda_win, lambda_real), checkpointing, save_every, accumulate,
-        seed=seed, stage=f"align ({objective.name})", made_of=made_of, **training)
+        objective, model, batches, steps, folder, (lambda_win, lambda_real), checkpointing, fsdp, save_every,
+        accumulate, seed=seed, stage=f"align ({objective.name})", made_of=made_of, **training)

@@ -272,6 +272,8 @@ class ClusterPart(Part):
     workers: int | None = key(None, "processes that hold a model each; null: one a GPU, or core", ge=1)
     gpus: float = key(1., "GPUs of a worker, where there are any", gt=0, le=64)
     failures: int = key(3, "how often a shard or a training may lose its worker before the run ends", ge=0, le=100)
+    fsdp: bool | Literal["auto"] = key("auto", "whether the workers of a training share out the weights, where all of "
+        "a model learns; auto: from 5 billion on")
 
 # %% ../nbs/06_config.ipynb #cb2cf861
 def votes_fit(

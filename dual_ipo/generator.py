@@ -35,7 +35,7 @@ from .core import UserError, generator, noise
 from .kernels import (
     choose_attention, choose_compile, compile_blocks, flash4, keep_nothing, together, use_attention, whole_bytes)
 from .store import find_base, is_done, mark_done, note_base, write_json
-from .training import groups_of, low_adapters, mixed_precision
+from .training import groups_of, low_adapters, mixed_precision, shard, to_shard, trained_by
 
 # %% ../nbs/22_generator.ipynb #1cd6a3ea
 def add_lora(
@@ -683,14 +683,25 @@ def error(self: Generator,
 
 # %% ../nbs/22_generator.ipynb #b87432d0
 @patch
-def freeze_reference(self: Generator):
+def twin(self: Generator,
+    sharded: bool,   # among the ranks, see `shard`; the expert in turn is on the CPU then
+) -> nn.Module:
+    "A copy of the expert in turn, of which all weights learn, that computes as it does."
+    twin = copy.deepcopy(self.transformer)
+    if sharded: shard(twin, self.blocks_of(twin))
+    if self.dtype != torch.float32: mixed_precision(twin, self.dtype)
+    if self.compiled: compile_blocks(self.blocks_of(twin))
+    return twin
+
+# %% ../nbs/22_generator.ipynb #e08f1c07
+@patch
+def freeze_reference(self: Generator,
+    sharded: bool = False,   # see `twin`
+):
     "Begin of training: remember the weights of the expert in turn, unless adapters leave them as they are."
     if self.lora_rank: return
-    self.frozen = copy.deepcopy(self.transformer).requires_grad_(False)
-    if self.dtype != torch.float32: mixed_precision(self.frozen, self.dtype)
-    if self.compiled:
-        compile_blocks(self.blocks_of(self.frozen))
-        keep_nothing(self.frozen)
+    self.frozen = self.twin(sharded).requires_grad_(False)
+    if self.compiled: keep_nothing(self.frozen)
 
 # %% ../nbs/22_generator.ipynb #8897be68
 @contextmanager
@@ -711,6 +722,24 @@ def reference(self: Generator):
     with adapters_off(self.experts if self.lora_rank else []):
         with torch.set_grad_enabled(self.compiled and not self.lora_rank):
             yield self.transformer if self.lora_rank else self.frozen
+
+# %% ../nbs/22_generator.ipynb #6ae5b400
+@patch
+@contextmanager
+def learning(self: Generator,
+    fsdp: bool | str = "auto",   # see `to_shard`
+):
+    "While the expert in turn is trained: there is a reference, and the ranks share the weights of a large model."
+    if self.lora_rank or not to_shard(self.transformer, fsdp):
+        self.freeze_reference()
+        yield
+        return
+    own, self.frozen = self.transformer.to("cpu"), None
+    twin, _ = self.twin(True), self.freeze_reference(True)
+    self.experts[self.turn] = twin
+    try:
+        with trained_by(twin, own): yield
+    finally: self.experts[self.turn], self.frozen = own.to(self.device), None
 
 # %% ../nbs/22_generator.ipynb #efe2021b
 @patch

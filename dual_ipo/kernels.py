@@ -18,12 +18,15 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import (
     SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, register_flash_attention_impl,
     restore_flash_attention_impl, sdpa_kernel)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .core import UserError
+from .training import trained
 
 # %% ../nbs/21_kernels.ipynb #18fb599e
 ATTENTION = dict(   # ours → PyTorch's
@@ -176,6 +179,7 @@ def block_bytes(
     "What a block keeps of one sample."
     sizes = {}
     def measure(block, hidden, *args):
+        if isinstance(block, FSDPModule): block.unshard()   # so that its weights are known as such
         attentions = sum(hasattr(m, "to_q") for m in block.modules())
         everything = kept_bytes(lambda: compiled(block)(hidden, *args), block.parameters())
         sizes.update(all=everything, none=hidden.nbytes, attention=hidden.nbytes*(1 + attentions))
@@ -286,8 +290,8 @@ def fit(
     blocks, at_once = model.blocks_of(model.transformer), samples
     kept = [KEPT.get(checkpointing, "all")]*len(blocks)
     if model.device.type == "cuda":
-        trained = sum(p.numel() for p in model.transformer.parameters() if p.requires_grad)
-        free = .88*free_bytes(model.device) - 12*trained   # gradient and Adam's two moments are to come, fp32
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in trained(model.transformer).values()]
+        free = .88*free_bytes(model.device) - 12*sum(map(torch.numel, own))   # gradient, Adam's moments, in fp32
         sizes = measured(model, samples, text, shape)
         kept, at_once = choose_memory(len(blocks), sizes, samples, free, checkpointing)
     if set(kept) != {"all"}: keep(model.transformer, blocks, kept)

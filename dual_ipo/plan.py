@@ -38,7 +38,7 @@ from .core import Pair, UserError, Video, generator
 from .cot import clip_item, pair_item
 from .generator import Generator, meta_generator
 from .kernels import block_bytes, choose_memory, held_bytes, kept_bytes, together
-from .reward import LARGE, Judge
+from .reward import CLIPS, LARGE, PAIRS, Judge, in_a_shard
 from .srpo import AT_ONCE
 
 # %% ../nbs/32_plan.ipynb #7f8e609d
@@ -476,6 +476,14 @@ def shards(self: Costs, prompts: int) -> int:
     "Shards of a sampling stage, see `candidates.per_shard`."
     return -(-prompts // per_shard(self.config.generator.batch_size))
 
+@patch
+def judge_shards(self: Costs,
+    n: int,                   # clips or pairs
+    sizes: tuple[int, int],   # see `in_a_shard`
+) -> int:
+    "Shards of a stage in which the judge is asked."
+    return -(-n // in_a_shard(self.judge["parameters"], sizes))
+
 # %% ../nbs/32_plan.ipynb #e23f148f
 @patch
 def sampled(self: Costs, held: dict[str, float]) -> list[Stage]:
@@ -485,7 +493,7 @@ def sampled(self: Costs, held: dict[str, float]) -> list[Stage]:
     full = c.prompts_per_round * (2 * c.keep if c.preview_steps else c.per_prompt)
     sampling = self.sampling_memory(self.short)
     rows = [Stage("candidates", full * self.candidate_flops(), 0, sampling, shards),
-            Stage("ranking", 0, 0 if c.scorer else self.grading(full), held["grading"], -(-full // 64))]
+            Stage("ranking", 0, 0 if c.scorer else self.grading(full), held["grading"], self.judge_shards(full, CLIPS))]
     if not c.preview_steps: return rows
     preview = candidates * self.clip_flops(c.preview_steps, self.short)
     return [Stage("previews", preview, self.grading(candidates), max(sampling, held["grading"]), shards), *rows]
@@ -501,7 +509,7 @@ def judged(self: Costs, held: dict[str, float]) -> list[Stage]:
     learning = self.training(s.steps * s.batch_size * (2 + human)) + self.reading(answered, 4 * v.pairs)
     fresh, sampling = clips * self.candidate_flops(), self.sampling_memory(self.short)
     return [Stage("fresh clips", fresh, 0, sampling, self.shards(v.pairs)),
-            Stage("votes", 0, votes, max(held["voting"], held["certainty"]), -(-v.pairs // 16)),
+            Stage("votes", 0, votes, max(held["voting"], held["certainty"]), self.judge_shards(v.pairs, PAIRS)),
             Stage("srpo", 0, learning, held["srpo"], s.batch_size, True)]
 
 # %% ../nbs/32_plan.ipynb #f77aac34
@@ -513,7 +521,7 @@ def evaluated(self: Costs, held: dict[str, float]) -> list[Stage]:
     seconds = self.voting(clips // 2 if e.measure else 0) * 2 + self.grading(clips)
     sampling = self.sampling_memory(self.whole)
     return [Stage("evaluation", clips * self.clip_flops(steps, self.whole), 0, sampling, self.shards(e.prompts)),
-            Stage("judge check", 0, seconds, max(held["voting"], held["grading"]), -(-clips // 64))]
+            Stage("judge check", 0, seconds, max(held["voting"], held["grading"]), self.judge_shards(clips, CLIPS))]
 
 # %% ../nbs/32_plan.ipynb #49c541c6
 @patch

@@ -48,7 +48,7 @@ from .losses import objective_of
 from .monitor import needs_srpo
 from .plan import out_of_memory
 from .prompts import read_prompts
-from .reward import Judge, check_judge, check_stored
+from .reward import ANNOTATED, CLIPS, PAIRS, Judge, check_judge, check_stored, in_a_shard
 from .srpo import cast, cold_start, pseudo_label, srpo
 from .store import (PATHS, Run, digest, file_digest, intact, is_done, located, mark_done, pair_digest,
                             read_json, read_table, set_progress_file, stage, whole, write_json, write_table)
@@ -418,8 +418,9 @@ def annotated(r: Round, judge: Judge, pairs: PairTable) -> list[Pair]:
         found = annotate(judge, some, part.dimensions, seed=seed, min_readable=part.min_readable, **asked)
         return [dict(pair_id=pair.pair_id, rationale=json.dumps(pair.rationale)) for pair in found]
     with judge.writing():
-        rows = rows_in_shards(given, 32, r.folder / "annotation", "annotation", reasons, part.dimensions, seed, asked,
-                              name=pair_digest)
+        size = in_a_shard(judge.parameters, ANNOTATED)
+        rows = rows_in_shards(given, size, r.folder / "annotation", "annotation", reasons, part.dimensions, seed,
+                              asked, name=pair_digest)
     return [replace(pair, rationale=json.loads(row["rationale"])) for pair, row in zip(given, rows, strict=True)]
 
 # %% ../nbs/33_rounds.ipynb #ec92aaa1
@@ -453,7 +454,8 @@ def start_judge(r: Round, pairs: PairTable) -> list[dict]:  # history, a row a s
     write_annotated(r.folder, all_of(train), with_reasons)
     items = cold_start_items(with_reasons, part.dimensions)
     def learn():
-        cold_start(judge, items, r.folder / "cold_start", seed=seed, checkpointing=part.checkpointing, **settings)
+        cold_start(judge, items, r.folder / "cold_start", seed=seed, checkpointing=part.checkpointing,
+                   fsdp=r.config.cluster.fsdp, **settings)
         save_judge(r, judge)
     r.train(learn, settings["batch_size"])
 
@@ -536,11 +538,12 @@ def truth_of(
 def asked_together(
     k: int,       # votes per pair
     batch: int,   # responses written together
-) -> int:         # pairs
-    "How many pairs fill batches exactly, 16 or more: shards of so many get all pairs' votes at once, to the last bit."
+    least: int = PAIRS[0],
+) -> int:         # pairs, so many or more
+    "How many pairs fill batches exactly: shards of so many get all pairs' votes at once, to the last bit."
     questions = max(batch // (k // 2), 1)
     unit = questions if questions % 2 else questions // 2   # a pair is asked about twice
-    return unit * -(-16 // unit)
+    return unit * -(-least // unit)
 
 # %% ../nbs/33_rounds.ipynb #c10352d1
 def as_seen(
@@ -568,7 +571,8 @@ def grades_of(
         found = [judge.grades(ready(i), dimensions) for i in range(len(parts))]
         return [dict(grades=own) for own in torch.cat(found).tolist()]
     def name(clip): return [clip[0], file_digest(clip[1])]
-    rows = rows_in_shards(clips, 64, folder, "grades", graded, dimensions, n, name=name)
+    size = in_a_shard(judge.parameters, CLIPS)
+    rows = rows_in_shards(clips, size, folder, "grades", graded, dimensions, n, name=name)
     return [row["grades"] for row in rows]
 
 # %% ../nbs/33_rounds.ipynb #3aee7540
@@ -581,7 +585,7 @@ def check_votes_of(
     "A judge's votes on pairs whose truth is known."
     k, unlabelled = r.config.votes.k, [replace(pair, label=None, rationale=None) for pair in pairs]
     return cast(judge, unlabelled, k, (r.config.seed, "evaluate"), r.folder / "judge_check" / name,
-                asked_together(k, r.sampling["batch"]), **r.sampling)
+                asked_together(k, r.sampling["batch"], in_a_shard(judge.parameters, PAIRS)), **r.sampling)
 
 # %% ../nbs/33_rounds.ipynb #490c3646
 def vote_row(
@@ -786,7 +790,8 @@ def update_generator(
     if not part.lambda_real: real = []
     objective = objective_of(part.objective, part.model_dump())
     settings = part.model_dump(exclude={"objective", "beta", "lambda_d", "lambda_u", "window"})
-    settings |= dict(seed=r.config.seed, round=r.k, num_frames=r.config.candidates.num_frames)
+    settings |= dict(seed=r.config.seed, round=r.k, num_frames=r.config.candidates.num_frames,
+                     fsdp=r.config.cluster.fsdp)
     def learn():
         found = None
         try: align(objective, model, pairs, r.folder / "candidates", folder, real=real, **settings)
@@ -870,9 +875,10 @@ def relabelled(
 def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
     "Vote on pairs and weigh each label by its certainty."
     part = r.config.votes
-    rows = pseudo_label(r.judge(r.before("judge")), pairs, part.k, (r.config.seed, r.k, "vote"),
-                        reference=r.judge(earlier_judge(r)), by=part.by, min_gap=part.min_gap, early=part.early,
-                        min_readable=r.config.judge.min_readable, folder=r.folder / "votes",
+    judge = r.judge(r.before("judge"))
+    rows = pseudo_label(judge, pairs, part.k, (r.config.seed, r.k, "vote"), reference=r.judge(earlier_judge(r)),
+                        by=part.by, min_gap=part.min_gap, early=part.early, folder=r.folder / "votes",
+                        min_readable=r.config.judge.min_readable, group=in_a_shard(judge.parameters, PAIRS),
                         **r.config.pce.model_dump(), **r.sampling)
     if part.scorer: rows = relabelled(part.scorer, pairs, rows)
     named = [dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs]
@@ -900,7 +906,7 @@ def train_judge(
         judge = r.judge(r.before("judge"), learns=True)
         if judge.is_lora: judge.merge(part.lora_rank, seed)
         srpo(judge, pairs, rows, r.folder / "srpo", seed=seed, human=items, dimensions=r.sampling["dimensions"],
-             checkpointing=part.checkpointing, **settings | dict(steps=steps))
+             checkpointing=part.checkpointing, fsdp=r.config.cluster.fsdp, **settings | dict(steps=steps))
         save_judge(r, judge)
     r.train(learn, settings["batch_size"])
 

@@ -171,6 +171,7 @@ def cold_start(
     batch_size: int = 32,  # items per update; what goes through at once is `at_once`'s
     seed: int = 0,
     checkpointing: bool | str = "auto",  # see `Judge.learning`
+    fsdp: bool | str = "auto",           # whether ranks share the weights, see `to_shard`
     **training,          # see `train`
 ) -> list[dict[str, float]]:   # history, a row a step
     "Fine-tune the judge on what people said, or finish an interrupted fine-tuning."
@@ -185,7 +186,7 @@ def cold_start(
         return loss, {f"loss_{kind}": loss.detach() if share[0].kind == kind else math.nan for kind in kinds}
     training = {"warmup": max(steps // 10, 1), "decay": True} | training
     made_of = dict(batch_size=batch_size, items=digest(contents(items)))
-    with judge.learning(checkpointing):
+    with judge.learning(checkpointing), judge.sharding(fsdp):
         return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="cold start",
                      shares=shares, room=room, made_of=made_of, **training)
 
@@ -449,6 +450,7 @@ def srpo(
     seed: int = 0,
     dimensions: list[str] = DIMENSIONS,
     checkpointing: bool | str = "auto",  # see `Judge.learning`
+    fsdp: bool | str = "auto",           # whether ranks share the weights, see `to_shard`
     **training,          # see `train`
 ) -> list[dict[str, float]]:   # history; empty when no label was certain enough
     "Train the judge on the votes it is certain of, or finish an interrupted training."
@@ -479,5 +481,6 @@ def srpo(
     per_rank = len(take(len(examples), batch_size, 0, seed, "srpo"))
     with judge.learning(checkpointing):
         preference.refer(asked, room, batch_size, Path(folder) / "reference")
-        return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="srpo", shares=shares, room=room,
-                     made_of=made_of, **{"warmup": max(steps // 10, 1)} | training)
+        with judge.sharding(fsdp):
+            return train(judge.model, loss_fn, steps, folder, lr, seed=seed, stage="srpo", shares=shares, room=room,
+                         made_of=made_of, **{"warmup": max(steps // 10, 1)} | training)

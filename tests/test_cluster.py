@@ -15,9 +15,13 @@ import yaml
 from dual_ipo.cli import parser, start_run
 from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
 from dual_ipo.core import UserError, noise
+from dual_ipo.cot import cold_start_items, pair_response
+from dual_ipo.data import read_pairs
 from dual_ipo.ending import main
 from dual_ipo.plan import pool_seconds
+from dual_ipo.reward import Judge
 from dual_ipo.rounds import Round, run_round
+from dual_ipo.srpo import cold_start, srpo
 from dual_ipo.store import Run, read_table
 from dual_ipo.training import rank_slice, ranks, train
 from test_runs import given, small_config, write   # noqa: F401
@@ -156,6 +160,36 @@ def test_a_gang_that_loses_a_rank_goes_on(three, tmp_path):
     rows, alone = (read_table(tmp_path/name/"history.parquet") for name in ("killed", "alone"))
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
+
+
+def judge_learns(given, folder, fsdp):   # noqa: F811
+    "The cold start and SRPO of all of a judge's weights; what it has become is saved."
+    judge = Judge.load(given/"judge", dtype=torch.bfloat16, learns=True)
+    table = read_pairs(given/"input/pairs.csv")
+    people = [table[i] for i in range(6)]
+    how = dict(steps=2, lr=1e-4, batch_size=4, fsdp=fsdp)
+    cold_start(judge, cold_start_items(people), folder/"cold", save_every=1, **how)
+    said = [pair_response(None, label) for label in "AB"]
+    paths = [dict(order="ab", text=text, ids=text, log_prob=-1.) for text in said]
+    votes = [dict(kept=True, label="A", votes=["A", "B"], paths=paths, weight=.8) for _ in people]
+    srpo(judge, people, votes, folder/"srpo", beta=.1, **how)
+    if ranks().is_main_process: judge.save(folder/"judge")
+
+
+@pytest.mark.timeout(900)
+def test_a_judge_learns_sharded_what_it_learns_whole(three, given, tmp_path):   # noqa: F811
+    "FSDP2 on two workers, with bf16 arithmetic over fp32 weights: the histories of one process, up to rounding."
+    with at_place(Here()): judge_learns(given, tmp_path/"one", False)
+    three.train(lambda: judge_learns(given, tmp_path/"two", True), 2)
+    for name in ("cold", "srpo"):
+        rows, others = (read_table(tmp_path/f"{n}/{name}/history.parquet") for n in ("one", "two"))
+        for row, other in zip(rows, others, strict=True): assert row == pytest.approx(other, .05, .05, True), name
+    assert (tmp_path/"two/srpo/step_000002/adam").is_dir() and not (tmp_path/"one/srpo/step_000002/adam").exists()
+    one, two, base = (dict(Judge.load(path).model.named_parameters()) for path in
+                      (tmp_path/"one/judge", tmp_path/"two/judge", given/"judge"))
+    moved = [(one[name] - p).norm().item() for name, p in base.items()]
+    apart = [(one[name] - two[name]).norm().item() for name in base]
+    assert 0 < 10*sum(apart) < sum(moved)
 
 
 def kill_one(where):

@@ -47,7 +47,7 @@ def number_of(text): return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 class Fake:
     "A judge whose answers follow from what it is shown, and that is killed after so many calls."
-    frames_per_video, batch_size, engine = 2, 64, None
+    frames_per_video, batch_size, engine, parameters = 2, 64, None, 0
 
     def __init__(self, life=10**9): self.life, self.calls, self.asked = life, 0, []
 
