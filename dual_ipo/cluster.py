@@ -134,7 +134,9 @@ class Held:
 # %% ../nbs/09_cluster.ipynb #febb32bf
 class Worker:
     "What an actor does: unpack the work of a stage once, with its models, and make the shards it is given."
-    def __init__(self): self.ref, self.work, self.contexts = None, None, ExitStack()
+    def __init__(self, threads: int | None = None):
+        self.ref, self.work, self.contexts = None, None, ExitStack()
+        if threads: torch.set_num_threads(threads)
 
     def hello(self): "Answers as soon as there is a worker."
 
@@ -211,6 +213,7 @@ class OnRay:
         have = join(self.address, self.workers).cluster_resources()
         if not have.get("GPU"): self.gpus = 0
         self.workers = self.workers or max(1, int(have["GPU"] / self.gpus if self.gpus else have["CPU"]))
+        self.threads = max(1, int(have["CPU"] / self.workers)) if self.gpus else None   # Ray leaves each one alone
         _place.append(self)
         return self
 
@@ -228,7 +231,7 @@ def pool(self: OnRay) -> list:
     "The actors, started when they are asked for first."
     needs = dict(num_cpus=CORES, num_gpus=self.gpus, max_restarts=-1, max_task_retries=self.failures)
     actor = ray_or_not().remote(**needs)(Worker)
-    self.actors = self.actors or [actor.remote() for _ in range(self.workers)]
+    self.actors = self.actors or [actor.remote(self.threads) for _ in range(self.workers)]
     return self.actors
 
 # %% ../nbs/09_cluster.ipynb #50d28bc4
@@ -286,6 +289,7 @@ def gang(self: OnRay, run: Callable, n: int, folder: str):
     from ray.train.torch import TorchTrainer
     def on_each_rank():
         ranks()   # before anything else: it chooses the rank's GPU
+        if self.threads: torch.set_num_threads(self.threads)
         run()
     needs = dict(CPU=CORES) | (dict(GPU=self.gpus) if self.gpus else {})
     scaling = ScalingConfig(num_workers=n, use_gpu=self.gpus > 0, resources_per_worker=needs)
