@@ -285,12 +285,14 @@ def model(self: OnRay, load: Callable, facts: Callable, *args) -> Held:
 @patch
 def gang(self: OnRay, run: Callable, n: int, folder: str):
     "Run a training in n processes; what a rank raises is raised here."
+    from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    sent, threads = cloudpickle.dumps(run), self.threads
     def on_each_rank():
         ranks()   # before anything else: it chooses the rank's GPU
-        if self.threads: torch.set_num_threads(self.threads)
-        run()
+        if threads: torch.set_num_threads(threads)
+        cloudpickle.loads(sent)()   # opens its models, which go to that GPU
     needs = dict(CPU=CORES) | (dict(GPU=self.gpus) if self.gpus else {})
     scaling = ScalingConfig(num_workers=n, use_gpu=self.gpus > 0, resources_per_worker=needs)
     try: TorchTrainer(on_each_rank, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
