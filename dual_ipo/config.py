@@ -272,6 +272,8 @@ class ClusterPart(Part):
     workers: int | None = key(None, "processes that hold a model each; null: one a GPU, or core", ge=1)
     gpus: float = key(1., "GPUs of a worker, where there are any", gt=0, le=64)
     failures: int = key(3, "how often a shard or a training may lose its worker before the run ends", ge=0, le=100)
+    runtime_env: dict[str, object] | None = key(None,
+        "Ray's environment of the workers that run evaluate.measure and the scorers, say pip: [transformers==4.57.6]")
 
 # %% ../nbs/06_config.ipynb #cb2cf861
 def votes_fit(

@@ -6,15 +6,15 @@
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'load_judge',
            'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'stage_of', 'staged',
            'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model', 'Input',
-           'read_files', 'root_of', 'clip_names', 'content_digests', 'content_of', 'check_same', 'check_given_clips',
-           'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated',
-           'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator',
-           'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row',
-           'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply',
-           'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
-           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
-           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
-           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of', 'check_same',
+           'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures', 'checked', 'read_input',
+           'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge', 'start_judge',
+           'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'truth_of',
+           'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge',
+           'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply', 'read_candidates', 'totals', 'scores_of',
+           'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator',
+           'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge',
+           'table_path', 'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -40,8 +40,8 @@ from .cluster import place, rows_in_shards
 from .config import Config, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import Item, annotate, check_rationales, cold_start_items, label_of
-from .data import PairTable, check_clips, read_clips, read_pairs
-from .evaluate import load_measure, judge_accuracy, score_videos, summarise
+from .data import PairTable, check_clips, clip_faults, read_clips, read_pairs
+from .evaluate import judge_accuracy, load_measure, measured, summarise
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
 from .losses import objective_of
@@ -316,15 +316,18 @@ def clip_names(r: RoundFolder, given: Input) -> dict[Path, str]:  # to "pairs/cl
         for path in paths: names[path] = f"{key}/{os.path.relpath(path, root_of(r, key))}"
     return names
 
+# %% ../nbs/33_rounds.ipynb #4c3f36a2
+def digest_if_there(path: Path) -> str | None:
+    "The digest of a clip; None where it can't be read."
+    try: return file_digest(path)
+    except UserError: return None
+
 # %% ../nbs/33_rounds.ipynb #43aefc14
 def content_digests(
     names: dict[Path, str],      # see `clip_names`
-) -> dict[str, str | None]:      # name → digest; None for a clip that can't be read
-    "What each clip contains."
-    def content(path):
-        try: return file_digest(path)
-        except UserError: return None
-    with ThreadPoolExecutor(8) as pool: return dict(zip(names.values(), pool.map(content, names)))
+) -> dict[str, str | None]:      # name → digest
+    "What each clip contains, see `digest_if_there`."
+    with ThreadPoolExecutor(8) as pool: return dict(zip(names.values(), pool.map(digest_if_there, names)))
 
 # %% ../nbs/33_rounds.ipynb #34212ed0
 def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
@@ -351,14 +354,42 @@ def check_same(
         table = r.path(getattr(r.config.data, key) or "")
         raise UserError(f"data.{key}: {table}: has changed since the run began; {remedy}")
 
+# %% ../nbs/33_rounds.ipynb #708afcdd
+def faults_in_shards(
+    r: RoundFolder,
+    key: str,        # of `data`, whose clips are looked at
+) -> Callable:       # see `check_clips`
+    "`clip_faults` where work is done."
+    def faults_of(paths, size, fps):
+        def faults(some): return [dict(fault=fault) for fault in clip_faults(some, size, fps)]
+        rows = rows_in_shards(paths, 64, r.folder / "input_check" / key, "check clips", faults, size, fps,
+                              name=digest_if_there)
+        return [row["fault"] for row in rows]
+    return faults_of
+
 # %% ../nbs/33_rounds.ipynb #6cc1d0ab
 def check_given_clips(r: RoundFolder, given: Input) -> list[dict]:  # the rows of quarantine.parquet
     "Decode every clip; those that cannot be, and real ones that do not fit the generator, are set aside."
     share, model, real = r.config.data.max_bad_share, r.config.generator, [path for _, path in given.real]
-    _, bad = check_clips(given.pairs.paths(), None, share)
-    if real: bad = bad + check_clips(real, (model.num_frames, model.height, model.width), share, model.fps)[1]
+    size = model.num_frames, model.height, model.width
+    _, bad = check_clips(given.pairs.paths(), None, share, faults_of=faults_in_shards(r, "pairs"))
+    if real: bad = bad + check_clips(real, size, share, model.fps, faults_in_shards(r, "real_clips"))[1]
     if bad: write_table(r.run.path / "quarantine.parquet", bad)
     return bad
+
+# %% ../nbs/33_rounds.ipynb #ccd4a228
+def measures_of(config: Config) -> list[str]:
+    "The measures that a config names."
+    named = config.evaluate.measure, config.candidates.scorer, config.votes.scorer
+    return [*filter(None, dict.fromkeys(named))]
+
+# %% ../nbs/33_rounds.ipynb #ed259104
+def check_measures(r: RoundFolder):
+    "UserError unless the measures can be imported where they will be called."
+    def found(names): return [dict(measure=name, is_there=callable(load_measure(name))) for name in names]
+    with place().apart():
+        rows_in_shards(measures_of(r.config), 1, r.folder / "input_check/measures", "check measures", found,
+                       r.config.cluster.runtime_env)
 
 # %% ../nbs/33_rounds.ipynb #001c235b
 def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  # names of clips that are set aside
@@ -369,6 +400,7 @@ def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  
         check_same(r, known["content"], content)
         return set(known["bad"])
     check_model(r.config, given.prompts, given.eval_prompts, given.real)
+    if r.config.cluster.runtime_env: check_measures(r)
     bad = [names[Path(row["clip"])] for row in check_given_clips(r, given)]
     write_json(at, dict(bad=bad, content=content))
     return set(bad)
@@ -397,8 +429,8 @@ def check_input(config: Config):
     """Read everything a config names, without computing: UserError for the first thing that is wrong.
     What hub ids name is fetched, once nothing else is."""
     given = read_files(config)
-    for name in (config.evaluate.measure, config.candidates.scorer, config.votes.scorer):
-        if name: load_measure(name)
+    if not config.cluster.runtime_env:   # else `check_measures` looks where they are
+        for name in measures_of(config): load_measure(name)
     objective_of(config.align.objective, config.align.model_dump())
     check_model(config, given.prompts, given.eval_prompts, given.real)
     judge = check_judge_of(config, given.prompts)
@@ -505,10 +537,9 @@ def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evalua
 def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, candidate, clip, scores
     "Sample the evaluation clips and measure them."
     rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
-    paths, prompts = [folder / row["clip"] for row in rows], [row["prompt"] for row in rows]
-    scores = score_videos(load_measure(measure), paths, prompts) if measure else {}
-    for name, values in scores.items():
-        for row, value in zip(rows, values): row[name] = value.item()
+    if measure:
+        clips = [(row["prompt"], folder / row["clip"]) for row in rows]
+        rows = [row | own for row, own in zip(rows, measured(measure, clips, folder / "measured"))]
     write_table(folder / "scores.parquet", rows)
 
 # %% ../nbs/33_rounds.ipynb #2fe9ac27
@@ -680,14 +711,15 @@ def read_candidates(folder: Path) -> list[dict]:
 
 # %% ../nbs/33_rounds.ipynb #f5d7f60f
 def totals(
-    measure: str,       # "package.module:function"
-    paths: list[Path],
-    prompts: list[str],
+    measure: str,                    # "package.module:function"
+    clips: list[tuple[str, Path]],   # (prompt, path)
+    folder: Path | None = None,      # for shards; None: nothing is kept
 ) -> list[float]:
     "What a measure makes of clips on disk, all in all."
-    found = score_videos(load_measure(measure), paths, prompts)
-    if "total" not in found: raise UserError(f"measure {measure!r}: returns no total to rank by; return one")
-    return found["total"].tolist()
+    found = measured(measure, clips, folder)
+    if found and "total" not in found[0]:
+        raise UserError(f"measure {measure!r}: returns no total to rank by; return one")
+    return [row["total"] for row in found]
 
 # %% ../nbs/33_rounds.ipynb #dd9227bc
 def scores_of(
@@ -697,9 +729,7 @@ def scores_of(
 ) -> list[dict[str, float]]:         # score, and the judge's grade in every dimension
     "The judge's mean grade of every clip, or the total of `candidates.scorer`."
     dimensions, scorer = r.config.judge.dimensions, r.config.candidates.scorer
-    if scorer:
-        found = totals(scorer, [path for _, path in clips], [prompt for prompt, _ in clips])
-        return [dict(score=total) for total in found]
+    if scorer: return [dict(score=total) for total in totals(scorer, clips, shards)]
     grades = grades_of(r.judge(r.before("judge")), clips, dimensions, shards)
     return [dict(score=sum(own) / len(own)) | dict(zip(dimensions, own)) for own in grades]
 
@@ -756,11 +786,12 @@ def sample(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candi
 # %% ../nbs/33_rounds.ipynb #8b254bc6
 def with_truth(r: RoundFolder, pairs: list[dict]) -> list[dict]:
     "The same rows, with true totals beside the scores where a measure is configured; only the report reads them."
-    measure, prompts, folder = r.config.evaluate.measure, [pair["prompt"] for pair in pairs], r.folder / "candidates"
-    if not measure or not pairs: return pairs
-    winners = totals(measure, [folder / pair["clip_w"] for pair in pairs], prompts)
-    losers = totals(measure, [folder / pair["clip_l"] for pair in pairs], prompts)
-    return [pair | dict(total_w=w, total_l=l) for pair, w, l in zip(pairs, winners, losers)]
+    measure, folder = r.config.evaluate.measure, r.folder / "candidates"
+    if not measure: return pairs
+    def of(end):
+        clips = [(pair["prompt"], folder / pair[f"clip_{end}"]) for pair in pairs]
+        return totals(measure, clips, r.folder / f"ranking/truth_{end}")
+    return [pair | dict(total_w=w, total_l=l) for pair, w, l in zip(pairs, of("w"), of("l"))]
 
 # %% ../nbs/33_rounds.ipynb #8e8d4957
 @staged("ranking", lambda r: read_table(r.folder / "pairs.parquet"))
@@ -857,12 +888,11 @@ def relabelled(
     scorer: str,          # `votes.scorer`
     pairs: list[Pair],
     rows: list[dict],     # pseudo-labels, one a pair
+    folder: Path,         # for shards
 ) -> list[dict]:
     "The same rows with the labels of a scorer, all certain."
-    prompts = [pair.prompt for pair in pairs]
-    of_a = totals(scorer, [pair.a.path for pair in pairs], prompts)
-    of_b = totals(scorer, [pair.b.path for pair in pairs], prompts)
-    labels = [label_of(a - b) for a, b in zip(of_a, of_b)]
+    def of(side): return totals(scorer, [(pair.prompt, getattr(pair, side).path) for pair in pairs], folder / side)
+    labels = [label_of(a - b) for a, b in zip(of("a"), of("b"))]
     return [row | dict(label=label, kept=label != "tie", weight=1.) for row, label in zip(rows, labels)]
 
 # %% ../nbs/33_rounds.ipynb #2918553d
@@ -874,7 +904,7 @@ def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
                         reference=r.judge(earlier_judge(r)), by=part.by, min_gap=part.min_gap, early=part.early,
                         min_readable=r.config.judge.min_readable, folder=r.folder / "votes",
                         **r.config.pce.model_dump(), **r.sampling)
-    if part.scorer: rows = relabelled(part.scorer, pairs, rows)
+    if part.scorer: rows = relabelled(part.scorer, pairs, rows, r.folder / "votes/scores")
     named = [dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs]
     write_table(r.folder / "votes.parquet", [name | row for name, row in zip(named, rows)])
 

@@ -26,7 +26,7 @@ from .candidates import sample_candidates
 from .config import Config, parse_config
 from .core import UserError
 from .demo import demo_config, write_toy_input
-from .evaluate import load_measure, score_videos
+from .evaluate import measured
 from .monitor import above_reference, late_mean
 from .rounds import Round, grades_of, load_generator, run_round, totals
 from .stats import mean_ci, right
@@ -222,8 +222,7 @@ def chosen(row: dict, *keys: str) -> dict:
 # %% ../nbs/90_studies.ipynb #64b282e6
 def truths(r: Round, rows: list[dict], what: str) -> list[float]:
     "True totals of sampled clips."
-    paths, prompts = [r.folder / what / row["clip"] for row in rows], [row["prompt"] for row in rows]
-    return totals(r.config.evaluate.measure, paths, prompts)
+    return totals(r.config.evaluate.measure, [(row["prompt"], r.folder / what / row["clip"]) for row in rows])
 
 # %% ../nbs/90_studies.ipynb #ad829f31
 def labels_of(r: Round) -> list[dict]:
@@ -315,12 +314,8 @@ def evaluate_base(
     evaluate, prompts = config.evaluate, toy_prompts(144, "eval", job.seed)[:config.evaluate.prompts]
     rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.clips_per_prompt,
                              folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
-    paths, prompts = [Path(folder) / row["clip"] for row in rows], [row["prompt"] for row in rows]
-    scores = score_videos(load_measure(evaluate.measure), paths, prompts)
-    for i, row in enumerate(rows):
-        measured = {key: values[i].item() for key, values in scores.items()}
-        rows[i] = about | dict(prompt=row["prompt"], clip=row["candidate"]) | measured
-    return rows
+    scores = measured(evaluate.measure, [(row["prompt"], Path(folder) / row["clip"]) for row in rows])
+    return [about | dict(clip=row["candidate"]) | own for row, own in zip(rows, scores)]
 
 # %% ../nbs/90_studies.ipynb #ad5ad351
 def version() -> str:  # commit, with a + if files differ from it
