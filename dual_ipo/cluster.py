@@ -248,8 +248,9 @@ CORES = .5   # that Ray sets aside for a process: a gang finds room beside the w
 def pool(self: OnRay) -> list:
     "The actors, started when they are asked for first."
     needs = dict(num_cpus=CORES, num_gpus=self.gpus, max_restarts=-1, max_task_retries=self.failures)
-    actor = ray_or_not().remote(**needs, runtime_env=self.environment)(Worker)
-    try: self.actors = self.actors or [actor.remote() for _ in range(self.workers)]
+    try:
+        actor = ray_or_not().remote(**needs, runtime_env=self.environment)(Worker)
+        self.actors = self.actors or [actor.remote() for _ in range(self.workers)]
     except (TypeError, ValueError) as error: raise no_environment(error) from error
     return self.actors
 

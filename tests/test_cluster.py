@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from dual_ipo.cli import parser, start_run
-from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
+from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards, working
+from dual_ipo.config import ClusterPart
 from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.ending import main
 from dual_ipo.evaluate import measured
@@ -191,6 +192,47 @@ def test_a_measure_goes_through_the_workers(three, own, clips, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"^measure: ValueError \(no weights\) at own_measure.py:\d+; mend it$"):
         measured("own_measure:brightness", clips, tmp_path/"broken")
     for name in ("broken", "calls"): (own/name).unlink()
+
+
+@pytest.mark.timeout(600)
+def test_a_measure_has_an_environment_of_its_own(three, clips, tmp_path, monkeypatch):
+    "A package of another version, and one that only its workers have; the others come back, without it."
+    for name, text in {"own_measure.py": MEASURE.replace(".sqrt()", ".neg()"), "theirs.py": "VERSION = '2'"}.items():
+        (tmp_path/"other").mkdir(exist_ok=True)
+        (tmp_path/"other"/name).write_text(text, "utf-8")
+    (tmp_path/"other/with_theirs.py").write_text(
+        "import os, theirs, torch\ndef measure(videos, prompts):\n"
+        "    return dict(total=torch.full((len(prompts),), float(theirs.VERSION + os.environ['X'])))\n", "utf-8")
+    three.dismiss()
+    monkeypatch.setattr(three, "workers", 1)
+    environment = dict(env_vars=dict(PYTHONPATH=f"{tmp_path/'other'}{os.pathsep}{os.environ['PYTHONPATH']}", X="5"))
+    monkeypatch.setattr(three, "runtime_env", environment)
+    assert {row["total"] for row in measured("with_theirs:measure", clips[:2], tmp_path/"with")} == {25.}
+    assert all(row["total"] < 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
+    assert three.environment is None and not three.actors
+    monkeypatch.setattr(three, "runtime_env", None)
+    assert all(row["total"] > 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
+    with pytest.raises(UserError, match="measure 'with_theirs:measure': No module named 'with_theirs'; install it"):
+        measured("with_theirs:measure", clips[:2], tmp_path/"without")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("environment,why", [
+    (dict(env_vars=5), "object of type"), (dict(working_dir="here"), "here is not a valid path"),
+    (dict(pip=["no-such-package-of-theirs==9"]), "No module named 'virtualenv'|no-such-package-of-theirs|pip")])
+def test_an_environment_that_cannot_be_made_is_one_line(three, clips, tmp_path, monkeypatch, environment, why):
+    monkeypatch.setattr(three, "runtime_env", environment)
+    monkeypatch.setattr(three, "workers", 1)
+    with pytest.raises(UserError) as error: measured("own_measure:brightness", clips[:2], tmp_path/"measured")
+    line = str(error.value)
+    assert line.startswith("cluster.runtime_env: Ray cannot make it (") and re.search(why, line), line
+    assert "\n" not in line and not three.actors
+
+
+def test_an_environment_is_for_workers():
+    assert ClusterPart(runtime_env=dict(pip=["x==1"])).runtime_env == dict(pip=["x==1"])
+    with pytest.raises(UserError, match="cluster.runtime_env: is for Ray's workers, and here there are none; say `--"):
+        working("here", ClusterPart(runtime_env=dict(pip=["x==1"])))
 
 
 def test_a_measure_goes_on_where_it_stood(own, clips, tmp_path):

@@ -2,20 +2,25 @@
 import json
 import math
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 
 from dual_ipo import served as module
+from dual_ipo.cli import start_run
 from dual_ipo.config import parse_config
-from dual_ipo.core import Pair, UserError, Video, noise
+from dual_ipo.core import Pair, UserError, Video, VideoFile, noise
 from dual_ipo.cot import DIMENSIONS, clip_item
 from dual_ipo.reward import Judge
+from dual_ipo.rounds import run_round
 from dual_ipo.served import Endpoints, open_served
 from dual_ipo.srpo import cold_start
+from dual_ipo.store import read_table
 from dual_ipo.toyworld import CHECKPOINTS
 import serving
 from serving import image_at, served
+from test_runs import given, small_config, write   # noqa: F401
 
 
 def clip(*key): return Video((noise((9, 3, 32, 32), *key)*64 + 128).clamp(0, 255).byte(), 8.)
@@ -178,3 +183,31 @@ def test_configs_that_cannot_work_are_refused(part, changes, why):
     parse_config(HTTP, "run.yaml")
     with pytest.raises(UserError) as error: parse_config(HTTP | {part: HTTP[part] | changes}, "run.yaml")
     assert why in str(error.value)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_with_a_static_judge(judge, given, tmp_path, monkeypatch):   # noqa: F811
+    "Candidates are ranked by the grades of the judge at home; people's pairs measure it, and nothing is trained."
+    for where in (module, serving): monkeypatch.setattr(where, "TOP", 10**4)   # all, so that the grades are the same
+    judge.save(given/"learned")
+    config = small_config()
+    config["judge"] |= dict(path="learned", backend="http", max_new_tokens=4, batch_size=4)
+    config["srpo"]["steps"], config["candidates"]["prompts_per_round"], config["evaluate"]["prompts"] = 0, 3, 2
+    config["evaluate"]["measure"] = None
+    config["align"]["steps"] = 2
+    with served(judge) as (url, asked):
+        config["cluster"]["endpoints"] = [url]
+        run = start_run(Namespace(config=write(given, "served.yaml", config), out=tmp_path/"run"))
+        run_round(run, 0)
+        entry = run_round(run, 1)
+    folder = run.path/"round_01"
+    rows = read_table(folder/"scores.parquet")
+    clips = [(row["prompt"], VideoFile(folder/"candidates"/row["clip"])) for row in rows]
+    own = judge.grades(clips)
+    assert torch.allclose(torch.tensor([[row[d] for d in DIMENSIONS] for row in rows]), own, atol=2e-4)
+    assert [row["score"] for row in rows] == pytest.approx(own.mean(1).tolist(), abs=2e-4)
+    assert not (run.path/"round_00/judge").exists() and not (folder/"judge").exists()
+    assert entry["judge"]["n_pairs"] > 0 and 1 <= entry["judge"]["judged"] <= 5
+    config["cluster"]["endpoints"] = ["http://127.0.0.1:9/v1"]   # another address is no other run
+    with pytest.raises(UserError, match="judge http://127.0.0.1:9/v1: ConnectError.*; start it, or take it out of"):
+        start_run(Namespace(config=write(given, "served.yaml", config), out=tmp_path/"other"))
