@@ -19,8 +19,8 @@ from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.ending import main
 from dual_ipo.evaluate import measured
 from dual_ipo.plan import pool_seconds
-from dual_ipo.rounds import Round, run_round
-from dual_ipo.store import Run, read_table
+from dual_ipo.rounds import Round, RoundFolder, check_measures, run_round
+from dual_ipo.store import Run, is_done, read_table
 from dual_ipo.training import rank_slice, ranks, train
 from test_runs import given, small_config, write   # noqa: F401
 
@@ -210,6 +210,12 @@ def test_a_measure_has_an_environment_of_its_own(three, clips, tmp_path, monkeyp
     assert {row["total"] for row in measured("with_theirs:measure", clips[:2], tmp_path/"with")} == {25.}
     assert all(row["total"] < 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
     assert three.environment is None and not three.actors
+    config = small_config()
+    config["cluster"]["runtime_env"], config["evaluate"]["measure"] = environment, "with_theirs:measure"
+    config["candidates"]["scorer"] = "with_theirs:score"
+    with pytest.raises(UserError, match="measure 'with_theirs:score': with_theirs has no score; check the name"):
+        check_measures(RoundFolder(Run.open(tmp_path/"run", config), 0))
+    assert is_done(tmp_path/"run/round_00/input_check/measures/shard_0000")   # the other is there
     monkeypatch.setattr(three, "runtime_env", None)
     assert all(row["total"] > 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
     with pytest.raises(UserError, match="measure 'with_theirs:measure': No module named 'with_theirs'; install it"):
