@@ -413,7 +413,7 @@ def yaml_value(
     "A value as it stands in a YAML file, on one line."
     if isinstance(x, str):
         return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
-    return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
+    return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list | dict) else str(x)
 
 # %% ../nbs/06_config.ipynb #91907c11
 def commented_lines(
