@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'CORES', 'ENDED', 'Work', 'Here', 'place', 'at_place', 'in_shards', 'rows_in_shards', 'opened', 'Held',
-           'Worker', 'cause_of', 'divisor', 'ray_or_not', 'join', 'OnRay', 'chosen', 'gathered', 'working']
+           'Worker', 'cause_of', 'divisor', 'ray_or_not', 'own_folders', 'join', 'OnRay', 'no_environment', 'chosen',
+           'gathered', 'working']
 
 # %% ../nbs/09_cluster.ipynb #bbdf7b99
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,7 +17,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +61,10 @@ class Here:
     def train(self, run: Callable, batch_size: int):
         "Run a training."
         run()
+
+    def apart(self):
+        "A context for measures, see `OnRay.apart`."
+        return nullcontext()
 
 # %% ../nbs/09_cluster.ipynb #efac5927
 _place = [Here()]
@@ -181,6 +187,11 @@ def ray_or_not():
         raise UserError("several workers need Ray: pip install 'dual-ipo[ray]', or use `--on here`") from None
     return ray
 
+# %% ../nbs/09_cluster.ipynb #92e29aad
+def own_folders() -> list[str]:
+    "Where this process finds modules, but for what is installed: an environment of a measure's own has other releases."
+    return [path for path in sys.path if path and not {"site-packages", "dist-packages"} & {*Path(path).parts}]
+
 # %% ../nbs/09_cluster.ipynb #26cf107b
 def join(
     address: str | None = None,   # None: start one on this machine, which ends with this process
@@ -189,9 +200,8 @@ def join(
     "Connect this process with a Ray cluster. UserError where none answers."
     ray, handler, cores = ray_or_not(), signal.getsignal(signal.SIGTERM), max(os.cpu_count(), workers or 0)
     own = {} if address else dict(include_dashboard=False, num_cpus=cores)
-    importable = os.pathsep.join(path for path in sys.path if path)   # to processes that are started here, too
     try:
-        with mock.patch.dict(os.environ, PYTHONPATH=importable):
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(own_folders())):   # of what is started here, too
             ray.init(address, log_to_driver=False, logging_level="critical", **own)
     except ConnectionError:
         raise UserError(f"--on {address}: no Ray cluster answers there; start one or use `--on here`") from None
@@ -206,8 +216,10 @@ class OnRay:
         workers: int | None = None,  # None: as many as there are GPUs, or cores
         gpus: float = 1,             # a worker, where there are any
         failures: int = 3,           # how often a shard or a training may lose its worker
+        runtime_env: dict[str, object] | None = None,   # Ray's, of the workers that measure
     ):
         self.address, self.workers, self.gpus, self.failures, self.actors = address, workers, gpus, failures, []
+        self.runtime_env, self.environment = runtime_env, None   # to be used, and in use
 
     def __enter__(self):
         have = join(self.address, self.workers).cluster_resources()
@@ -223,6 +235,15 @@ class OnRay:
 
     def is_first(self) -> bool: return True
 
+# %% ../nbs/09_cluster.ipynb #582a5705
+def no_environment(
+    error: Exception,   # of Ray's, which quotes whole tracebacks
+) -> UserError:
+    "The line that says why there is no such environment."
+    said = [*filter(str.strip, str(error).splitlines()), type(error).__name__]
+    why = " ".join(next((line for line in said if re.match(r"\s*(\w+\.)*\w*Error: ", line)), said[0]).split())
+    return UserError(f"cluster.runtime_env: Ray cannot make it ({why:.300}); mend it, or set it to null")
+
 # %% ../nbs/09_cluster.ipynb #bed1b289
 CORES = .5   # that Ray sets aside for a process: a gang finds room beside the workers of shards, which wait
 
@@ -230,8 +251,10 @@ CORES = .5   # that Ray sets aside for a process: a gang finds room beside the w
 def pool(self: OnRay) -> list:
     "The actors, started when they are asked for first."
     needs = dict(num_cpus=CORES, num_gpus=self.gpus, max_restarts=-1, max_task_retries=self.failures)
-    actor = ray_or_not().remote(**needs)(Worker)
-    self.actors = self.actors or [actor.remote(self.threads) for _ in range(self.workers)]
+    try:
+        actor = ray_or_not().remote(**needs, runtime_env=self.environment)(Worker)
+        self.actors = self.actors or [actor.remote(self.threads) for _ in range(self.workers)]
+    except (TypeError, ValueError) as error: raise no_environment(error) from error
     return self.actors
 
 # %% ../nbs/09_cluster.ipynb #50d28bc4
@@ -240,6 +263,21 @@ def dismiss(self: OnRay):
     "End the actors."
     for actor in self.actors: ray_or_not().kill(actor)
     self.actors = []
+
+# %% ../nbs/09_cluster.ipynb #c92e7b5b
+@patch
+@contextmanager
+def apart(self: OnRay):
+    "Inside, work is done by workers in the environment that measures have, where they have one of their own."
+    if not self.runtime_env:
+        yield
+        return
+    self.dismiss()   # the others hold the GPUs
+    self.environment = self.runtime_env
+    try: yield
+    finally:
+        self.dismiss()
+        self.environment = None
 
 # %% ../nbs/09_cluster.ipynb #98fba11f
 ENDED = "most likely memory ran out: lower batch_size or take a machine with more, then run the same command again"
@@ -254,6 +292,7 @@ def hand_out(self: OnRay, work: Work, shards: list[tuple[Path, list]]) -> Iterat
         (done, *_), _ = ray.wait(list(running))
         actor, folder = running.pop(done)
         try: ray.get(done)
+        except ray.exceptions.RuntimeEnvSetupError as error: raise no_environment(error) from error
         except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
         except ray.exceptions.RayActorError as error:
             raise UserError(f"{folder}: its worker died {self.failures + 1} times; {ENDED}") from error
@@ -344,5 +383,9 @@ def working(
     on: str,   # of `gathered`
     part,      # the config's `cluster`
 ):
-    "A context in which work is done there."
-    return at_place(Here()) if on == "here" else OnRay(on, part.workers, part.gpus, part.failures)
+    "A context in which work is done there. UserError where measures cannot have the environment they are given."
+    if on != "here": return OnRay(on, part.workers, part.gpus, part.failures, part.runtime_env)
+    if part and part.runtime_env:
+        raise UserError("cluster.runtime_env: is for Ray's workers, and here there are none; "
+                        "say `--on auto` or an address, or set it to null")
+    return at_place(Here())

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Dtype', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'JudgePart', 'DataPart', 'ColdStartPart',
            'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given', 'VotesPart',
-           'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'Config', 'told', 'parse_config',
-           'refuse_folder', 'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines', 'commented_yaml',
-           'config_for']
+           'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'judge_stays', 'Config', 'told',
+           'parse_config', 'refuse_folder', 'read_config', 'choices_of', 'allowed', 'yaml_value', 'commented_lines',
+           'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -108,13 +109,14 @@ class JudgePart(Part):
     batch_size: int = key(8, "responses written and clips graded at once; halved by itself where memory ends", ge=1)
     checkpointing: bool | Literal["auto"] = key("auto",
         "compute activations twice to train in less memory; auto: from 1B parameters on a GPU")
-    backend: Literal["transformers", "vllm"] = key("transformers",
-        "what writes the responses; vllm has to be installed, and needs room beside the judge")
+    backend: Literal["transformers", "vllm", "http"] = key("transformers",
+        "who answers; vllm: has to be installed, and needs room beside the judge; http: cluster.endpoints do")
 
     @property
     def view(self) -> dict[str, int | str | None]:
         "What decides a judge's questions, for `Judge.load`."
         return dict(frames_per_video=self.frames_per_video, max_pixels=self.max_pixels, question=self.question)
+
 
 # %% ../nbs/06_config.ipynb #6ae47f6b
 class DataPart(Part):
@@ -274,6 +276,11 @@ class ClusterPart(Part):
     failures: int = key(3, "how often a shard or a training may lose its worker before the run ends", ge=0, le=100)
     fsdp: bool | Literal["auto"] = key("auto", "whether the workers of a training share out the weights, where all of "
         "a model learns; auto: from 5 billion on")
+    runtime_env: dict[str, object] | None = key(None,
+        "Ray's environment of the workers that run evaluate.measure and the scorers, say pip: [transformers==4.57.6]")
+    endpoints: list[str] = key([],
+        "for judge.backend http: where vLLM or SGLang serve the judge, such as http://host:8000/v1, a list")
+    timeout: float = key(600., "until a request to them is sent again, seconds", ge=.01, le=1e6)
 
 # %% ../nbs/06_config.ipynb #cb2cf861
 def votes_fit(
@@ -291,6 +298,21 @@ def votes_fit(
     if votes.early and (votes.by != "answers" or config.pce.use != "none"):
         raise ValueError("votes.early: grades and certainty need every path; set votes.by to answers and "
                          "pce.use to none, or early to false")
+    return config
+
+# %% ../nbs/06_config.ipynb #e5867853
+def judge_stays(
+    config,   # a `Config`
+):
+    "ValueError where a judge behind HTTP is to learn, or nobody serves it."
+    served, urls = config.judge.backend == "http", config.cluster.endpoints
+    if served and config.srpo.steps:
+        raise ValueError("srpo.steps: a judge behind HTTP is not trained; set it to 0, "
+                         "or judge.backend to transformers")
+    if served != bool(urls):
+        raise ValueError("cluster.endpoints: are what judge.backend http asks; give both, or neither")
+    if odd := [url for url in urls if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url)]:
+        raise ValueError(f"cluster.endpoints: {odd[0]!r:.80} is no address; write http://host:8000/v1")
     return config
 
 # %% ../nbs/06_config.ipynb #fe3d3507
@@ -312,6 +334,7 @@ class Config(Part):
     evaluate: EvaluatePart = EvaluatePart()
     cluster: ClusterPart = ClusterPart()
     whole_votes = model_validator(mode="after")(votes_fit)
+    static = model_validator(mode="after")(judge_stays)
 
 # %% ../nbs/06_config.ipynb #9c61d3b3
 def told(
@@ -392,7 +415,7 @@ def yaml_value(
     "A value as it stands in a YAML file, on one line."
     if isinstance(x, str):
         return yaml.dump(x, Dumper=Dumper, default_style='"', allow_unicode=True, width=10**9).rstrip()
-    return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list) else str(x)
+    return json.dumps(x, ensure_ascii=False) if x is None or isinstance(x, bool | list | dict) else str(x)
 
 # %% ../nbs/06_config.ipynb #91907c11
 def commented_lines(

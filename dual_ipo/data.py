@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['LABELS', 'BENCH_COLUMNS', 'PAIR_COLUMNS', 'stays_in', 'inside', 'PairRow', 'are_reasons', 'parse_rationale',
            'PairTable', 'label_of', 'check_agreement', 'pair_row', 'read_pairs', 'save_videos', 'write_pairs',
-           'clip_rows', 'read_clips', 'clip_fault', 'check_clips']
+           'clip_rows', 'read_clips', 'clip_fault', 'clip_faults', 'check_clips']
 
 # %% ../nbs/03_data.ipynb #0e0e8dfe
 import csv, io, json, os, re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .core import Pair, UserError, Video, VideoFile, check_clip, resample, seed_of
 from .prompts import clean_prompt, parse_json, read_csv, read_text
-from .store import atomic_write, progress
+from .store import atomic_write
 
 # %% ../nbs/03_data.ipynb #2fdf1ef0
 def stays_in(
@@ -259,20 +259,28 @@ def clip_fault(
         resample(VideoFile(path), size[0], fps)
     except UserError as error: return str(error).removeprefix(f"{path}: ")
 
+# %% ../nbs/03_data.ipynb #3714d88b
+def clip_faults(
+    paths: list[Path],
+    size: tuple[int, int, int] | None, fps: float = 16.,   # as of `clip_fault`
+) -> list[str | None]:
+    "What is wrong with each of some clips, looked at side by side."
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+        return list(pool.map(lambda path: clip_fault(path, size, fps), paths))
+
 # %% ../nbs/03_data.ipynb #70576337
 def check_clips(
     paths: list[Path],                   # of clips, repeats are fine
     size: tuple[int, int, int] | None,   # (T, H, W) of the generator that learns from them; None: any will do
     max_bad_share: float,                # of the clips, 0..1
     fps: float = 16.,                    # the generator's, to which they will be resampled
+    faults_of: Callable = clip_faults,   # what looks at them
 ) -> tuple[list[Path], list[dict[str, str]]]:   # (good ones, rows of clip and reason)
     "Decode every clip once; UserError when more than `max_bad_share` of them, or all, are bad."
     paths, good, bad = list(dict.fromkeys(map(Path, paths))), [], []
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        faults = pool.map(lambda path: clip_fault(path, size, fps), paths)
-        for path, fault in zip(paths, progress(faults, "check clips", total=len(paths))):
-            if fault is None: good.append(path)
-            else: bad.append(dict(clip=str(path), reason=fault))
+    for path, fault in zip(paths, faults_of(paths, size, fps), strict=True):
+        if fault is None: good.append(path)
+        else: bad.append(dict(clip=str(path), reason=fault))
     if len(bad) > max_bad_share*len(paths) or (bad and not good):
         raise UserError(f"{len(bad)} of {len(paths)} clips are bad, too many for max_bad_share={max_bad_share}; "
                         f"replace them or raise it; the first: {bad[0]['clip']} {bad[0]['reason']}")

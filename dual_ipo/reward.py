@@ -291,15 +291,21 @@ def template(self: VLM,
 
 # %% ../nbs/13_reward.ipynb #175893f1
 @patch
-def chat(self: VLM, item: Item) -> str:
-    "The question as the model's chat template writes it."
+def parts(self: VLM, item: Item) -> list[str | None]:   # texts, and None for each image
+    "A question in the order in which it is read."
     n = self.frames_per_video
     images = [None]*(len(item.videos)*n)
-    if self.question == "short": return self.template(*images, item.text)
+    if self.question == "short": return [*images, item.text]
     asked = "\n\n" + (item.explained or item.text)
-    if not self.in_order: return self.template(*images, frame_list(item.videos, n) + asked)
+    if not self.in_order: return [*images, frame_list(item.videos, n) + asked]
     labelled = chain.from_iterable((label, None) for label in frame_labels(item.videos, n))
-    return self.template(*labelled, asked)
+    return [*labelled, asked]
+
+# %% ../nbs/13_reward.ipynb #ff8db870
+@patch
+def chat(self: VLM, item: Item) -> str:
+    "The question as the model's chat template writes it."
+    return self.template(*self.parts(item))
 
 # %% ../nbs/13_reward.ipynb #779a37c8
 @patch

@@ -13,16 +13,18 @@ import torch
 import yaml
 
 from dual_ipo.cli import parser, start_run
-from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
-from dual_ipo.core import UserError, noise
+from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards, working
+from dual_ipo.config import ClusterPart
+from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.cot import cold_start_items, pair_response
 from dual_ipo.data import read_pairs
 from dual_ipo.ending import main
+from dual_ipo.evaluate import measured
 from dual_ipo.plan import pool_seconds
 from dual_ipo.reward import Judge
-from dual_ipo.rounds import Round, run_round
+from dual_ipo.rounds import Round, RoundFolder, check_measures, run_round
 from dual_ipo.srpo import cold_start, srpo
-from dual_ipo.store import Run, read_table
+from dual_ipo.store import Run, is_done, read_table
 from dual_ipo.training import rank_slice, ranks, train
 from test_runs import given, small_config, write   # noqa: F401
 
@@ -76,8 +78,32 @@ def test_files_for_clusters_say_commands_that_there_are():
         assert parser().parse_args(command).on, name
 
 
+MEASURE = """
+import os, pathlib
+def brightness(videos, prompts):
+    "Notes every call; where there is a file `kill`, the call on the clip of that number ends its process."
+    here = pathlib.Path(__file__).parent
+    with open(here/"calls", "a") as file: file.write(f"{prompts[0]} {len(prompts)}\\n")
+    if (here/"kill").exists() and prompts[0] == (here/"kill").read_text():
+        (here/"kill").unlink()
+        os.kill(os.getpid(), 9)
+    if (here/"broken").exists(): raise ValueError("no weights")
+    return dict(total=videos.float().mean((1, 2, 3, 4)).sqrt())
+"""
+
+
 @pytest.fixture(scope="module")
-def three():
+def own(tmp_path_factory):
+    "A folder of one's own modules, which workers see too."
+    folder = tmp_path_factory.mktemp("own")
+    (folder/"own_measure.py").write_text(MEASURE, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def three(own):
     "Three workers on this machine."
     pytest.importorskip("ray")
     with OnRay(workers=3) as where: yield where
@@ -134,6 +160,107 @@ def test_an_error_of_a_worker_is_ours(three, tmp_path):
         rows_in_shards(list(range(20)), 3, tmp_path/"ray", "pixels", wrong)
     with pytest.raises(UserError, match="lr: is wrong"):
         three.train(lambda: exec('raise UserError("lr: is wrong")', dict(UserError=UserError)), 2)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    "Seventy clips with prompts, three shards of them."
+    found = []
+    for i in range(70):
+        video = (noise((5, 3, 16, 16), "clip", i)*30 + 128).clamp(0, 255).byte()
+        write_mp4(tmp_path/f"{i}.mp4", video, 8)
+        found.append((f"prompt {i}", tmp_path/f"{i}.mp4"))
+    return found
+
+
+def calls(own):
+    "What the measure was asked, and forget it."
+    lines = (own/"calls").read_text("utf-8").splitlines()
+    (own/"calls").unlink()
+    return sorted(lines)
+
+
+@pytest.mark.timeout(600)
+def test_a_measure_goes_through_the_workers(three, own, clips, tmp_path, monkeypatch):
+    "The scores of one process, bit for bit, a worker killed in it; a broken measure is one line."
+    with at_place(Here()): rows = measured("own_measure:brightness", clips, tmp_path/"here")
+    every = sorted(["prompt 0 32", "prompt 32 32", "prompt 64 6"])
+    assert calls(own) == every and len({row["total"] for row in rows}) > 60
+    three.dismiss()
+    monkeypatch.setattr(three, "workers", 2)
+    (own/"kill").write_text("prompt 32")
+    assert measured("own_measure:brightness", clips, tmp_path/"ray") == rows
+    assert content(tmp_path/"here") == content(tmp_path/"ray")
+    assert calls(own) == sorted([*every, "prompt 32 32"])   # one shard is made again
+    (own/"broken").touch()
+    with pytest.raises(UserError, match=r"^measure: ValueError \(no weights\) at own_measure.py:\d+; mend it$"):
+        measured("own_measure:brightness", clips, tmp_path/"broken")
+    for name in ("broken", "calls"): (own/name).unlink()
+
+
+@pytest.mark.timeout(600)
+def test_a_measure_has_an_environment_of_its_own(three, clips, tmp_path, monkeypatch):
+    "A package of another version, and one that only its workers have; the others come back, without it."
+    for name, text in {"own_measure.py": MEASURE.replace(".sqrt()", ".neg()"), "theirs.py": "VERSION = '2'"}.items():
+        (tmp_path/"other").mkdir(exist_ok=True)
+        (tmp_path/"other"/name).write_text(text, "utf-8")
+    (tmp_path/"other/with_theirs.py").write_text(
+        "import os, theirs, torch\ndef measure(videos, prompts):\n"
+        "    return dict(total=torch.full((len(prompts),), float(theirs.VERSION + os.environ['X'])))\n", "utf-8")
+    three.dismiss()
+    monkeypatch.setattr(three, "workers", 1)
+    environment = dict(env_vars=dict(PYTHONPATH=f"{tmp_path/'other'}{os.pathsep}{os.environ['PYTHONPATH']}", X="5"))
+    monkeypatch.setattr(three, "runtime_env", environment)
+    assert {row["total"] for row in measured("with_theirs:measure", clips[:2], tmp_path/"with")} == {25.}
+    assert all(row["total"] < 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
+    assert three.environment is None and not three.actors
+    config = small_config()
+    config["cluster"]["runtime_env"], config["evaluate"]["measure"] = environment, "with_theirs:measure"
+    config["candidates"]["scorer"] = "with_theirs:score"
+    with pytest.raises(UserError, match="measure 'with_theirs:score': with_theirs has no score; check the name"):
+        check_measures(RoundFolder(Run.open(tmp_path/"run", config), 0))
+    assert is_done(tmp_path/"run/round_00/input_check/measures/shard_0000")   # the other is there
+    monkeypatch.setattr(three, "runtime_env", None)
+    assert all(row["total"] > 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
+    with pytest.raises(UserError, match="measure 'with_theirs:measure': No module named 'with_theirs'; install it"):
+        measured("with_theirs:measure", clips[:2], tmp_path/"without")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("environment,why", [
+    (dict(env_vars=5), "object of type"), (dict(working_dir="here"), "here is not a valid path"),
+    (dict(pip=["no-such-package-of-theirs==9"]), "No module named 'virtualenv'|no-such-package-of-theirs|pip")])
+def test_an_environment_that_cannot_be_made_is_one_line(three, clips, tmp_path, monkeypatch, environment, why):
+    monkeypatch.setattr(three, "runtime_env", environment)
+    monkeypatch.setattr(three, "workers", 1)
+    with pytest.raises(UserError) as error: measured("own_measure:brightness", clips[:2], tmp_path/"measured")
+    line = str(error.value)
+    assert line.startswith("cluster.runtime_env: Ray cannot make it (") and re.search(why, line), line
+    assert "\n" not in line and not three.actors
+
+
+def test_an_environment_is_for_workers():
+    assert ClusterPart(runtime_env=dict(pip=["x==1"])).runtime_env == dict(pip=["x==1"])
+    with pytest.raises(UserError, match="cluster.runtime_env: is for Ray's workers, and here there are none; say `--"):
+        working("here", ClusterPart(runtime_env=dict(pip=["x==1"])))
+
+
+def test_a_measure_goes_on_where_it_stood(own, clips, tmp_path):
+    "A process killed in the second shard leaves the first; a measure that was changed starts anew."
+    script = tmp_path/"run.py"
+    script.write_text("import sys, pathlib\nfrom dual_ipo.evaluate import measured\n"
+                      "clips = [(f'prompt {i}', pathlib.Path(sys.argv[1])/f'{i}.mp4') for i in range(70)]\n"
+                      "measured('own_measure:brightness', clips, pathlib.Path(sys.argv[1])/'here')\n", "utf-8")
+    (own/"kill").write_text("prompt 32")
+    path = os.pathsep.join([str(own), *filter(None, sys.path)])
+    ended = subprocess.run([sys.executable, script, tmp_path], env=os.environ | dict(PYTHONPATH=path))
+    assert ended.returncode == -signal.SIGKILL and calls(own) == ["prompt 0 32", "prompt 32 32"]
+    with at_place(Here()):
+        measured("own_measure:brightness", clips, tmp_path/"here")
+        assert calls(own) == ["prompt 32 32", "prompt 64 6"]
+        with open(own/"own_measure.py", "a", encoding="utf-8") as file: file.write("# mended\n")
+        measured("own_measure:brightness", clips, tmp_path/"here")
+        assert len(calls(own)) == 3
 
 
 def regression(folder, dies_at=None):
