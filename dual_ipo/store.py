@@ -7,13 +7,13 @@ __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'check_kin
            'expanded_length', 'write_yaml', 'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done',
            'remembered', 'marks_of', 'whole', 'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors',
            'read_tensors', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree',
-           'mark_done', 'stage', 'first_difference', 'portable', 'located', 'moved_path', 'portable_config',
-           'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary',
-           'read_entries', 'Run', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
-           'is_number', 'read_progress']
+           'mark_done', 'whole_folder', 'stage', 'first_difference', 'portable', 'located', 'moved_path',
+           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry',
+           'Summary', 'read_entries', 'Run', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress',
+           'progress', 'is_number', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
-import errno, fcntl, hashlib, json, math, os, re, shutil, time, zlib
+import errno, fcntl, glob, hashlib, json, math, os, re, shutil, time, zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from .core import MISSING, Pair, UserError, Video, VideoFile, sync_folder, warn_once, whole_file
+from .core import (MISSING, Pair, UserError, Video, VideoFile, beside_name, sweep, sync_folder, warn_once,
+                            whole_file)
 from .prompts import read_text
 
 # %% ../nbs/02_store.ipynb #84f8fcb1
@@ -370,6 +371,22 @@ def mark_done(
     write_json(Path(folder)/"DONE", facts | dict(files=checksums(Path(folder))))
     sync_folder(Path(folder).parent)
 
+# %% ../nbs/02_store.ipynb #55c49b8d
+@contextmanager
+def whole_folder(
+    path,   # the folder to come, not there yet
+):
+    "Yield a folder to write to; it becomes `path` when the block ends well, and goes when it doesn't."
+    path, beside = Path(path), beside_name(path)
+    beside.mkdir(parents=True)
+    sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    try:
+        yield beside
+        sync_tree(beside)
+        os.rename(beside, path)
+        sync_folder(path.parent)
+    finally: shutil.rmtree(beside, ignore_errors=True)
+
 # %% ../nbs/02_store.ipynb #f4410084
 @contextmanager
 def stage(
@@ -564,7 +581,7 @@ class Run:
     ):
         "Be the only one at work on this run, and sweep what killed writers left."
         with lock(self.path/".lock", wait):
-            for leftover in self.path.rglob(".*.tmp"): leftover.unlink()
+            sweep(self.path)
             yield self
 
 # %% ../nbs/02_store.ipynb #2e4bfcde
@@ -673,7 +690,7 @@ def report_progress(
     path, elapsed = Path(_progress["path"]), time.monotonic() - start
     eta = elapsed/(done - first)*(total - done) if done > first else None
     record = dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = beside_name(path)
     beside.write_text(json.dumps(record), "utf-8")
     os.replace(beside, path)
 
