@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import torch
 from fastcore.basics import patch
 
 from .checkpoints import in_a_line
-from .core import UserError
+from .core import UserError, beside_name
 from .store import digest, progress, read_table, stage, write_table
 from .training import groups_of, ranks
 
@@ -56,7 +55,7 @@ class Here:
         "What `load(*args)` opens."
         return load(*args)
 
-    def train(self, run: Callable, batch_size: int):
+    def train(self, run: Callable, batch_size: int, folder: Path):
         "Run a training."
         run()
 
@@ -280,31 +279,38 @@ def model(self: OnRay, load: Callable, facts: Callable, *args) -> Held:
 
 # %% ../nbs/09_cluster.ipynb #fd8e308e
 @patch
-def gang(self: OnRay, run: Callable, n: int, folder: str):
+def gang(self: OnRay, run: Callable, n: int, notes: Path):
     "Run a training in n processes; what a rank raises is raised here."
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     def on_each_rank():
         ranks()   # before anything else: it chooses the rank's GPU
         run()
-    needs = dict(CPU=CORES) | (dict(GPU=self.gpus) if self.gpus else {})
+    needs, config = dict(CPU=CORES), RunConfig(storage_path=str(notes.absolute()))
+    if self.gpus: needs["GPU"] = self.gpus
     scaling = ScalingConfig(num_workers=n, use_gpu=self.gpus > 0, resources_per_worker=needs)
-    try: TorchTrainer(on_each_rank, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+    try: TorchTrainer(on_each_rank, scaling_config=scaling, run_config=config).fit()
     except Exception as error: raise cause_of(error) from None
 
 # %% ../nbs/09_cluster.ipynb #a3d565a1
 @patch
-def train(self: OnRay, run: Callable, batch_size: int):
+def train(self: OnRay,
+    run: Callable,
+    batch_size: int,
+    folder: Path,      # of the training, which all machines see; nothing is left in it
+):
     "Run a training on as many workers as share its batch evenly, again where one of them is lost."
+    notes = beside_name(Path(folder)/"gang")
     n, free = divisor(self.workers, batch_size), ray_or_not().available_resources()
     if free.get("GPU", 0) < n * self.gpus or free.get("CPU", 0) < n * CORES: self.dismiss()
     for left in reversed(range(self.failures + 1)):
         try:
-            with tempfile.TemporaryDirectory() as folder: return self.gang(run, n, folder)
+            return self.gang(run, n, notes)
         except FINAL: raise
         except Exception as error:   # of a worker that is no more, or of those that waited for it
             times = f"training: failed {self.failures + 1} times, at last with {in_a_line(error)}"
             if not left: raise UserError(f"{times}; {ENDED}") from error
+        finally: shutil.rmtree(notes, ignore_errors=True)
 
 # %% ../nbs/09_cluster.ipynb #ba7a9d56
 def chosen(

@@ -191,13 +191,17 @@ def sampling(self: Round) -> dict: return voting_of(self.config)
 
 # %% ../nbs/33_rounds.ipynb #1015c3f6
 @patch
-def train(self: Round, run: Callable, batch_size: int):
+def train(self: Round,
+    run: Callable,
+    batch_size: int,
+    name: str,         # of the stage
+):
     "Run a training where work is done; its progress is this round's."
     driver = os.getpid()
     def with_progress():
         if os.getpid() != driver: set_progress_file(self.run.path / "progress.json", self.k)   # in a gang
         run()
-    place().train(with_progress, batch_size)
+    place().train(with_progress, batch_size, self.folder / name)
 
 # %% ../nbs/33_rounds.ipynb #bdc0faa5
 def add_seconds(folder: Path, name: str, seconds: float):
@@ -455,7 +459,7 @@ def start_judge(r: Round, pairs: PairTable) -> list[dict]:  # history, a row a s
     def learn():
         cold_start(judge, items, r.folder / "cold_start", seed=seed, checkpointing=part.checkpointing, **settings)
         save_judge(r, judge)
-    r.train(learn, settings["batch_size"])
+    r.train(learn, settings["batch_size"], "cold_start")
 
 # %% ../nbs/33_rounds.ipynb #1f6914ed
 def with_their_reasons(
@@ -794,7 +798,7 @@ def update_generator(
         if not ranks().is_main_process: return
         if found: write_json(folder / "anomaly.json", found)
         model.save(r.folder / "generator")
-    r.train(learn, part.batch_size)
+    r.train(learn, part.batch_size, "align")
 
 # %% ../nbs/33_rounds.ipynb #61414053
 def clip_pairs(
@@ -902,7 +906,7 @@ def train_judge(
         srpo(judge, pairs, rows, r.folder / "srpo", seed=seed, human=items, dimensions=r.sampling["dimensions"],
              checkpointing=part.checkpointing, **settings | dict(steps=steps))
         save_judge(r, judge)
-    r.train(learn, settings["batch_size"])
+    r.train(learn, settings["batch_size"], "srpo")
 
 # %% ../nbs/33_rounds.ipynb #db872a4d
 def update_judge(
