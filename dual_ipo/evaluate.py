@@ -110,7 +110,7 @@ def score_videos(
     for i in range(0, len(prompts), batch):
         clips = videos[i:i + batch]
         if not isinstance(clips, Tensor): clips = torch.stack([read_mp4(whole(path))[0] for path in clips])
-        parts.append(check_scores(ask(measure, clips, prompts[i:i + batch]), len(clips)))
+        parts.append(check_scores(ask(measure, clips, list(prompts[i:i + batch])), len(clips)))
         check_names(list(parts[0]), list(parts[-1]))
     def column(name): return torch.cat([part[name].float().cpu() for part in parts])
     return {name: column(name) for name in parts[0]}
