@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'load_judge',
-           'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'stage_of', 'staged',
-           'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model', 'Input',
-           'read_files', 'root_of', 'clip_names', 'content_digests', 'content_of', 'check_same', 'check_given_clips',
-           'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated',
-           'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator',
-           'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row',
-           'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply',
-           'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
-           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
-           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
-           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'forget_optimizers',
+           'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model',
+           'Input', 'read_files', 'root_of', 'clip_names', 'content_digests', 'content_of', 'check_same',
+           'check_given_clips', 'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated',
+           'write_annotated', 'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips',
+           'evaluate_generator', 'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of',
+           'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round',
+           'sample_cheaply', 'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling',
+           'sample_all', 'sample', 'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead',
+           'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote',
+           'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -211,6 +211,14 @@ def add_seconds(folder: Path, name: str, seconds: float):
     known = read_json(at, dict[str, float]) if at.exists() else {}
     write_json(at, known | {name: round(known.get(name, 0) + seconds, 1)})
 
+# %% ../nbs/33_rounds.ipynb #dbf3eff0
+def forget_optimizers(
+    folder: Path,   # of a stage that is done
+):
+    "Remove what only a training that goes on would read: two thirds of its checkpoint."
+    for steps in ("step_*", "expert_*/step_*"):
+        for state in folder.glob(f"{steps}/adam.safetensors"): state.unlink()
+
 # %% ../nbs/33_rounds.ipynb #031a4a8a
 @contextmanager
 def stage_of(r: RoundFolder, name: str):
@@ -224,6 +232,7 @@ def stage_of(r: RoundFolder, name: str):
         memory = whole_bytes(torch.device("cuda")) if torch.cuda.is_available() else 0
         raise UserError(out_of_memory(r.config, name, memory, ranks().num_processes)) from error
     if todo: add_seconds(r.folder, name, time.time() - began)
+    forget_optimizers(r.folder / name)
 
 # %% ../nbs/33_rounds.ipynb #78968ec1
 def staged(

@@ -408,7 +408,9 @@ def read_tables(
     paths: Iterable,
 ) -> Rows:
     "The rows of several tables, one after the other."
-    return Rows(one_table([read_rows(path).table for path in paths]))
+    parts, tables = [], (read_rows(path).table for path in paths)
+    while some := list(islice(tables, 64)): parts.append(one_table(some))   # a small one takes three times its data
+    return Rows(one_table(parts))
 
 # %% ../nbs/02_store.ipynb #210e3b9b
 def write_tensors(

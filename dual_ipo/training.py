@@ -245,9 +245,10 @@ def load_checkpoint(
     check_checkpoint(newest, saved, parameters, settings)
     with torch.no_grad():
         for name, p in parameters.items(): p.copy_(saved[name])
-    load_adam(adam, parameters, read_tensors(newest/"adam.safetensors"))
+    step = read_json(newest/"DONE")["step"]
+    if step < settings["steps"]: load_adam(adam, parameters, read_tensors(newest/"adam.safetensors"))
     if ranks().is_main_process: keep_only(newest)
-    return read_json(newest/"DONE")["step"], read_table(newest/"history.parquet")
+    return step, read_table(newest/"history.parquet")
 
 # %% ../nbs/04_training.ipynb #2b00cf61
 @contextmanager
