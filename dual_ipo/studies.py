@@ -315,11 +315,11 @@ def evaluate_base(
     rows = sample_candidates(load_generator(config, path), prompts, per_prompt or evaluate.clips_per_prompt,
                              folder, f"{job.seed} evaluate", 0, batch_size=config.generator.batch_size)
     paths, prompts = [Path(folder) / row["clip"] for row in rows], [row["prompt"] for row in rows]
-    scores = score_videos(load_measure(evaluate.measure), paths, prompts)
+    scores, found = score_videos(load_measure(evaluate.measure), paths, prompts), []
     for i, row in enumerate(rows):
         measured = {key: values[i].item() for key, values in scores.items()}
-        rows[i] = about | dict(prompt=row["prompt"], clip=row["candidate"]) | measured
-    return rows
+        found.append(about | dict(prompt=row["prompt"], clip=row["candidate"]) | measured)
+    return found
 
 # %% ../nbs/90_studies.ipynb #ad5ad351
 def version() -> str:  # commit, with a + if files differ from it
