@@ -10,7 +10,6 @@ __all__ = ['candidate_row', 'sample_shard', 'made_with', 'per_shard', 'sample_ca
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .cluster import in_shards
 from .core import Pair, UserError, Video, generator, write_mp4
-from .store import read_table, whole, write_table, write_tensors
+from .store import Rows, arrow_of, read_tables, whole, write_table, write_tensors
 from .training import Room
 
 # %% ../nbs/23_candidates.ipynb #a2725d22
@@ -87,7 +86,7 @@ def sample_candidates(
     what: str = "candidates",    # on the progress bar
     only: dict[str, list[int]] | None = None,   # prompt → candidates to make, of the n; None: all
     sampling=None,               # a `Sampling`; None: the model's
-) -> list[dict]:                 # the rows of all shards, in the order of the prompts
+) -> Rows:                       # of all shards, in the order of the prompts
     "Sample `n` clips per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
     room, sampling = Room(batch_size, what), sampling or model.sampling
@@ -102,7 +101,7 @@ def sample_candidates(
     made_of = n, str(named), round, made_with(model, sampling)
     size = prompts_per_shard or per_shard(batch_size)
     shards = in_shards(list(enumerate(prompts)), size, folder, what, make, *made_of, name=name)
-    return list(chain.from_iterable(read_table(path/"table.parquet") for path in shards))
+    return read_tables(path/"table.parquet" for path in shards)
 
 # %% ../nbs/23_candidates.ipynb #5502d851
 def best_worst(
@@ -137,14 +136,14 @@ def both_ends(
 
 # %% ../nbs/23_candidates.ipynb #96266df9
 def by_prompt(
-    rows: list[dict],            # of `sample_candidates`
+    rows: Rows,                  # of `sample_candidates`
     scores: Tensor,              # [len(rows)], NaN: no verdict
 ) -> dict[int, list[int]]:       # prompt → places in `rows`
     "The candidates of each prompt that have a score."
     if len(scores) != len(rows): raise ValueError(f"{len(scores)} scores for {len(rows)} candidates")
     groups = {}
-    for i, row in enumerate(rows):
-        if scores[i].isfinite(): groups.setdefault(row["prompt_index"], []).append(i)
+    for i, (index, is_scored) in enumerate(zip(rows.column("prompt_index"), scores.isfinite().tolist())):
+        if is_scored: groups.setdefault(index, []).append(i)
     return groups
 
 # %% ../nbs/23_candidates.ipynb #3f7970f1
@@ -162,23 +161,23 @@ def pair_row(
 
 # %% ../nbs/23_candidates.ipynb #d72141db
 def make_pairs(
-    rows: list[dict],            # of `sample_candidates`
+    rows: Rows,                  # of `sample_candidates`
     scores: list[float],         # [len(rows)], larger is better; NaN: no verdict
     how: str = "best_worst",     # or "random"
     min_margin: float = 0.,      # score_w − score_l must be more than this
-) -> list[dict]:                 # a row per pair, in the order of the prompts
+) -> Rows:                       # a row per pair, in the order of the prompts
     "One winner and one loser per prompt."
     if how not in ("best_worst", "random"):
         raise UserError(f"pairs: {how!r} is not a way to pair; use best_worst or random")
-    scores, pairs = torch.as_tensor(scores, dtype=torch.float64), []
-    for index, group in by_prompt(rows, scores).items():
-        if len(group) < 2: continue
-        first, own = rows[group[0]], scores[group]
-        two = best_worst(own) if how == "best_worst" else random_two(own, first["named"], first["round"], index)
-        w, l = (group[i] for i in two)
-        if scores[w] - scores[l] <= min_margin: continue
-        pairs.append(pair_row(rows[w], rows[l], scores[w].item(), scores[l].item(), len(group)))
-    return pairs
+    scores, chosen = torch.as_tensor(scores, dtype=torch.float64), []
+    groups = [group for group in by_prompt(rows, scores).values() if len(group) > 1]
+    for group, first in zip(groups, rows.take([group[0] for group in groups])):
+        own, keys = scores[group], [first[key] for key in ("named", "round", "prompt_index")]
+        w, l = (group[i] for i in (best_worst(own) if how == "best_worst" else random_two(own, *keys)))
+        if scores[w] - scores[l] > min_margin: chosen.append((w, l, len(group)))
+    winners, losers, n = zip(*chosen) if chosen else [()]*3
+    both = rows.take(winners), rows.take(losers), scores[[*winners]].tolist(), scores[[*losers]].tolist(), n
+    return Rows(arrow_of(pair_row(*each) for each in zip(*both)))
 
 # %% ../nbs/23_candidates.ipynb #8e43a2e8
 @lru_cache(256)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BAR', 'ROUND', 'KEEP_MEMORY', 'count', 'share', 'price', 'ON', 'StageBar', 'bars', 'where', 'execute_round', 'stops',
            'keep_freed_memory', 'run_all', 'old_and_new', 'between', 'Parser', 'check_names', 'add_demo', 'add_init',
-           'add_run', 'add_plan', 'add_gate', 'add_export', 'parser', 'check_toy', 'start_demo', 'write_config',
-           'go_on', 'named_after', 'start_run', 'planned', 'gated', 'exported', 'reported', 'check_ray', 'finished',
-           'command']
+           'add_run', 'add_plan', 'add_gate', 'add_export', 'add_clean', 'parser', 'check_toy', 'start_demo',
+           'write_config', 'go_on', 'named_after', 'start_run', 'planned', 'gated', 'exported', 'cleaned', 'reported',
+           'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -244,13 +244,19 @@ def add_export(commands):
     export.add_argument("--out", type=Path, help="folder (default RUN/export/NAME-roundK-FORMAT)")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub, private if the repository is new")
 
+# %% ../nbs/60_cli.ipynb #c6c14061
+def add_clean(commands):
+    clean = commands.add_parser("clean", help="free what the finished rounds of a run no longer need, said first")
+    clean.add_argument("run", type=Path)
+    clean.add_argument("--yes", action="store_true", help="remove it (default: only say how much it is)")
+
 # %% ../nbs/60_cli.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
     about = "Dual-IPO: a video generator and its VLM judge post-train each other."
     whole = Parser(prog="dual-ipo", description=about, epilog=CODES)
     commands = whole.add_subparsers(dest="command", required=True)
-    for add in (add_demo, add_init, add_run, add_plan, add_gate, add_export): add(commands)
+    for add in (add_demo, add_init, add_run, add_plan, add_gate, add_export, add_clean): add(commands)
     for name, text in dict(status="where a run stands", report="render a run's report again").items():
         commands.add_parser(name, help=text).add_argument("run", type=Path)
     return whole
@@ -340,6 +346,11 @@ def exported(args: argparse.Namespace) -> Path:
     from dual_ipo.export import run_export
     return run_export(args.run, args.round, args.format, args.out, args.push)
 
+# %% ../nbs/60_cli.ipynb #a1c7baba
+def cleaned(args: argparse.Namespace) -> str:
+    from dual_ipo.clean import clean, in_words
+    return in_words(clean(Run.load(args.run), args.yes), args.yes)
+
 # %% ../nbs/60_cli.ipynb #26136e16
 def reported(args: argparse.Namespace) -> Path:
     from dual_ipo.report import make_report
@@ -369,5 +380,6 @@ def command(args: argparse.Namespace):
         case "plan": said = planned(args)
         case "gate": said = gated(args)
         case "export": said = exported(args)
+        case "clean": said = cleaned(args)
         case "report": said = reported(args)
     print(said)

@@ -9,8 +9,8 @@ __all__ = ['DIMENSIONS', 'SIDE', 'RANGE', 'TAGS', 'Row', 'Rationale', 'MEANINGS'
            'pair_form', 'pair_question', 'clip_question', 'frame_labels', 'frame_list', 'reply_at', 'answer_at',
            'read_verdict', 'parse_answer', 'head_of', 'ends_in_verdict', 'one_row', 'read_row', 'reasons_of',
            'parse_rationale', 'parse_grades', 'Item', 'pair_item', 'clip_item', 'check_rationales', 'items_of',
-           'cold_start_items', 'annotation_prompt', 'annotation_question', 'check_readable', 'one_more', 'likeliest',
-           'forced_rationale', 'force', 'annotation_item', 'read_annotation', 'annotate']
+           'cold_start_items', 'annotation_prompt', 'annotation_question', 'unreadable', 'check_readable', 'one_more',
+           'likeliest', 'forced_rationale', 'force', 'annotation_item', 'read_annotation', 'annotate']
 
 # %% ../nbs/10_cot.ipynb #3f3615cb
 import re
@@ -431,6 +431,19 @@ def annotation_question(
             f"It ends with <answer>{answer}</answer>.")
 
 # %% ../nbs/10_cot.ipynb #7d9b05f5
+def unreadable(
+    n: int, total: int,   # answers that can be read, and all
+    bad: list[str],       # some that can't
+    share: float,         # that should be readable, 0..1
+    what: str,            # the answers were for
+) -> UserError:
+    "What to say where too few can."
+    shown = ", ".join(repr(text[:80]) for text in bad[:3])
+    return UserError(f"{what}: {n} of {total} answers of the judge can be read ({n/total:.0%}, "
+                     f"judge.min_readable is {share:.0%}), not such as {shown}; "
+                     "take another judge, raise judge.max_new_tokens if they are cut off, or lower judge.min_readable")
+
+# %% ../nbs/10_cot.ipynb #ccff9648
 def check_readable(
     texts: list[str],       # what a judge wrote
     readable: list[bool],   # whether it could be read
@@ -438,12 +451,8 @@ def check_readable(
     what: str,              # the answers were for
 ):
     "UserError with three of the answers that can't be read, where too few can."
-    n = sum(readable)
-    if n >= share*len(texts): return
-    shown = ", ".join([repr(text[:80]) for text, good in zip(texts, readable) if not good][:3])
-    raise UserError(f"{what}: {n} of {len(texts)} answers of the judge can be read ({n/len(texts):.0%}, "
-                    f"judge.min_readable is {share:.0%}), not such as {shown}; "
-                    "take another judge, raise judge.max_new_tokens if they are cut off, or lower judge.min_readable")
+    n, bad = sum(readable), [text for text, good in zip(texts, readable) if not good]
+    if n < share*len(texts): raise unreadable(n, len(texts), bad, share, what)
 
 # %% ../nbs/10_cot.ipynb #0b3dd3ae
 Ways = dict[int, tuple[float, tuple]]   # by how much A leads → (log-probability, grades in each dimension so far)

@@ -19,7 +19,7 @@ from .core import Judgement, UserError, read_mp4
 from .pce import verdict_ece
 from .prompts import read_text
 from .stats import accuracy, bootstrap_ci
-from .store import file_digest, whole
+from .store import file_digest, whole, whole_folder
 from .voting import stats
 
 # %% ../nbs/31_evaluate.ipynb #b5372a44
@@ -270,12 +270,11 @@ def export_vbench(
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: is there already; give a new folder, for VBench scores every clip it finds")
-    manifest, beside = vbench_manifest(rows), folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for item in manifest: shutil.copyfile(item["source"], beside/item["file"])
-    (beside/"manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
-    return beside.rename(folder)
+    manifest = vbench_manifest(rows)
+    with whole_folder(folder) as beside:
+        for item in manifest: shutil.copyfile(item["source"], beside/item["file"])
+        (beside/"manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    return folder
 
 # %% ../nbs/31_evaluate.ipynb #06ff1a5b
 def clear_accuracy(

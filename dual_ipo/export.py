@@ -6,12 +6,10 @@
 __all__ = ['WAN', 'COGVIDEOX', 'FORMATS', 'SCORES', 'SAMPLING', 'OTHER', 'WRAPPER', 'comfyui_name', 'comfyui_lora',
            'diffusers_lora', 'finished_rounds', 'find_round', 'read_adapters', 'Adapter', 'portable', 'escape', 'fence',
            'hub_id', 'score_cells', 'score_table', 'shown', 'example_prompts', 'sampling_settings', 'diffusers_code',
-           'comfyui_text', 'front_matter', 'introduction', 'card', 'whole_folder', 'is_export', 'export', 'push',
-           'run_export']
+           'comfyui_text', 'front_matter', 'introduction', 'card', 'is_export', 'export', 'push', 'run_export']
 
 # %% ../nbs/25_export.ipynb #d70b8638
-import json, os, re, shutil
-from contextlib import contextmanager
+import json, re
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,8 +17,8 @@ import torch, yaml
 from fastcore.basics import patch
 from torch import Tensor
 from .checkpoints import opening, read_loras
-from .core import UserError, sync_folder
-from .store import Run, atomic_write, is_done, read_table, read_tensors, sync_tree, write_tensors
+from .core import UserError
+from .store import Run, atomic_write, is_done, read_table, read_tensors, whole_folder, write_tensors
 
 # %% ../nbs/25_export.ipynb #8e1ca88a
 WAN = {
@@ -259,21 +257,6 @@ def card(
         "## Scores", "Points of 100, by round.", score_table(a.run.entries(), a.k),
         *(["## Prompts", "Of the evaluation clips:", fence(prompts, "text")] if prompts else []),
         "<details><summary>The run's config</summary>", fence(config, "yaml"), "</details>"]) + "\n"
-
-# %% ../nbs/25_export.ipynb #55c49b8d
-@contextmanager
-def whole_folder(
-    path: Path,   # the folder to come, not there yet
-):
-    "Yield a folder to write to; it becomes `path` when the block ends well, and goes when it doesn't."
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        sync_tree(beside)
-        os.rename(beside, path)
-        sync_folder(path.parent)
-    finally: shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../nbs/25_export.ipynb #c3768d59
 def is_export(

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_STYLE', 'TABLE_STYLE', 'CLIP_STYLE', 'STYLE',
            'NO_TRUTH', 'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS', 'KINDS',
-           'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'NOTHING_TO_COMPARE', 'SCRIPT',
-           'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block', 'missing', 'gain', 'signed',
-           'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run', 'changes',
-           'title', 'rounds_table', 'warning_lines', 'monitor_notes', 'interval_trace', 'label', 'round_axis',
-           'panel_titles', 'interval_of', 'Panel', 'panels_of', 'draw_panel', 'quality_figure', 'decided',
-           'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
-           'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure', 'smooth',
-           'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within', 'video_tag', 'reel', 'spread',
-           'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table', 'scaled',
-           'preview', 'embed', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
+           'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'PAIR', 'NOTHING_TO_COMPARE',
+           'SCRIPT', 'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block', 'missing', 'gain',
+           'signed', 'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run',
+           'changes', 'title', 'rounds_table', 'warning_lines', 'monitor_notes', 'interval_trace', 'label',
+           'round_axis', 'panel_titles', 'intervals_of', 'interval_of', 'Panel', 'panels_of', 'draw_panel',
+           'quality_figure', 'decided', 'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind',
+           'draw_kinds', 'pce_shares', 'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability',
+           'reliability_figure', 'smooth', 'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within',
+           'video_tag', 'reel', 'spread', 'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery',
+           'quarantine_table', 'scaled', 'preview', 'embed', 'output_html', 'cell_html', 'page', 'portable',
+           'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
 import base64
@@ -47,8 +48,8 @@ from .execute import Ended, run_notebook
 from .monitor import warnings_of
 from .pce import reliability
 from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, table_html
-from .stats import bootstrap_ci, paired_difference, right
-from .store import read_json, read_table
+from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
+from .store import read_json, read_rows
 
 # %% ../nbs/50_report.ipynb #c6e9fc56
 FONT = "'Inter', 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
@@ -159,7 +160,7 @@ def gain(
     name: str = "total",
 ) -> dict[str, float] | None:  # {"difference", "ci95", "n_clips"}, points; None without scores of both
     "What the last round has over the base, clip by clip."
-    tables = results.tables("evaluate/scores.parquet")
+    tables = results.tables("evaluate/scores.parquet", ["prompt", "candidate", name])
     scores = {k: rows for k, rows in tables.items() if name in rows[0]}
     if 0 not in scores or len(scores) == 1: return None
     return paired_difference(scores[0], scores[max(scores)], name)
@@ -334,20 +335,30 @@ def panel_titles(fig: go.Figure) -> go.Figure:
     return fig
 
 # %% ../nbs/50_report.ipynb #8b0a2a7d
+def intervals_of(
+    scores: dict[int, list[dict]],  # round → rows
+    names: list[str],
+    ks: list[int],
+) -> dict[str, tuple[list[float], list[float]]]:  # name → (lows, highs) over rounds, points of 100
+    "Bootstrap intervals of scores, by prompt; of those that every round has."
+    if not all(scores.get(k) for k in ks): return {}
+    names, found = [name for name in names if all(name in scores[k][0] for k in ks)], []
+    for k in ks:
+        columns, prompts = {name: [] for name in names}, []
+        for row in scores[k]:
+            prompts.append(row["prompt"])
+            for name in names: columns[name].append(row[name])
+        found.append(bootstrap_cis(columns, prompts, n=1000) if names else {})
+    def points(name, end): return [100*intervals[name][end] for intervals in found]
+    return {name: (points(name, 0), points(name, 1)) for name in names}
+
 def interval_of(
     scores: dict[int, list[dict]],  # round → rows
     name: str,
     ks: list[int],
 ) -> tuple[list[float], list[float]] | None:  # (lows, highs) over rounds, points of 100
-    "Bootstrap intervals of one score, by prompt; None unless every round has rows."
-    lows, highs = [], []
-    for k in ks:
-        rows = scores.get(k)
-        if not rows or name not in rows[0]: return None
-        low, high = bootstrap_ci([row[name] for row in rows], [row["prompt"] for row in rows], n=1000)
-        lows.append(100*low)
-        highs.append(100*high)
-    return lows, highs
+    "`intervals_of` one score; None unless every round has it."
+    return intervals_of(scores, [name], ks).get(name)
 
 # %% ../nbs/50_report.ipynb #777c1589
 @dataclass
@@ -374,8 +385,9 @@ def panels_of(
     ks, panels = list(entries), []
     known = {k: entry | entry["dims"] for k, entry in entries.items()}
     dims = sorted(entries[ks[0]]["dims"], key=lambda name: name not in VBENCH_QUALITY)
-    for name in dict.fromkeys([*AGGREGATES, *dims]):
-        panels.append(Panel(name, [known[k].get(name) for k in ks], interval_of(scores, name, ks)))
+    names = list(dict.fromkeys([*AGGREGATES, *dims]))
+    intervals = intervals_of(scores, names, ks)
+    for name in names: panels.append(Panel(name, [known[k].get(name) for k in ks], intervals.get(name)))
     total = panels[AGGREGATES.index("total")]
     total.interval = total.interval or tuple(zip(*(entries[k]["ci95"] for k in ks)))
     return panels
@@ -463,7 +475,8 @@ def judge_figure(results: Results) -> go.Figure | HTML:
     entries = {entry["round"]: entry.get("judge") or {} for entry in results.rounds}
     entries = {k: judge for k, judge in entries.items() if judge.get("accuracy") is not None}
     if not entries: return missing(UNASKED_PAIRS)
-    votes, ks, fig, lowest = results.tables("evaluate/votes.parquet"), list(entries), go.Figure(), .45
+    votes = results.tables("evaluate/votes.parquet", ["prompt", "truth", "p_a"])
+    ks, fig, lowest = list(entries), go.Figure(), .45
     if all(k in votes for k in ks):
         lows, highs = zip(*(bootstrap_ci(*judged_right(votes[k]), n=1000) for k in ks))
         fig.add_trace(interval_trace(ks, lows, highs, BLUE))
@@ -544,7 +557,7 @@ def draw_threshold(
 # %% ../nbs/50_report.ipynb #9823c111
 def votes_figure(results: Results) -> go.Figure | HTML:
     "Verdicts by how united the votes were, and the distribution of PCE, per round."
-    votes = results.tables("votes.parquet")
+    votes = results.tables("votes.parquet", ["label", "p_a", "pce"])
     if not votes: return missing("No votes yet: no round has written votes.parquet.")
     fig = make_subplots(1, 2, subplot_titles=["how united the votes were", "certainty (PCE)"],
                         column_widths=[.52, .48], horizontal_spacing=.12)
@@ -735,18 +748,21 @@ def pair_reel(
     return reel(row["prompt"], [(best, said), (worst, note)])
 
 # %% ../nbs/50_report.ipynb #50498262
+PAIR = ["prompt", *(f"{key}_{side}" for key in ("clip", "score", "total") for side in "wl")]   # what of it is shown
+
 def pairs_gallery(
     results: Results,
     k: int | None = None,  # the round; None: the last one that has pairs
     n: int = 6,            # pairs
 ) -> HTML:
     "Winner and loser side by side."
-    found = results.tables("pairs.parquet")
+    found = results.tables("pairs.parquet", ["score_w", "score_l"])
     if not found: return missing("No pairs yet: no round has written pairs.parquet.")
     k = max(found) if k is None else k
-    rows = sorted(found[k], key=lambda row: row["score_l"] - row["score_w"])
-    reels = [pair_reel(results, k, row) for row in spread(rows, n)]
-    return block(f'<p class="quiet">Round {k}: {len(reels)} of {len(rows)} pairs, '
+    margins = [l - w for w, l in zip(found[k].column("score_w"), found[k].column("score_l"))]
+    chosen = spread(sorted(range(len(margins)), key=margins.__getitem__), n)
+    reels = [pair_reel(results, k, row) for row in results.rows(k, "pairs.parquet", PAIR).take(chosen)]
+    return block(f'<p class="quiet">Round {k}: {len(reels)} of {len(margins)} pairs, '
                  "evenly spread by the judge's margin.</p>"
                  f'<div class="gallery">{"".join(reels)}</div>')
 
@@ -782,7 +798,7 @@ def rounds_gallery(
     n: int = 6,  # prompts
 ) -> HTML:
     "The base beside every round, for the same prompt and candidate."
-    scores = results.tables("evaluate/scores.parquet")
+    scores = results.tables("evaluate/scores.parquet", ["prompt", "candidate", "clip", "total", "dynamic_degree"])
     if len(scores) < 2 or 0 not in scores: return missing(NOTHING_TO_COMPARE)
     found, last, order = clips_of_all(scores), max(scores), "in the order of the table"
     measured = "total" in scores[0][0] and "total" in scores[last][0]
@@ -800,7 +816,7 @@ def quarantine_table(
 ) -> HTML:
     "Clips that could not be used, with the reason."
     path = results.folder/"quarantine.parquet"
-    rows = read_table(path) if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     if not rows: return block('<p class="quiet">No clip was left out.</p>')
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
     return block(table_html(["clip", "reason"], [[row["clip"], row["reason"]] for row in rows[:n]], "text"), more)

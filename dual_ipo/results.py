@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .config import parse_config
-from .store import Run, Summary, is_done, read_entries, read_json, read_progress, read_table, read_yaml
+from .store import Rows, Run, Summary, is_done, read_entries, read_json, read_progress, read_rows, read_yaml
 from .terminal import one_line
 
 # %% ../nbs/40_results.ipynb #95e36ad2
@@ -94,17 +94,21 @@ def rows(
     self: Results,
     k: int,      # the round
     name: str,   # "pairs.parquet", "evaluate/scores.parquet", …
-) -> list[dict]: # [] when there is none
+    columns: list[str] | None = None,   # those of them that are there; None: all
+) -> Rows:       # [] when there is none
     "A table of round `k`."
     path = self.folder/f"round_{k:02d}"/name
-    return read_table(path) if path.is_file() else []
+    return read_rows(path, columns) if path.is_file() else []
 
 # %% ../nbs/40_results.ipynb #c20c9577
 @patch
-def tables(self: Results, name: str) -> dict[int, list[dict]]:  # round → rows
+def tables(self: Results,
+    name: str,
+    columns: list[str] | None = None,   # as above
+) -> dict[int, Rows]:                   # by round
     "A table of every round that has it."
     rounds = [int(path.name[6:]) for path in sorted(self.folder.glob("round_*"))]
-    return {k: rows for k in rounds if (rows := self.rows(k, name))}
+    return {k: rows for k in rounds if (rows := self.rows(k, name, columns))}
 
 # %% ../nbs/40_results.ipynb #379c8ba4
 def read_results(

@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_deterministic', 'load_generator', 'settled', 'load_judge',
-           'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'stage_of', 'staged',
-           'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model', 'Input',
-           'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of', 'check_same',
-           'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures', 'checked', 'read_input',
-           'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge', 'start_judge',
-           'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'truth_of',
-           'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge',
-           'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply', 'read_candidates', 'totals', 'scores_of',
-           'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator',
-           'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge',
-           'table_path', 'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'forget_optimizers',
+           'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model',
+           'Input', 'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of',
+           'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures', 'checked',
+           'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge',
+           'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator',
+           'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row',
+           'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply',
+           'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
+           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
+           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
+           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
-from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +50,10 @@ from .monitor import needs_srpo
 from .plan import out_of_memory
 from .prompts import read_prompts
 from .reward import ANNOTATED, CLIPS, PAIRS, Judge, check_judge, check_stored, in_a_shard
-from .srpo import cast, cold_start, pseudo_label, srpo
-from .store import (PATHS, Run, digest, file_digest, intact, is_done, located, mark_done, pair_digest,
-                            read_json, read_table, set_progress_file, stage, whole, write_json, write_table)
+from .srpo import LABEL, cast, cold_start, pseudo_label, srpo
+from .store import (PATHS, Each, Rows, Run, arrow_of, digest, file_digest, intact, is_done, located, mark_done,
+                            pair_digest, read_json, read_rows, read_table, read_tables, set_progress_file, stage,
+                            stream_table, whole, write_json, write_table)
 from .training import Ahead, TrainingAnomaly, groups_of, ranks
 from .voting import check_votes
 
@@ -201,13 +203,17 @@ def sampling(self: Round) -> dict: return voting_of(self.config)
 
 # %% ../nbs/33_rounds.ipynb #1015c3f6
 @patch
-def train(self: Round, run: Callable, batch_size: int):
+def train(self: Round,
+    run: Callable,
+    batch_size: int,
+    name: str,         # of the stage
+):
     "Run a training where work is done; its progress is this round's."
     driver = os.getpid()
     def with_progress():
         if os.getpid() != driver: set_progress_file(self.run.path / "progress.json", self.k)   # in a gang
         run()
-    place().train(with_progress, batch_size)
+    place().train(with_progress, batch_size, self.folder / name)
 
 # %% ../nbs/33_rounds.ipynb #bdc0faa5
 def add_seconds(folder: Path, name: str, seconds: float):
@@ -215,6 +221,14 @@ def add_seconds(folder: Path, name: str, seconds: float):
     at = folder / "seconds.json"
     known = read_json(at, dict[str, float]) if at.exists() else {}
     write_json(at, known | {name: round(known.get(name, 0) + seconds, 1)})
+
+# %% ../nbs/33_rounds.ipynb #dbf3eff0
+def forget_optimizers(
+    folder: Path,   # of a stage that is done
+):
+    "Remove what only a training that goes on would read: two thirds of its checkpoint."
+    for steps in ("step_*", "expert_*/step_*"):
+        for state in folder.glob(f"{steps}/adam.safetensors"): state.unlink()
 
 # %% ../nbs/33_rounds.ipynb #031a4a8a
 @contextmanager
@@ -229,6 +243,7 @@ def stage_of(r: RoundFolder, name: str):
         memory = whole_bytes(torch.device("cuda")) if torch.cuda.is_available() else 0
         raise UserError(out_of_memory(r.config, name, memory, ranks().num_processes)) from error
     if todo: add_seconds(r.folder, name, time.time() - began)
+    forget_optimizers(r.folder / name)
 
 # %% ../nbs/33_rounds.ipynb #78968ec1
 def staged(
@@ -501,7 +516,7 @@ def start_judge(r: Round, pairs: PairTable) -> list[dict]:  # history, a row a s
         cold_start(judge, items, r.folder / "cold_start", seed=seed, checkpointing=part.checkpointing,
                    fsdp=r.config.cluster.fsdp, **settings)
         save_judge(r, judge)
-    r.train(learn, settings["batch_size"])
+    r.train(learn, settings["batch_size"], "cold_start")
 
 # %% ../nbs/33_rounds.ipynb #1f6914ed
 def with_their_reasons(
@@ -601,10 +616,10 @@ def as_seen(
 # %% ../nbs/33_rounds.ipynb #c6c2cc46
 def grades_of(
     judge: Judge,
-    clips: list[tuple[str, Path]],   # (prompt, path)
+    clips: Sequence[tuple[str, Path]],   # (prompt, path)
     dimensions: list[str],
     folder: Path | None = None,      # for shards of what is graded; None: nothing is kept
-) -> list[list[float]]:              # a grade in every dimension for each
+) -> Sequence[list[float]]:          # a grade in every dimension for each
     "A judge's grades of clips on disk."
     n = judge.frames_per_video
     def graded(some):
@@ -616,7 +631,7 @@ def grades_of(
     def name(clip): return [clip[0], file_digest(clip[1])]
     size = in_a_shard(judge.parameters, CLIPS)
     rows = rows_in_shards(clips, size, folder, "grades", graded, dimensions, n, name=name)
-    return [row["grades"] for row in rows]
+    return Each(itemgetter("grades"), rows)
 
 # %% ../nbs/33_rounds.ipynb #3aee7540
 def check_votes_of(
@@ -647,7 +662,7 @@ def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     "The judge's mean grade of the newest clips, each clip's in judge_check/grades.parquet."
     rows = read_table(r.folder / "evaluate/scores.parquet")
     clips, folder = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows], r.folder / "judge_check"
-    grades = torch.tensor(grades_of(judge, clips, r.config.judge.dimensions, folder / "grades"))
+    grades = torch.tensor(list(grades_of(judge, clips, r.config.judge.dimensions, folder / "grades")))
     table = [dict(clip=row["clip"], grade=own.mean().item()) for row, own in zip(rows, grades)]
     write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
@@ -720,10 +735,10 @@ def sample_cheaply(r: Round, generator, *args, **settings) -> list[dict]:
                              sampling=candidate_sampling(r.config), **settings)
 
 # %% ../nbs/33_rounds.ipynb #cab2b974
-def read_candidates(folder: Path) -> list[dict]:
+def read_candidates(folder: Path) -> Rows:
     "The rows of all shards."
     tables = sorted(folder.glob("shard_*/table.parquet"), key=lambda path: int(path.parent.name[6:]))
-    return list(chain.from_iterable(map(read_table, tables)))
+    return read_tables(tables)
 
 # %% ../nbs/33_rounds.ipynb #f5d7f60f
 def totals(
@@ -740,32 +755,33 @@ def totals(
 # %% ../nbs/33_rounds.ipynb #dd9227bc
 def scores_of(
     r: Round,
-    clips: list[tuple[str, Path]],   # (prompt, path)
-    shards: Path,                    # folder for what is graded
-) -> list[dict[str, float]]:         # score, and the judge's grade in every dimension
+    clips: Sequence[tuple[str, Path]],   # (prompt, path)
+    shards: Path,                        # folder for what is graded
+) -> Iterator[dict[str, float]]:         # score, and the judge's grade in every dimension
     "The judge's mean grade of every clip, or the total of `candidates.scorer`."
     dimensions, scorer = r.config.judge.dimensions, r.config.candidates.scorer
-    if scorer: return [dict(score=total) for total in totals(scorer, clips, shards)]
-    grades = grades_of(r.judge(r.before("judge")), clips, dimensions, shards)
-    return [dict(score=sum(own) / len(own)) | dict(zip(dimensions, own)) for own in grades]
+    if scorer:
+        for total in totals(scorer, clips, shards): yield dict(score=total)
+        return
+    for own in grades_of(r.judge(r.before("judge")), clips, dimensions, shards):
+        yield dict(score=sum(own) / len(own)) | dict(zip(dimensions, own))
 
 # %% ../nbs/33_rounds.ipynb #0a4cae6e
 def grade(
     r: Round,
-    rows: list[dict],            # of `sample_candidates`
+    rows: Rows,                  # of `sample_candidates`
     what: str = "candidates",    # the folder of the clips
     shards: str = "ranking",     # the folder for what is graded
-) -> list[dict]:                 # rows of scores.parquet
+) -> Rows:                       # of scores.parquet
     "Score every candidate."
-    scores = scores_of(r, [(row["prompt"], r.folder / what / row["clip"]) for row in rows], r.folder / shards)
-    scored = []
-    for row, own in zip(rows, scores):
-        scored.append(dict(prompt=row["prompt"], candidate=row["candidate"], clip=row["clip"], name=row["name"]) | own)
-    return scored
+    clips = Each(lambda row: (row["prompt"], r.folder / what / row["clip"]), rows)
+    named = Each(itemgetter("prompt", "candidate", "clip", "name"), rows)
+    scores, keys = scores_of(r, clips, r.folder / shards), ("prompt", "candidate", "clip", "name")
+    return Rows(arrow_of(dict(zip(keys, own)) | score for own, score in zip(named, scores)))
 
 # %% ../nbs/33_rounds.ipynb #6aa11e4d
-@staged("previews", lambda r: read_table(r.folder / "previews.parquet"))
-def previews(r: Round, prompts: list[str]) -> list[dict]:  # rows with a score
+@staged("previews", lambda r: read_rows(r.folder / "previews.parquet"))
+def previews(r: Round, prompts: list[str]) -> Rows:  # with a score
     "Sample all candidates in few steps, and score them."
     model, n = r.generator(r.before("generator")), r.config.candidates.per_prompt
     rows = sample_candidates(model, prompts, n, r.folder / "previews", r.config.seed, r.k, what="previews",
@@ -780,7 +796,7 @@ def worth_sampling(
     "The candidates that the judge puts first and last by their previews, where there are previews."
     if not r.config.candidates.preview_steps: return None
     scored = previews(r, prompts)
-    return both_ends(scored, [row["score"] for row in scored], r.config.candidates.keep)
+    return both_ends(scored, scored.column("score"), r.config.candidates.keep)
 
 # %% ../nbs/33_rounds.ipynb #d468cd7b
 @staged("candidates", lambda r: read_candidates(r.folder / "candidates"))
@@ -788,44 +804,45 @@ def sample_all(
     r: Round,
     prompts: list[str],
     only: dict[str, list[int]] | None,   # see `worth_sampling`
-) -> list[dict]:                         # rows of `sample_candidates`
+) -> Rows:                               # of `sample_candidates`
     "Sample the candidates of these prompts from the generator as the last round left it."
     n = r.config.candidates.per_prompt
     sample_cheaply(r, r.before("generator"), prompts, n, r.folder / "candidates", r.config.seed, r.k, only=only)
 
 # %% ../nbs/33_rounds.ipynb #c774b20b
-def sample(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
+def sample(r: Round, prompts: list[str]) -> Rows:  # of `sample_candidates`
     "Sample this round's candidates."
     prompts = prompts_of_round(prompts, r.k, r.config.candidates.prompts_per_round, r.config.seed)
     return sample_all(r, prompts, worth_sampling(r, prompts))
 
 # %% ../nbs/33_rounds.ipynb #8b254bc6
-def with_truth(r: RoundFolder, pairs: list[dict]) -> list[dict]:
+def with_truth(r: RoundFolder, pairs: Rows) -> Iterable[dict]:
     "The same rows, with true totals beside the scores where a measure is configured; only the report reads them."
     measure, folder = r.config.evaluate.measure, r.folder / "candidates"
-    if not measure: return pairs
+    if not measure or not pairs: return pairs
+    prompts = pairs.column("prompt")
     def of(end):
-        clips = [(pair["prompt"], folder / pair[f"clip_{end}"]) for pair in pairs]
-        return totals(measure, clips, r.folder / f"ranking/truth_{end}")
-    return [pair | dict(total_w=w, total_l=l) for pair, w, l in zip(pairs, of("w"), of("l"))]
+        paths = Each(folder.joinpath, pairs.column(f"clip_{end}"))
+        return totals(measure, list(zip(prompts, paths)), r.folder / f"ranking/truth_{end}")
+    return (pair | dict(total_w=w, total_l=l) for pair, w, l in zip(pairs, of("w"), of("l")))
 
 # %% ../nbs/33_rounds.ipynb #8e8d4957
-@staged("ranking", lambda r: read_table(r.folder / "pairs.parquet"))
+@staged("ranking", lambda r: read_rows(r.folder / "pairs.parquet"))
 def rank(
     r: Round,
-    rows: list[dict],   # of `sample_candidates`
-) -> list[dict]:        # of pairs.parquet
+    rows: Rows,   # of `sample_candidates`
+) -> Rows:        # of pairs.parquet
     "Score every candidate, pair the best with the worst of each prompt."
     part, scored = r.config.candidates, grade(r, rows)
     write_table(r.folder / "scores.parquet", scored)
-    pairs = make_pairs(rows, [row["score"] for row in scored], part.pairing, part.min_margin)
+    pairs = make_pairs(rows, scored.column("score"), part.pairing, part.min_margin)
     write_table(r.folder / "pairs.parquet", with_truth(r, pairs))
 
 # %% ../nbs/33_rounds.ipynb #4a4d66bc
 @staged("align", lambda r: history_of(r.folder / "align"))
 def update_generator(
     r: Round,
-    pairs: list[dict],             # of pairs.parquet
+    pairs: Rows,                   # of pairs.parquet
     real: list[tuple[str, Path]],  # (caption, path)
 ) -> list[dict]:                   # history, a row a step
     "The objective of `align`, with NLL on winners and real clips."
@@ -842,23 +859,23 @@ def update_generator(
         if not ranks().is_main_process: return
         if found: write_json(folder / "anomaly.json", found)
         model.save(r.folder / "generator")
-    r.train(learn, part.batch_size)
+    r.train(learn, part.batch_size, "align")
 
 # %% ../nbs/33_rounds.ipynb #61414053
 def clip_pairs(
-    rows: list[dict],   # of `sample_candidates`, two and two of the same prompt
+    rows: Rows,         # of `sample_candidates`, two and two of the same prompt
     folder: Path,       # of the candidates
 ) -> list[Pair]:
     "Each two that follow each other as an unlabelled pair."
-    videos, pairs = [VideoFile(whole(folder / row["clip"])) for row in rows], []
-    for i in range(0, len(rows) - 1, 2):
-        a, b = rows[i:i + 2]
-        pairs.append(Pair(a["prompt"], videos[i], videos[i + 1], pair_id=f"{a['name']}:{b['name']}"))
+    pairs = []
+    for a, b in zip(rows[::2], rows[1::2]):
+        first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
+        pairs.append(Pair(a["prompt"], first, second, pair_id=f"{a['name']}:{b['name']}"))
     return pairs
 
 # %% ../nbs/33_rounds.ipynb #2726854d
 @staged("fresh", lambda r: read_candidates(r.run.round(r.k + 1) / "candidates"))
-def sample_ahead(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
+def sample_ahead(r: Round, prompts: list[str]) -> Rows:  # of `sample_candidates`
     "Sample the candidates of the next round ahead of it."
     part, k, seed = r.config.candidates, r.k + 1, r.config.seed
     own, folder = prompts_of_round(prompts, k, part.prompts_per_round, seed), r.run.round(k) / "candidates"
@@ -867,15 +884,21 @@ def sample_ahead(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample
         sample_cheaply(r, r.folder / "generator", own, part.per_prompt, folder, seed, k, what="next candidates")
 
 # %% ../nbs/33_rounds.ipynb #80388322
-def next_candidates(r: Round, prompts: list[str]) -> list[Pair]:
+def next_candidates(
+    r: Round,
+    prompts: list[str],
+    n: int,             # pairs, at most
+) -> list[Pair]:
     "The next round's candidates, those of each prompt paired: the first pair of every prompt, then the second, …"
-    rows = sorted(sample_ahead(r, prompts), key=lambda row: (row["candidate"] // 2, row["prompt_index"]))
-    whole_pairs = r.config.candidates.per_prompt // 2 * len({row["prompt"] for row in rows})
-    return clip_pairs(rows[:2 * whole_pairs], r.run.round(r.k + 1) / "candidates")
+    rows = sample_ahead(r, prompts)
+    place = [(candidate // 2, index) for candidate, index in zip(*map(rows.column, ("candidate", "prompt_index")))]
+    n = min(n, r.config.candidates.per_prompt // 2 * len({index for _, index in place}))
+    chosen = sorted(range(len(rows)), key=place.__getitem__)[:2 * n]
+    return clip_pairs(rows.take(chosen), r.run.round(r.k + 1) / "candidates")
 
 # %% ../nbs/33_rounds.ipynb #49bada71
 @staged("fresh", lambda r: read_candidates(r.folder / "fresh"))
-def sample_for_votes(r: Round, prompts: list[str]) -> list[dict]:  # rows of `sample_candidates`
+def sample_for_votes(r: Round, prompts: list[str]) -> Rows:  # of `sample_candidates`
     "Sample clips of the new generator for `votes.pairs` pairs, two and two of a prompt."
     n, named = min(r.config.votes.pairs, len(prompts)), f"{r.config.seed} fresh"
     own, each = prompts_of_round(prompts, r.k, n, named), 2 * -(-r.config.votes.pairs // n)
@@ -886,8 +909,8 @@ def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judg
     "Unlabelled pairs of the new generator's clips."
     part = r.config.votes
     if not r.config.srpo.steps: return []
-    if part.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts)[:part.pairs]
-    return clip_pairs(sample_for_votes(r, prompts), r.folder / "fresh")[:part.pairs]
+    if part.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts, part.pairs)
+    return clip_pairs(sample_for_votes(r, prompts)[:2 * part.pairs], r.folder / "fresh")
 
 # %% ../nbs/33_rounds.ipynb #461259c7
 def earlier_judge(r: RoundFolder) -> Path:
@@ -904,17 +927,17 @@ def table_path(r: RoundFolder, video: Video) -> str:
 def relabelled(
     scorer: str,          # `votes.scorer`
     pairs: list[Pair],
-    rows: list[dict],     # pseudo-labels, one a pair
+    rows: Iterable[dict], # pseudo-labels, one a pair
     folder: Path,         # for shards
-) -> list[dict]:
+) -> Iterator[dict]:
     "The same rows with the labels of a scorer, all certain."
     def of(side): return totals(scorer, [(pair.prompt, getattr(pair, side).path) for pair in pairs], folder / side)
     labels = [label_of(a - b) for a, b in zip(of("a"), of("b"))]
-    return [row | dict(label=label, kept=label != "tie", weight=1.) for row, label in zip(rows, labels)]
+    for row, label in zip(rows, labels): yield row | dict(label=label, kept=label != "tie", weight=1.)
 
 # %% ../nbs/33_rounds.ipynb #2918553d
-@staged("votes", lambda r: read_table(r.folder / "votes.parquet"))
-def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
+@staged("votes", lambda r: read_rows(r.folder / "votes.parquet", LABEL))
+def vote(r: Round, pairs: list[Pair]) -> Rows:  # of votes.parquet, without the paths
     "Vote on pairs and weigh each label by its certainty."
     part = r.config.votes
     judge = r.judge(r.before("judge"))
@@ -923,11 +946,11 @@ def vote(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
                         min_readable=r.config.judge.min_readable, group=in_a_shard(judge.parameters, PAIRS),
                         **r.config.pce.model_dump(), **r.sampling)
     if part.scorer: rows = relabelled(part.scorer, pairs, rows, r.folder / "votes/scores")
-    named = [dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs]
-    write_table(r.folder / "votes.parquet", [name | row for name, row in zip(named, rows)])
+    named = (dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs)
+    write_table(r.folder / "votes.parquet", (name | row for name, row in zip(named, rows)))
 
 # %% ../nbs/33_rounds.ipynb #aee697a0
-def label(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
+def label(r: Round, pairs: list[Pair]) -> Rows | list:  # see `vote`
     "Pseudo-labels of the fresh pairs, where there are any."
     return vote(r, pairs) if pairs else []
 
@@ -935,8 +958,7 @@ def label(r: Round, pairs: list[Pair]) -> list[dict]:  # rows of votes.parquet
 @staged("srpo", lambda r: history_of(r.folder / "srpo"))
 def train_judge(
     r: Round,
-    pairs: list[Pair],
-    rows: list[dict],     # their pseudo-labels
+    pairs: list[Pair],    # that votes.parquet has labels for
     human: PairTable,     # what people said, so that it is not forgotten
     steps: int,
 ) -> list[dict]:          # history, a row a step
@@ -947,23 +969,23 @@ def train_judge(
     def learn():
         judge = r.judge(r.before("judge"), learns=True)
         if judge.is_lora: judge.merge(part.lora_rank, seed)
+        rows = stream_table(r.folder / "votes.parquet") if pairs else []
         srpo(judge, pairs, rows, r.folder / "srpo", seed=seed, human=items, dimensions=r.sampling["dimensions"],
              checkpointing=part.checkpointing, fsdp=r.config.cluster.fsdp, **settings | dict(steps=steps))
         save_judge(r, judge)
-    r.train(learn, settings["batch_size"])
+    r.train(learn, settings["batch_size"], "srpo")
 
 # %% ../nbs/33_rounds.ipynb #db872a4d
 def update_judge(
     r: Round,
     pairs: list[Pair],
-    rows: list[dict],      # their pseudo-labels
     history: list[dict],   # of the generator's update
     human: PairTable,
 ) -> list[str]:            # the reasons, if any
     "Train the judge on its pseudo-labels, twice as long where there are reasons for an extra update."
     steps = r.config.srpo.steps
     reasons = needs_srpo(history, [entry["generator"] for entry in r.run.entries()[:r.k] if entry["generator"]])
-    if steps: train_judge(r, pairs, rows, human, steps * (2 if reasons else 1))
+    if steps: train_judge(r, pairs, human, steps * (2 if reasons else 1))
     return reasons
 
 # %% ../nbs/33_rounds.ipynb #4f510634
@@ -979,8 +1001,8 @@ def stages(r: Round) -> Iterator[tuple[str, object]]:  # (what it is, what was l
         yield "pairs", (pairs := rank(r, candidates))
         yield "the generator's update", (history := update_generator(r, pairs, real))
         yield "fresh clips", (fresh := sample_fresh(r, prompts))
-        yield "votes", (votes := label(r, fresh))
-        yield "the judge's update", (reasons := update_judge(r, fresh, votes, history, human))
+        yield "votes", label(r, fresh)
+        yield "the judge's update", (reasons := update_judge(r, fresh, history, human))
     yield "evaluation", (scored := evaluate_generator(r, eval_prompts))
     yield "the judge's check", (judged := evaluate_judge(r, *truth_of(r, scored, human)))
     yield "the round", finish(r, scored, judged, reasons)
@@ -1003,4 +1025,4 @@ def glance(r: RoundFolder, name: str, left):  # something that draws itself
     if name == "fresh clips" and left: return left[0]
     if name == "votes": return f"{sum(row['kept'] for row in left)} of {len(left)} pseudo-labels kept"
     if name == "the judge's update": return f"reasons for an extra update: {'; '.join(left) or 'none'}"
-    return left[-1:] if isinstance(left, list) else left
+    return list(left[-1:]) if isinstance(left, list | Rows) else left

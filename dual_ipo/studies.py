@@ -32,7 +32,8 @@ from .monitor import above_reference, late_mean
 from .rounds import Round, grades_of, load_generator, run_round, totals
 from .stats import mean_ci, right
 from .store import (
-    Run, atomic_write, is_done, read_json, read_table, rows_checksum, set_progress_file, stage, write_json, write_table)
+    Run, atomic_write, is_done, read_json, read_table, rows_checksum, set_progress_file, stage, whole_folder,
+    write_json, write_table)
 from .toyworld import toy_prompts
 
 # %% ../nbs/90_studies.ipynb #5901a864
@@ -96,10 +97,9 @@ def link_start(
     "Round 0 as hard links: linked beside and renamed, so that a copy that was broken off counts for nothing."
     shutil.copyfile(made / "input_check.json", run.path / "input_check.json")
     for part in ("input", "round_00"):
-        beside = run.path / f".{part}.tmp"
-        for old in (beside, run.path / part): shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(made / part, beside, copy_function=os.link, ignore=shutil.ignore_patterns("tables"))
-        beside.rename(run.path / part)
+        shutil.rmtree(run.path / part, ignore_errors=True)
+        how = dict(copy_function=os.link, ignore=shutil.ignore_patterns("tables"), dirs_exist_ok=True)
+        with whole_folder(run.path / part) as beside: shutil.copytree(made / part, beside, **how)
 
 # %% ../nbs/90_studies.ipynb #609396f0
 def start(

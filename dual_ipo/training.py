@@ -338,9 +338,10 @@ def load_checkpoint(
     saved = read_state(newest, "parameters", parameters)
     with torch.no_grad():
         for name, p in parameters.items(): p.copy_(saved[name])
-    load_adam(adam, parameters, read_state(newest, "adam", parameters))
+    step = read_json(newest/"DONE")["step"]
+    if step < settings["steps"]: load_adam(adam, parameters, read_state(newest, "adam", parameters))
     if ranks().is_main_process: keep_only(newest)
-    return read_json(newest/"DONE")["step"], read_table(newest/"history.parquet")
+    return step, read_table(newest/"history.parquet")
 
 # %% ../nbs/04_training.ipynb #2b00cf61
 @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_k', 'Vote', 'majority', 'labels_of', 'tally', 'mean', 'outcomes', 'decided', 'grade_gap', 'entropy',
-           'all_votes', 'stats', 'check_votes']
+           'all_votes', 'stats', 'Readable', 'check_votes']
 
 # %% ../nbs/11_voting.ipynb #3be63c53
 import math
@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import chain, combinations_with_replacement, product
 from fastcore.basics import patch
 from .core import Judgement, UserError
-from .cot import DIMENSIONS, check_readable, parse_answer, parse_grades, to_label
+from .cot import DIMENSIONS, unreadable, parse_answer, parse_grades, to_label
 
 # %% ../nbs/11_voting.ipynb #22bdff05
 def check_k(
@@ -155,11 +155,27 @@ def stats(
         invalid_rate=mean(j.label == "invalid" for j in judgements),
         entropy=mean(entropy(j) for j in judgements if j.n_valid))
 
+# %% ../nbs/11_voting.ipynb #075a74ea
+@dataclass
+class Readable:
+    "Counts votes as they come, and stops where too few can be read."
+    share: float      # that should be, 0..1
+    n: int = 0        # that could be
+    total: int = 0
+    bad: list[str] = field(default_factory=list)   # a few that could not
+
+    def check(self, judgements: list[Judgement]):
+        "UserError as `check_votes` of all that came so far."
+        for vote in all_votes(judgements):
+            self.total += 1
+            if vote.answer is not None: self.n += 1
+            elif len(self.bad) < 3: self.bad.append(vote.text)
+        if self.n < self.share*self.total: raise unreadable(self.n, self.total, self.bad, self.share, "votes")
+
 # %% ../nbs/11_voting.ipynb #2cfec62f
 def check_votes(
     judgements: list[Judgement],   # with their votes
     share: float,                  # of the votes that should be readable, 0..1
 ):
-    "UserError where too few votes can be read, see `check_readable`."
-    votes = all_votes(judgements)
-    check_readable([vote.text for vote in votes], [vote.answer is not None for vote in votes], share, "votes")
+    "UserError with three of the answers that can't be read, where too few can."
+    Readable(share).check(judgements)

@@ -159,7 +159,7 @@ def test_an_error_of_a_worker_is_ours(three, tmp_path):
     with pytest.raises(UserError, match="prompts.txt: line 6 is wrong"):
         rows_in_shards(list(range(20)), 3, tmp_path/"ray", "pixels", wrong)
     with pytest.raises(UserError, match="lr: is wrong"):
-        three.train(lambda: exec('raise UserError("lr: is wrong")', dict(UserError=UserError)), 2)
+        three.train(lambda: exec('raise UserError("lr: is wrong")', dict(UserError=UserError)), 2, tmp_path/"wrong")
 
 
 @pytest.fixture
@@ -279,10 +279,14 @@ def regression(folder, dies_at=None):
 
 @pytest.mark.timeout(900)
 def test_a_gang_that_loses_a_rank_goes_on(three, tmp_path):
-    for name, dies_at in dict(undisturbed=None, killed=5).items():
-        three.train(lambda: regression(tmp_path/name, dies_at), 4)
+    for name, dies_at in {"left alone": None, "killed": 5}.items():
+        def run():
+            assert list((tmp_path/name).glob(".gang.*.tmp"))   # Ray's notes, where all machines see them
+            regression(tmp_path/name, dies_at)
+        three.train(run, 4, tmp_path/name)
+    assert not list(tmp_path.rglob(".*"))
     assert (tmp_path/"killed-died").exists()
-    assert content(tmp_path/"undisturbed") == content(tmp_path/"killed")
+    assert content(tmp_path/"left alone") == content(tmp_path/"killed")
     regression(tmp_path/"alone")
     rows, alone = (read_table(tmp_path/name/"history.parquet") for name in ("killed", "alone"))
     assert [row["step"] for row in rows] == list(range(9))
