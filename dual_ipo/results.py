@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'INK', 'GREY', 'FAINT', 'BLUE', 'SAND', 'STONE', 'number', 'headline_row', 'headline', 'table_text',
-           'table_html', 'Results', 'read_results', 'clock', 'state_of', 'at_work', 'status', 'bar_html',
-           'progress_html', 'state_html']
+           'table_html', 'Results', 'read_results', 'clock', 'took', 'seconds_left', 'state_of', 'at_work', 'status',
+           'bar_html', 'progress_html', 'state_html']
 
 # %% ../nbs/40_results.ipynb #e8edcc10
 import html
@@ -123,6 +123,26 @@ def clock(seconds: float) -> str:
     "1:02:03 or 2:03."
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes//60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+# %% ../nbs/40_results.ipynb #5f05e16a
+def took(
+    run: Run,
+) -> dict[str, float]:   # stage → seconds
+    "How long each stage took when it was done last."
+    known = {}
+    for entry in run.entries(): known |= entry.get("seconds") or {}
+    return known
+
+# %% ../nbs/40_results.ipynb #d102adab
+def seconds_left(run: Run) -> float | None:   # None: no round but the cold start has been
+    "How long the rest of a run takes, if its rounds go on as the newest one did."
+    if len(entries := run.entries()) < 2: return None
+    usual, left = entries[-1]["seconds"], 0.
+    for k in range(entries[-1]["round"] + 1, run.config["rounds"] + 1):
+        own = run.round(k)/"seconds.json"
+        gone = read_json(own, dict[str, float]) if own.is_file() else {}
+        left += sum(seconds for name, seconds in usual.items() if name not in gone)
+    return left
 
 # %% ../nbs/40_results.ipynb #0d4a4b43
 def state_of(

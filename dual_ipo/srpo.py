@@ -208,14 +208,14 @@ def cast(
     **asked,             # see `Judge.vote`
 ) -> list[Judgement]:
     "Votes on all pairs, or on those that an interrupted process left."
-    so_far = []
+    so_far, decides = [], {key: value for key, value in asked.items() if key != "batch"}
     def vote(some):
         judgements = judge.vote(some, k, keys, **asked)
         so_far.extend(judgements)
         check_votes(so_far, min_readable)
         return [asdict(judgement) for judgement in judgements]
     with judge.writing():
-        rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, asked, name=pair_digest)
+        rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, decides, name=pair_digest)
     return [judgement_of(row) for row in rows]
 
 # %% ../nbs/14_srpo.ipynb #52fa2290

@@ -7,13 +7,13 @@ __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'check_kin
            'expanded_length', 'write_yaml', 'read_yaml', 'checksum', 'identity', 'own_files', 'checksums', 'Done',
            'remembered', 'marks_of', 'whole', 'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors',
            'read_tensors', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree',
-           'mark_done', 'stage', 'first_difference', 'portable', 'located', 'moved_path', 'portable_config',
-           'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary',
-           'read_entries', 'Run', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
-           'is_number', 'read_progress']
+           'mark_done', 'stage', 'differences', 'first_difference', 'portable', 'located', 'moved_path',
+           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry',
+           'Summary', 'read_entries', 'Run', 'may_change', 'set_words', 'branch_command', 'check_config_of', 'rebased',
+           'set_progress_file', 'report_progress', 'progress', 'is_number', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
-import errno, fcntl, hashlib, json, math, os, re, shutil, time, zlib
+import errno, fcntl, hashlib, json, math, os, re, shlex, shutil, time, zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -376,6 +376,7 @@ def stage(
     folder,                # of this stage's results
     resumes: bool = False, # True: it continues from what is there; False: what is there goes
     of: str | None = None, # a `digest` of what the results are made of: those made of something else count for nothing
+    **facts,               # what DONE remembers beside it, as JSON
 ):
     "Yield whether there is something to do; mark the folder done when the block ends well."
     folder, todo = Path(folder), not is_done(folder)
@@ -386,19 +387,25 @@ def stage(
     if todo and not resumes and folder.exists(): shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     yield todo
-    if todo: mark_done(folder, **{} if of is None else dict(of=of))
+    if todo: mark_done(folder, **facts if of is None else dict(of=of) | facts)
 
 # %% ../nbs/02_store.ipynb #dff0e314
-def first_difference(
-    old, new,         # plain data
+def differences(
+    old, new,         # plain data; a section that is not there has no keys
     key: str = "",    # where we are
-) -> str | None:      # "generator.lr: 1e-05 there, 2e-05 here"
-    "The first place where two configs differ."
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(new) + [k for k in old if k not in new]
-        found = (first_difference(old.get(k, "nothing"), new.get(k, "nothing"), f"{key}.{k}".strip(".")) for k in keys)
-        return next(filter(None, found), None)
-    return None if old == new else f"{key}: {old} there, {new} here"
+) -> Iterator[tuple[str, object, object]]:   # ("generator.lr", 1e-05, 2e-05)
+    "Every place where two configs differ, the keys of `new` first."
+    if not isinstance(old, dict) and not isinstance(new, dict):
+        if old != new: yield key, old, new
+        return
+    old, new = (x if isinstance(x, dict) else {} for x in (old, new))
+    for name in [*new, *(name for name in old if name not in new)]:
+        yield from differences(old.get(name, "nothing"), new.get(name, "nothing"), f"{key}.{name}".strip("."))
+
+# %% ../nbs/02_store.ipynb #1ccf018f
+def first_difference(old, new) -> str | None:   # "generator.lr: 1e-05 there, 2e-05 here"
+    "The first of them in words."
+    return next((f"{key}: {was} there, {now} here" for key, was, now in differences(old, new)), None)
 
 # %% ../nbs/02_store.ipynb #b0f16188
 PATHS = [   # (part, key) of the config
@@ -552,6 +559,8 @@ def read_entries(
 # %% ../nbs/02_store.ipynb #21471414
 class Run:
     "A run's folder and its config."
+    may: dict[str, str] = {}   # key → "change", "grow" or "come" once a run has begun; `config` knows them
+
     def __init__(self,
         path,                     # of the folder
         config: dict[str, dict],  # as run.yaml has it
@@ -567,33 +576,64 @@ class Run:
             for leftover in self.path.rglob(".*.tmp"): leftover.unlink()
             yield self
 
+# %% ../nbs/02_store.ipynb #f034ba2f
+def may_change(
+    way: str | None,   # of `Run.may`; None: results hang on it
+    old, new,          # values of a key
+) -> bool:
+    "Whether a run that has begun can go on with another value."
+    if way == "grow": return isinstance(old, int) and isinstance(new, int) and new > old
+    return way == "change" or way == "come" and old is None
+
+# %% ../nbs/02_store.ipynb #8646008a
+def set_words(
+    changes: dict[str, object],   # key → value
+) -> str:                         # a space before each
+    "Options of a command that say so, as a shell reads them."
+    values = {key: value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
+              for key, value in changes.items()}
+    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
+
+# %% ../nbs/02_store.ipynb #258134cd
+def branch_command(
+    run: Path,                # its folder
+    changes: dict[str, object],   # key → value
+) -> str | None:              # None where no round is finished, or a path is another
+    "The command that goes on with other values from the newest finished round that leaves one to do."
+    rounds = changes.get("rounds") or read_yaml(run/"run.yaml").get("rounds") or math.inf
+    done = [k for mark in run.glob("round_*/DONE") if (k := int(mark.parent.name[6:])) < rounds]
+    if not done or {*changes} & {*map(".".join, PATHS)}: return None
+    return f"`dual-ipo branch {shlex.quote(str(run))} --round {max(done)}{set_words(changes)} --out NEW`"
+
 # %% ../nbs/02_store.ipynb #2e4bfcde
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
-) -> bool:                    # it is the very same, `cluster` too, on which no result depends
-    "UserError when a run was begun with another config."
-    begun, wanted = portable_config(read_yaml(run/"run.yaml"), run), dict(config)
-    same_place = begun.pop("cluster", None) == wanted.pop("cluster", None)
-    difference = first_difference(begun, wanted)
-    if not difference: return same_place
-    is_path = difference.split(":")[0] in map(".".join, PATHS)
-    moved = ", or say with --relocate what was moved" if is_path else ""
-    raise UserError(f"{run}: belongs to a run with another config ({difference}); "
-                    f"name another folder or use that config{moved}")
+) -> list[tuple[str, object, object]]:   # see `differences`; they may be
+    "UserError when a run was begun with another config, on whose difference results hang."
+    found = list(differences(portable_config(read_yaml(run/"run.yaml"), run), config))
+    wrong = [each for each in found if not may_change(Run.may.get(each[0]), *each[1:])]
+    if not wrong: return found
+    key, old, new = wrong[0]
+    only = "; it may only grow" if Run.may.get(key) == "grow" else ""
+    remedy = branch_command(run, {key: new for key, _, new in found})
+    moved = ", or say with --relocate what was moved" if key in map(".".join, PATHS) else ""
+    raise UserError(f"{run}: belongs to a run with another config ({key}: {old} there, {new} here{only}); "
+                    f"use that config{moved}, or {remedy or 'name another folder'}")
 
 # %% ../nbs/02_store.ipynb #26a08e29
 @patch(cls_method=True)
 def open(cls: Run,
     path,                     # of the folder; made if absent
-    config: dict[str, dict],  # everything that decides the results
+    config: dict[str, dict],  # everything that decides the results, and what does not
 ) -> "Run":
-    "Begin a run or continue it; UserError when the folder is somebody else's."
+    "Begin a run or continue it, with what may change; UserError when the folder is somebody else's."
     path = Path(path)
     config = portable_config(json.loads(json.dumps(config)), path)
     if path.exists() and not path.is_dir(): raise UserError(f"{path}: is a file; name another folder")
     if (path/"run.yaml").exists():
-        if not check_config_of(path, config): write_yaml(path/"run.yaml", config)
+        if check_config_of(path, config):
+            with lock(path/".lock"): write_yaml(path/"run.yaml", config)
     elif path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise UserError(f"{path}: is not empty and holds no run.yaml; name another folder")
     else: write_yaml(path/"run.yaml", config)
