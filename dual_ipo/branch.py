@@ -89,7 +89,7 @@ def paths_from(
     config: dict[str, object],   # with paths as `run` sees them
     out: Path,                   # of the new run
 ) -> dict[str, object]:
-    "The config with paths as the new run sees them; what lies in the run's folder is shared, and lies in the new one's."
+    "The config with paths as the new run sees them; what lies in the run's folder has been shared with the new one's."
     config = {name: dict(x) if isinstance(x, dict) else x for name, x in config.items()}
     for part, key in PATHS:
         path = config[part][key]
@@ -107,8 +107,7 @@ def share_rounds(
     new: Path,                   # its folder
 ) -> list[int]:                  # see `share`
     "What two runs have in common."
-    changes = [key for key, *_ in differences(run.config, config)]
-    leave = OWN + (CHECKED if any(key.startswith("data.") for key in changes) else ())
+    leave = OWN if run.config["data"] == config["data"] else OWN + CHECKED
     rounds = [path.name for path in run.path.glob("round_*")]
     copied = share(run.path, new, leave + tuple(rounds))
     for i in range(k + 1): copied += share(run.round(i), new / run.round(i).name)

@@ -10,7 +10,7 @@ __all__ = ['CARDS', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', '
            'judge_facts', 'response_tokens', 'asking_memory', 'learning_memory', 'judge_memory', 'Costs', 'Update',
            'Stage', 'slowest', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies', 'remedies',
            'changed', 'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'pool_seconds', 'facts_of', 'card_of',
-           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'fitted', 'smaller', 'followed',
+           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'plan_facts', 'fitted', 'smaller', 'followed',
            'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
@@ -747,6 +747,19 @@ def plan(
             f"{'stage':14}{'PFLOP':>12}{'GPU-hours':>12}{'hours':>10}{'share':>8}{'GB':>8}  fits"]
     lines = [line_of(row, a_round.gpu_hours) for row in rows]
     return "\n".join(head + lines + totals_of(config.rounds, cold, a_round, price))
+
+# %% ../nbs/32_plan.ipynb #0bc6a72e
+def plan_facts(
+    config: Config,
+    gpu: str, count: int, share: float, price: float,   # as for `plan`
+) -> dict[str, object]:                                 # plain data
+    "The same for programs: bytes, FLOP and hours, by stage and for the whole run."
+    rows = plan_rows(config, gpu, count, share)
+    cold = sum_of([row for row in rows if row["stage"] == "cold start"])
+    a_round = sum_of([row for row in rows if row["stage"] != "cold start"])
+    whole = Sum(*(once + config.rounds * each for once, each in zip(cold, a_round)))._asdict()
+    return dict(gpu=gpu, count=count, share=share, rounds=config.rounds, stages=rows, round=a_round._asdict(),
+                run=whole | dict(price=price * whole["gpu_hours"] if price else None))
 
 # %% ../nbs/32_plan.ipynb #aec8516d
 def fitted(

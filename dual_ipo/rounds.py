@@ -11,11 +11,11 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows',
            'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of',
            'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge',
-           'summary_of', 'write_summary', 'finish', 'is_late', 'measure_again', 'measure_late', 'prompts_of_round',
-           'sample_cheaply', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
-           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
-           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
-           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'summary_of', 'write_summary', 'finish', 'is_late', 'measure_again', 'late_rounds', 'measure_late',
+           'prompts_of_round', 'sample_cheaply', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling',
+           'sample_all', 'sample', 'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead',
+           'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote',
+           'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -172,6 +172,8 @@ class Round(RoundFolder):
         run,      # a `Run`, or its folder
         k: int,
     ):
+        for name, value in dict(run=run, round=k).items():
+            if value in ("", None): raise UserError(f"{name}: is not given; give it, as in `papermill -p {name} …`")
         super().__init__(run if isinstance(run, Run) else Run.load(run), k)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("torchrun: a round is one process that hands out its work; say `--on auto` for all GPUs")
@@ -701,14 +703,18 @@ def measure_again(r: RoundFolder):
     if entry.is_file(): write_json(entry, read_json(entry) | dict(generator=summary))
 
 # %% ../nbs/33_rounds.ipynb #0c8054e6
-def measure_late(run: Run) -> list[int]:  # rounds
+def late_rounds(run: Run) -> list[RoundFolder]:
+    "The rounds whose clips the measure of the config has not seen."
+    if not config_of(run).evaluate.measure: return []
+    rounds = [RoundFolder(run, int(path.name[6:])) for path in sorted(run.path.glob("round_*"))]
+    return [r for r in rounds if is_late(r)]
+
+# %% ../nbs/33_rounds.ipynb #17fe0b16
+def measure_late(run: Run):
     "Apply a measure that came later to the clips that are there."
-    config, rounds = config_of(run), [RoundFolder(run, int(path.name[6:])) for path in sorted(run.path.glob("round_*"))]
-    late = [r for r in rounds if config.evaluate.measure and is_late(r)]
-    for r in late: measure_again(r)
+    for r in late_rounds(run): measure_again(r)
     summary = run.path / "summary.json"
     if summary.is_file() and read_json(summary, Summary)["rounds"] != run.entries(): write_summary(run)
-    return [r.k for r in late]
 
 # %% ../nbs/33_rounds.ipynb #7a765674
 def prompts_of_round(

@@ -8,9 +8,10 @@ __all__ = ['NUMBERS', 'FLOAT', 'PATHS', 'atomic_write', 'write_json', 'check_kin
            'remembered', 'marks_of', 'whole', 'intact', 'rows_checksum', 'write_table', 'read_table', 'write_tensors',
            'read_tensors', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree',
            'mark_done', 'stage', 'differences', 'first_difference', 'portable', 'located', 'moved_path',
-           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry',
-           'Summary', 'read_entries', 'Run', 'may_change', 'set_words', 'branch_command', 'check_config_of', 'rebased',
-           'set_progress_file', 'report_progress', 'progress', 'is_number', 'read_progress']
+           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'is_worked_on', 'Fact',
+           'Scores', 'Entry', 'Summary', 'read_entries', 'Run', 'may_change', 'set_words', 'branch_command',
+           'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress', 'is_number',
+           'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import errno, fcntl, hashlib, json, math, os, re, shlex, shutil, time, zlib
@@ -515,6 +516,18 @@ def lock(
             time.sleep(.1)
         yield
 
+# %% ../nbs/02_store.ipynb #bb9eaf66
+def is_worked_on(
+    run,            # its folder
+) -> bool | None:   # None: the file system has no locks
+    "Whether a process holds the run's lock now."
+    try:
+        with open(Path(run)/".lock") as file: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError: return False
+    except BlockingIOError: return True
+    except OSError: return None
+    return False
+
 # %% ../nbs/02_store.ipynb #0cb7d98d
 class Fact(BaseModel):
     "JSON of ours; other keys are welcome."
@@ -712,7 +725,7 @@ def report_progress(
     if _progress["path"] is None: return
     path, elapsed = Path(_progress["path"]), time.monotonic() - start
     eta = elapsed/(done - first)*(total - done) if done > first else None
-    record = dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)
+    record = dict(round=_progress["round"], stage=stage, done=done, total=total, first=first, elapsed=elapsed, eta=eta)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(record), "utf-8")
     os.replace(beside, path)
@@ -751,7 +764,7 @@ def read_progress(
     try: record, silent = read_json(path), time.time() - path.stat().st_mtime
     except (UserError, OSError, RecursionError): return None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), str): return None
-    record = dict(round=None, eta=None) | record
-    if not all(is_number(record.get(key)) for key in ("done", "total", "elapsed")): return None
+    record = dict(round=None, eta=None, first=0) | record
+    if not all(is_number(record.get(key)) for key in ("done", "total", "first", "elapsed")): return None
     if not all(record[key] is None or is_number(record[key]) for key in ("round", "eta")): return None
     return record | dict(silent=max(0., silent))

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from dual_ipo.cli import parser, start_run
+from dual_ipo.cli import start_run
+from dual_ipo.options import parser
 from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards
 from dual_ipo.core import UserError, noise
 from dual_ipo.ending import main
