@@ -613,10 +613,11 @@ def branch_command(
     changes: dict[str, object],   # key → value
 ) -> str | None:              # None where no round is finished, or a path is another
     "The command that goes on with other values from the newest finished round that leaves one to do."
-    rounds = changes.get("rounds") or read_yaml(run/"run.yaml").get("rounds") or math.inf
-    done = [k for mark in run.glob("round_*/DONE") if (k := int(mark.parent.name[6:])) < rounds]
+    done = [int(mark.parent.name[6:]) for mark in run.glob("round_*/DONE")]
     if not done or {*changes} & {*map(".".join, PATHS)}: return None
-    return f"`dual-ipo branch {shlex.quote(str(run))} --round {max(done)}{set_words(changes)} --out NEW`"
+    last = (changes.get("rounds") or read_yaml(run/"run.yaml").get("rounds") or math.inf) - 1
+    k = max(k for k in done if k <= max(last, min(done)))
+    return f"`dual-ipo branch {shlex.quote(str(run))} --round {k}{set_words(changes)} --out NEW`"
 
 # %% ../nbs/02_store.ipynb #2e4bfcde
 def check_config_of(
