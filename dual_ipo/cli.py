@@ -81,7 +81,7 @@ def pace(
     done, seconds = progress["done"], progress["elapsed"]
     text = f"round {progress['round']} {one_line(progress['stage'])}: {done} of {progress['total']}, {clock(seconds)}"
     new = done - progress.get("first", 0)
-    if new > 0 and seconds > 0: text += f", {new / seconds:.3g} a second"
+    if new > 0 and seconds > .1: text += f", {new / seconds:.3g} a second"
     if progress.get("eta"): text += f", {clock(progress['eta'])} left"
     return text if left is None else f"{text}; the run: about {clock(max(left, 0))} left"
 
