@@ -97,8 +97,8 @@ def paths_from(
     return portable_config(config, out)
 
 # %% ../nbs/42_branch.ipynb #c31937af
-OWN = "run.yaml", "summary.json", "report.html", "progress.json", "export"   # of a run, which another does not share
-CHECKED = "input_check.json", "quarantine.parquet"                            # what the user's files were found to be
+OWN = "run.yaml", "summary.json", "report.html", "report.ipynb", "progress.json", "export"   # of a run, never shared
+CHECKED = "input_check.json", "quarantine.parquet"   # what the user's files were found to be
 
 def share_rounds(
     run: Run,
