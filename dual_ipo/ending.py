@@ -53,8 +53,10 @@ def in_utf8():
 def obey(argv: list[str] | None):
     "Read the command line and do what it says; a signal is an exception that says so."
     with stoppable():
-        from dual_ipo.cli import command, parser
-        command(parser().parse_args(argv))
+        from dual_ipo.options import parser
+        args = parser().parse_args(argv)   # `--help` ends here
+        from dual_ipo.cli import command
+        command(args)
         sys.stdout.flush()
 
 # %% ../nbs/61_ending.ipynb #d8171572

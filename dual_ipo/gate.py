@@ -8,6 +8,7 @@ __all__ = ['DIALS', 'Scores', 'with_candidates', 'dials_of', 'mean_grades', 'can
            'gate', 'verdict']
 
 # %% ../nbs/34_gate.ipynb #0efa6757
+import math
 import time
 from pathlib import Path
 
@@ -173,8 +174,9 @@ def figures_of(
 ) -> dict[str, object]:                     # of `gate`
     "Everything that is compared, with intervals."
     difference = interval([with_cheap - alone for alone, with_cheap in zip(own, cross)], rows)
-    found = dict(passes=difference["lo"] > -margin, difference=difference, agreement=interval(cross, rows),
-                 self_agreement=interval(own, rows))
+    enough = math.ceil(3 / margin)   # fewer cannot tell: of so many, all alike, a share of `margin` may still differ
+    found = dict(passes=difference["lo"] > -margin and len(rows) >= enough, enough=enough, difference=difference,
+                 agreement=interval(cross, rows), self_agreement=interval(own, rows))
     for key in ("label", "gap", "same_winner", "same_loser"): found[key] = interval([row[key] for row in rows], rows)
     return found
 
@@ -215,4 +217,6 @@ def verdict(
              f"the judge's label of cheap and full clips agrees: {show('agreement')}; "
              f"of full clips with itself: {show('self_agreement')}",
              f"difference {show('difference')}: {'passes' if figures['passes'] else 'does not pass'}"]
+    if figures["prompts"] < figures["enough"]:
+        lines[-1] += f", too few prompts to tell: ask about {figures['enough']} or more"
     return "\n".join(lines)

@@ -10,10 +10,12 @@ __all__ = ['CARDS', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', '
            'judge_facts', 'response_tokens', 'asking_memory', 'learning_memory', 'judge_memory', 'Costs', 'Update',
            'Stage', 'slowest', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies', 'remedies',
            'changed', 'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'pool_seconds', 'facts_of', 'card_of',
-           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'fitted', 'out_of_memory']
+           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'plan_facts', 'fitted', 'smaller', 'followed',
+           'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
 import math
+import shlex
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,6 +43,7 @@ from .generator import Generator, meta_generator
 from .kernels import block_bytes, choose_memory, held_bytes, kept_bytes, together
 from .reward import CLIPS, LARGE, PAIRS, Judge, in_a_shard
 from .srpo import AT_ONCE
+from .store import Run, branch_command, set_words
 
 # %% ../nbs/32_plan.ipynb #7f8e609d
 class GPU(NamedTuple):
@@ -752,6 +756,19 @@ def plan(
     lines = [line_of(row, a_round.gpu_hours) for row in rows]
     return "\n".join(head + lines + totals_of(config.rounds, cold, a_round, price))
 
+# %% ../nbs/32_plan.ipynb #0bc6a72e
+def plan_facts(
+    config: Config,
+    gpu: str, count: int, share: float, price: float,   # as for `plan`
+) -> dict[str, object]:                                 # plain data
+    "The same for programs: bytes, FLOP and hours, by stage and for the whole run."
+    rows = plan_rows(config, gpu, count, share)
+    cold = sum_of([row for row in rows if row["stage"] == "cold start"])
+    a_round = sum_of([row for row in rows if row["stage"] != "cold start"])
+    whole = Sum(*(once + config.rounds * each for once, each in zip(cold, a_round)))._asdict()
+    return dict(gpu=gpu, count=count, share=share, rounds=config.rounds, stages=rows, round=a_round._asdict(),
+                run=whole | dict(price=price * whole["gpu_hours"] if price else None))
+
 # %% ../nbs/32_plan.ipynb #aec8516d
 def fitted(
     config: Config,
@@ -770,33 +787,59 @@ def fitted(
     return config
 
 # %% ../nbs/32_plan.ipynb #89cba371
-STAGES = {  # of `rounds` → (row of the plan, setting that it hangs on)
-    "cold_start": ("cold start", "judge.max_pixels"),
-    "previews": ("previews", "generator.batch_size"),
-    "candidates": ("candidates", "generator.batch_size"),
-    "ranking": ("ranking", "judge.batch_size"),
-    "align": ("align", "align.batch_size, with align.accumulate to make up for it"),
-    "fresh": ("fresh clips", "generator.batch_size"),
-    "votes": ("votes", "judge.batch_size"),
-    "srpo": ("srpo", "judge.max_pixels"),
-    "evaluate": ("evaluation", "generator.batch_size"),
-    "judge_check": ("judge check", "judge.batch_size")}
+STAGES = {  # of `rounds` → (row of the plan, part and key of the setting that it hangs on)
+    "cold_start": ("cold start", "judge", "max_pixels"),
+    "previews": ("previews", "generator", "batch_size"),
+    "candidates": ("candidates", "generator", "batch_size"),
+    "ranking": ("ranking", "judge", "batch_size"),
+    "align": ("align", "align", "batch_size"),
+    "fresh": ("fresh clips", "generator", "batch_size"),
+    "votes": ("votes", "judge", "batch_size"),
+    "srpo": ("srpo", "judge", "max_pixels"),
+    "evaluate": ("evaluation", "generator", "batch_size"),
+    "judge_check": ("judge check", "judge", "batch_size")}
+
+# %% ../nbs/32_plan.ipynb #a9500473
+def smaller(
+    config: Config,
+    stage: str,         # of `STAGES`
+) -> Changes | None:    # None: nothing that is only a setting
+    "What to try where the estimate was wrong: activations computed again, then half of what a stage hangs on."
+    name, part, key = STAGES[stage]
+    if name in LEARNING and config.judge.checkpointing is not True: return dict(judge=dict(checkpointing=True))
+    if name == "align" and config.align.checkpointing != "full": return dict(align=dict(checkpointing="full"))
+    value = getattr(getattr(config, part), key) or 0
+    if value < (2048 if key == "max_pixels" else 2): return None
+    more = dict(accumulate=2 * config.align.accumulate) if part == "align" else {}
+    return {part: {key: value // 2} | more}
+
+# %% ../nbs/32_plan.ipynb #87bbe3a7
+def followed(
+    changes: Changes | None,
+    run: Path,             # its folder
+) -> str:
+    "How a run takes an advice: by itself where no result hangs on it, else as a branch."
+    if not changes: return advice(None)
+    flat = {f"{part}.{key}": value for part, own in changes.items() for key, value in own.items()}
+    if flat.keys() <= Run.may.keys():
+        return f"{advice(changes)}: `dual-ipo run {shlex.quote(str(run))}{set_words(flat)}` goes on with it"
+    return f"{advice(changes)}, on which results hang: {branch_command(run, flat) or 'begin another run with it'}"
 
 # %% ../nbs/32_plan.ipynb #d1264169
 def out_of_memory(
     config: Config,
+    run: Path,      # its folder
     stage: str,     # that ran out of memory
     memory: float,  # bytes of the card
     count: int = 1, # processes
 ) -> str:           # one line
-    "What to change."
-    name, setting = STAGES[stage]
-    card, estimate, remark = GPU("this card", 1e12, memory, 1e12), "", f"lower {setting}"
+    "What to change, and how."
+    card, estimate, changes = GPU("this card", 1e12, memory, 1e12), "", smaller(config, stage)
     try:
         g, j = facts_of(config)
-        row = stage_of(stages(config, g, j, card, count), name)
-        if row["memory"] > memory: remark = advice(remedy(config, g, j, row, card, count))
+        row = stage_of(stages(config, g, j, card, count), STAGES[stage][0])
+        if row["memory"] > memory: changes = remedy(config, g, j, row, card, count)
         estimate = f" ({row['memory'] / 1e9:.1f} GB were estimated)"
     except Exception: pass  # the message matters more
-    return (f"{stage}: the {memory / 1e9:.1f} GB of the GPU are not enough{estimate}; {remark}; "
+    return (f"{stage}: the {memory / 1e9:.1f} GB of the GPU are not enough{estimate}; {followed(changes, run)}; "
             "`dual-ipo plan` shows every stage")

@@ -9,10 +9,11 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'Input', 'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of',
            'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures', 'checked',
            'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge',
-           'start_judge', 'with_their_reasons', 'human_items', 'evaluation_clips', 'evaluate_generator',
-           'measured_pair', 'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row',
-           'follow_grades', 'evaluate_judge', 'summary_of', 'finish', 'prompts_of_round', 'sample_cheaply',
-           'read_candidates', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
+           'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows', 'with_scores',
+           'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of', 'asked_together',
+           'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'summary_of',
+           'write_summary', 'finish', 'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round',
+           'sample_cheaply', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
            'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
            'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
            'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
@@ -21,6 +22,7 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
 import gc
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,9 +53,9 @@ from .plan import out_of_memory
 from .prompts import read_prompts
 from .reward import ANNOTATED, CLIPS, PAIRS, Judge, check_judge, check_stored, in_a_shard
 from .srpo import LABEL, cast, cold_start, pseudo_label, srpo
-from .store import (PATHS, Each, Rows, Run, arrow_of, digest, file_digest, intact, is_done, located, mark_done,
-                            pair_digest, read_json, read_rows, read_table, read_tables, set_progress_file, stage,
-                            stream_table, whole, write_json, write_table)
+from .store import (PATHS, Each, Entry, Rows, Run, Summary, arrow_of, digest, file_digest, intact, is_done,
+                            located, mark_done, pair_digest, read_json, read_rows, read_table, read_tables,
+                            set_progress_file, stage, stream_table, whole, write_json, write_table)
 from .training import Ahead, TrainingAnomaly, groups_of, ranks
 from .voting import check_votes
 
@@ -182,6 +184,8 @@ class Round(RoundFolder):
         run,      # a `Run`, or its folder
         k: int,
     ):
+        for name, value in dict(run=run, round=k).items():
+            if value in ("", None): raise UserError(f"{name}: is not given; give it, as in `papermill -p {name} …`")
         super().__init__(run if isinstance(run, Run) else Run.load(run), k)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("torchrun: a round is one process that hands out its work; say `--on auto` for all GPUs")
@@ -229,6 +233,7 @@ def forget_optimizers(
     "Remove what only a training that goes on would read: two thirds of its checkpoint."
     for steps in ("step_*", "expert_*/step_*"):
         for state in folder.glob(f"{steps}/adam.safetensors"): state.unlink()
+        for shares in folder.glob(f"{steps}/adam"): shutil.rmtree(shares)
 
 # %% ../nbs/33_rounds.ipynb #031a4a8a
 @contextmanager
@@ -241,7 +246,7 @@ def stage_of(r: RoundFolder, name: str):
         with stage(r.folder / name, resumes=True) as todo: yield todo
     except torch.OutOfMemoryError as error:
         memory = whole_bytes(torch.device("cuda")) if torch.cuda.is_available() else 0
-        raise UserError(out_of_memory(r.config, name, memory, ranks().num_processes)) from error
+        raise UserError(out_of_memory(r.config, r.run.path, name, memory, ranks().num_processes)) from error
     if todo: add_seconds(r.folder, name, time.time() - began)
     forget_optimizers(r.folder / name)
 
@@ -471,9 +476,10 @@ def all_of(pairs: PairTable) -> list[Pair]: return [pairs[i] for i in range(len(
 def annotated(r: Round, judge: Judge, pairs: PairTable) -> list[Pair]:
     "The human pairs with reasons, which the judge writes where people gave none: CoT-guided annotation, in shards."
     given, part, seed = all_of(pairs), r.config.judge, r.config.seed
-    asked = {key: r.sampling[key] for key in ("temperature", "top_p", "max_new_tokens", "batch")}
+    asked = {key: r.sampling[key] for key in ("temperature", "top_p", "max_new_tokens")}
     def reasons(some):
-        found = annotate(judge, some, part.dimensions, seed=seed, min_readable=part.min_readable, **asked)
+        found = annotate(judge, some, part.dimensions, seed=seed, min_readable=part.min_readable,
+                         batch=part.batch_size, **asked)
         return [dict(pair_id=pair.pair_id, rationale=json.dumps(pair.rationale)) for pair in found]
     with judge.writing():
         size = in_a_shard(judge.parameters, ANNOTATED)
@@ -552,6 +558,27 @@ def newest(
     own = self.folder / what
     return own if is_done(own) else self.before(what)
 
+# %% ../nbs/33_rounds.ipynb #cab2b974
+def read_candidates(folder: Path) -> Rows:
+    "The rows of all shards."
+    tables = sorted(folder.glob("shard_*/table.parquet"), key=lambda path: int(path.parent.name[6:]))
+    return read_tables(tables)
+
+# %% ../nbs/33_rounds.ipynb #26cf23ff
+def bare_rows(
+    clips: list[dict],   # of `sample_candidates`
+) -> list[dict]:
+    "Rows of evaluate/scores.parquet without scores."
+    return [dict(prompt=clip["prompt"], candidate=clip["candidate"], clip=clip["clip"]) for clip in clips]
+
+# %% ../nbs/33_rounds.ipynb #4f24fa48
+def with_scores(r: RoundFolder, rows: list[dict]) -> list[dict]:  # of `bare_rows`
+    "The same rows with what `evaluate.measure` makes of each clip, if there is one."
+    if not (measure := r.config.evaluate.measure): return rows
+    folder = r.folder / "evaluate"
+    clips = [(row["prompt"], folder / row["clip"]) for row in rows]
+    return [row | own for row, own in zip(rows, measured(measure, clips, folder / "measured"))]
+
 # %% ../nbs/33_rounds.ipynb #08fd58c7
 def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evaluate/scores.parquet without scores
     "Sample the newest generator with the same prompts and noise as in every round."
@@ -559,17 +586,13 @@ def evaluation_clips(r: Round, eval_prompts: list[str]) -> list[dict]:  # evalua
     clips = sample_candidates(r.generator(r.newest("generator")), eval_prompts[:part.prompts], part.clips_per_prompt,
                               folder, f"{r.config.seed} evaluate", 0, batch_size=r.config.generator.batch_size,
                               what="evaluation clips")
-    return [dict(prompt=clip["prompt"], candidate=clip["candidate"], clip=clip["clip"]) for clip in clips]
+    return bare_rows(clips)
 
 # %% ../nbs/33_rounds.ipynb #3c2c79a8
 @staged("evaluate", lambda r: read_table(r.folder / "evaluate/scores.parquet"))
 def evaluate_generator(r: Round, eval_prompts: list[str]) -> list[dict]:  # rows: prompt, candidate, clip, scores
     "Sample the evaluation clips and measure them."
-    rows, folder, measure = evaluation_clips(r, eval_prompts), r.folder / "evaluate", r.config.evaluate.measure
-    if measure:
-        clips = [(row["prompt"], folder / row["clip"]) for row in rows]
-        rows = [row | own for row, own in zip(rows, measured(measure, clips, folder / "measured"))]
-    write_table(folder / "scores.parquet", rows)
+    write_table(r.folder / "evaluate/scores.parquet", with_scores(r, evaluation_clips(r, eval_prompts)))
 
 # %% ../nbs/33_rounds.ipynb #2fe9ac27
 def measured_pair(
@@ -581,6 +604,12 @@ def measured_pair(
     first, second = (VideoFile(whole(folder / row["clip"])) for row in (a, b))
     return Pair(a["prompt"], first, second, label_of(gap), f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
 
+# %% ../nbs/33_rounds.ipynb #e7b0ee5a
+def people_were_asked(run: Run) -> bool:
+    "Whether the judge was held to people's pairs when the run began."
+    table = run.round(0) / "evaluate/votes.parquet"
+    return table.is_file() and read_table(table)[0]["gap"] is None
+
 # %% ../nbs/33_rounds.ipynb #673b40e2
 def truth_of(
     r: RoundFolder,
@@ -588,7 +617,8 @@ def truth_of(
     human: PairTable,
 ) -> tuple[list[Pair], list[float] | None]:  # with true labels; the gaps between the totals, where they were measured
     "Pairs whose better clip is known: of the evaluation clips if they were measured, else held-out human ones."
-    if "total" not in scored[0]: return all_of(human.split(r.config.data.held_out, r.config.seed)[1]), None
+    if "total" not in scored[0] or people_were_asked(r.run):
+        return all_of(human.split(r.config.data.held_out, r.config.seed)[1]), None
     known = [measured_pair(r.folder / "evaluate", a, b) for a, b in zip(scored[::2], scored[1::2])]
     return [pair for pair, _ in known], [gap for _, gap in known]
 
@@ -697,6 +727,9 @@ def summary_of(
     for name in names: scores[name] = torch.tensor([row[name] for row in scored])
     return summarise(scores, [row["prompt"] for row in scored], seed) if scores else {}
 
+# %% ../nbs/33_rounds.ipynb #6ba595e4
+def write_summary(run: Run): write_json(run.path / "summary.json", dict(config=run.config, rounds=run.entries()))
+
 # %% ../nbs/33_rounds.ipynb #1bd7ab61
 def finish(
     r: RoundFolder,
@@ -710,9 +743,40 @@ def finish(
                  seconds=read_json(r.folder / "seconds.json", dict[str, float]))
     if not is_done(r.folder):
         write_json(r.folder / "round.json", entry)
-        write_json(r.run.path / "summary.json", dict(config=r.run.config, rounds=r.run.entries()))
+        write_summary(r.run)
         mark_done(r.folder)
     return read_json(r.folder / "round.json")
+
+# %% ../nbs/33_rounds.ipynb #a2d1ad2f
+def is_late(r: RoundFolder) -> bool:
+    "Whether the round's evaluation clips are there and were not measured."
+    if is_done(r.folder): return not read_json(r.folder / "round.json", Entry).get("generator")
+    return is_done(r.folder / "evaluate") and "total" not in read_table(r.folder / "evaluate/scores.parquet")[0]
+
+# %% ../nbs/33_rounds.ipynb #0e63de6b
+def measure_again(r: RoundFolder):
+    "Measure the evaluation clips of a round, and enter it into round.json if the round has ended."
+    folder, entry = r.folder / "evaluate", r.folder / "round.json"
+    rows = with_scores(r, bare_rows(read_candidates(folder)))
+    summary = summary_of(rows, r.config.seed)
+    (folder / "DONE").unlink(missing_ok=True)   # it remembers the table as it was
+    write_table(folder / "scores.parquet", rows)
+    mark_done(folder)
+    if entry.is_file(): write_json(entry, read_json(entry) | dict(generator=summary))
+
+# %% ../nbs/33_rounds.ipynb #0c8054e6
+def late_rounds(run: Run) -> list[RoundFolder]:
+    "The rounds whose clips the measure of the config has not seen."
+    if not config_of(run).evaluate.measure: return []
+    rounds = [RoundFolder(run, int(path.name[6:])) for path in sorted(run.path.glob("round_*"))]
+    return [r for r in rounds if is_late(r)]
+
+# %% ../nbs/33_rounds.ipynb #17fe0b16
+def measure_late(run: Run):
+    "Apply a measure that came later to the clips that are there."
+    for r in late_rounds(run): measure_again(r)
+    summary = run.path / "summary.json"
+    if summary.is_file() and read_json(summary, Summary)["rounds"] != run.entries(): write_summary(run)
 
 # %% ../nbs/33_rounds.ipynb #7a765674
 def prompts_of_round(
@@ -733,12 +797,6 @@ def sample_cheaply(r: Round, generator, *args, **settings) -> list[dict]:
     "`sample_candidates` from the generator at a path, as `candidates` wants it sampled."
     return sample_candidates(r.generator(generator), *args, batch_size=r.config.generator.batch_size,
                              sampling=candidate_sampling(r.config), **settings)
-
-# %% ../nbs/33_rounds.ipynb #cab2b974
-def read_candidates(folder: Path) -> Rows:
-    "The rows of all shards."
-    tables = sorted(folder.glob("shard_*/table.parquet"), key=lambda path: int(path.parent.name[6:]))
-    return read_tables(tables)
 
 # %% ../nbs/33_rounds.ipynb #f5d7f60f
 def totals(
@@ -909,7 +967,9 @@ def sample_fresh(r: Round, prompts: list[str]) -> list[Pair]:  # none for a judg
     "Unlabelled pairs of the new generator's clips."
     part = r.config.votes
     if not r.config.srpo.steps: return []
-    if part.clips == "candidates" and r.k < r.config.rounds: return next_candidates(r, prompts, part.pairs)
+    own = any((r.folder / "fresh").glob("shard_*"))   # begun as the last round, before rounds grew
+    if part.clips == "candidates" and r.k < r.config.rounds and not own:
+        return next_candidates(r, prompts, part.pairs)
     return clip_pairs(sample_for_votes(r, prompts)[:2 * part.pairs], r.folder / "fresh")
 
 # %% ../nbs/33_rounds.ipynb #461259c7
@@ -992,6 +1052,7 @@ def update_judge(
 def stages(r: Round) -> Iterator[tuple[str, object]]:  # (what it is, what was left) of each stage
     "One round of Dual-IPO, or what is left of it; round 0 is the judge's cold start and the evaluation of the base."
     check_there(r.run)
+    measure_late(r.run)
     yield "input", (given := read_input(r))
     prompts, eval_prompts, human, real = given
     reasons = []

@@ -211,13 +211,13 @@ def cast(
     **asked,             # see `Judge.vote`
 ) -> Sequence[Judgement]:   # made anew whenever somebody looks
     "Votes on all pairs, or on those that an interrupted process left."
-    so_far = Readable(min_readable)
+    so_far, decides = Readable(min_readable), {key: value for key, value in asked.items() if key != "batch"}
     def vote(some):
         judgements = judge.vote(some, k, keys, **asked)
         so_far.check(judgements)
         return [asdict(judgement) for judgement in judgements]
     with judge.writing():
-        rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, asked, name=pair_digest)
+        rows = rows_in_shards(pairs, group, folder, "votes", vote, k, keys, decides, name=pair_digest)
     return Each(judgement_of, rows)
 
 # %% ../nbs/14_srpo.ipynb #52fa2290

@@ -9,13 +9,14 @@ __all__ = ['NUMBERS', 'FLOAT', 'AT_ONCE', 'DAMAGES', 'PATHS', 'atomic_write', 'w
            'Each', 'Rows', 'columns_of', 'one_table', 'arrow_of', 'rows_checksum', 'write_table', 'parquet',
            'stream_table', 'read_rows', 'read_table', 'read_tables', 'write_tensors', 'read_tensors', 'json_pieces',
            'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree', 'mark_done',
-           'whole_folder', 'stage', 'first_difference', 'portable', 'located', 'moved_path', 'portable_config',
-           'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'Fact', 'Scores', 'Entry', 'Summary',
-           'read_entries', 'Run', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
-           'is_number', 'read_progress']
+           'whole_folder', 'stage', 'differences', 'first_difference', 'portable', 'located', 'moved_path',
+           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'is_worked_on', 'Fact',
+           'Scores', 'Entry', 'Summary', 'read_entries', 'Run', 'may_change', 'set_words', 'branch_command',
+           'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress', 'is_number',
+           'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
-import errno, fcntl, glob, hashlib, json, math, os, re, shutil, time, zlib
+import errno, fcntl, glob, hashlib, json, math, os, re, shlex, shutil, time, zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -540,6 +541,7 @@ def stage(
     folder,                # of this stage's results
     resumes: bool = False, # True: it continues from what is there; False: what is there goes
     of: str | None = None, # a `digest` of what the results are made of: those made of something else count for nothing
+    **facts,               # what DONE remembers beside it, as JSON
 ):
     "Yield whether there is something to do; mark the folder done when the block ends well."
     folder, todo = Path(folder), not is_done(folder)
@@ -550,19 +552,25 @@ def stage(
     if todo and not resumes and folder.exists(): shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     yield todo
-    if todo: mark_done(folder, **{} if of is None else dict(of=of))
+    if todo: mark_done(folder, **facts if of is None else dict(of=of) | facts)
 
 # %% ../nbs/02_store.ipynb #dff0e314
-def first_difference(
-    old, new,         # plain data
+def differences(
+    old, new,         # plain data; a section that is not there has no keys
     key: str = "",    # where we are
-) -> str | None:      # "generator.lr: 1e-05 there, 2e-05 here"
-    "The first place where two configs differ."
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(new) + [k for k in old if k not in new]
-        found = (first_difference(old.get(k, "nothing"), new.get(k, "nothing"), f"{key}.{k}".strip(".")) for k in keys)
-        return next(filter(None, found), None)
-    return None if old == new else f"{key}: {old} there, {new} here"
+) -> Iterator[tuple[str, object, object]]:   # ("generator.lr", 1e-05, 2e-05)
+    "Every place where two configs differ, the keys of `new` first."
+    if not isinstance(old, dict) and not isinstance(new, dict):
+        if old != new: yield key, old, new
+        return
+    old, new = (x if isinstance(x, dict) else {} for x in (old, new))
+    for name in [*new, *(name for name in old if name not in new)]:
+        yield from differences(old.get(name, "nothing"), new.get(name, "nothing"), f"{key}.{name}".strip("."))
+
+# %% ../nbs/02_store.ipynb #1ccf018f
+def first_difference(old, new) -> str | None:   # "generator.lr: 1e-05 there, 2e-05 here"
+    "The first of them in words."
+    return next((f"{key}: {was} there, {now} here" for key, was, now in differences(old, new)), None)
 
 # %% ../nbs/02_store.ipynb #b0f16188
 PATHS = [   # (part, key) of the config
@@ -672,6 +680,18 @@ def lock(
             time.sleep(.1)
         yield
 
+# %% ../nbs/02_store.ipynb #bb9eaf66
+def is_worked_on(
+    run,            # its folder
+) -> bool | None:   # None: the file system has no locks
+    "Whether a process holds the run's lock now."
+    try:
+        with open(Path(run)/".lock") as file: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError: return False
+    except BlockingIOError: return True
+    except OSError: return None
+    return False
+
 # %% ../nbs/02_store.ipynb #0cb7d98d
 class Fact(BaseModel):
     "JSON of ours; other keys are welcome."
@@ -716,6 +736,8 @@ def read_entries(
 # %% ../nbs/02_store.ipynb #21471414
 class Run:
     "A run's folder and its config."
+    may: dict[str, str] = {}   # key → "change", "grow" or "come" once a run has begun; `config` knows them
+
     def __init__(self,
         path,                     # of the folder
         config: dict[str, dict],  # as run.yaml has it
@@ -731,33 +753,65 @@ class Run:
             sweep(self.path)
             yield self
 
+# %% ../nbs/02_store.ipynb #f034ba2f
+def may_change(
+    way: str | None,   # of `Run.may`; None: results hang on it
+    old, new,          # values of a key
+) -> bool:
+    "Whether a run that has begun can go on with another value."
+    if way == "grow": return isinstance(old, int) and isinstance(new, int) and new > old
+    return way == "change" or way == "come" and old is None
+
+# %% ../nbs/02_store.ipynb #8646008a
+def set_words(
+    changes: dict[str, object],   # key → value
+) -> str:                         # a space before each
+    "Options of a command that say so, as a shell reads them."
+    values = {key: value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
+              for key, value in changes.items()}
+    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
+
+# %% ../nbs/02_store.ipynb #258134cd
+def branch_command(
+    run: Path,                # its folder
+    changes: dict[str, object],   # key → value
+) -> str | None:              # None where no round is finished, or a path is another
+    "The command that goes on with other values from the newest finished round that leaves one to do."
+    done = [int(mark.parent.name[6:]) for mark in run.glob("round_*/DONE")]
+    if not done or {*changes} & {*map(".".join, PATHS)}: return None
+    last = (changes.get("rounds") or read_yaml(run/"run.yaml").get("rounds") or math.inf) - 1
+    k = max(k for k in done if k <= max(last, min(done)))
+    return f"`dual-ipo branch {shlex.quote(str(run))} --round {k}{set_words(changes)} --out NEW`"
+
 # %% ../nbs/02_store.ipynb #2e4bfcde
 def check_config_of(
     run: Path,                # its folder
     config: dict[str, dict],  # that it is to be continued with
-) -> bool:                    # it is the very same, `cluster` too, on which no result depends
-    "UserError when a run was begun with another config."
-    begun, wanted = portable_config(read_yaml(run/"run.yaml"), run), dict(config)
-    same_place = begun.pop("cluster", None) == wanted.pop("cluster", None)
-    difference = first_difference(begun, wanted)
-    if not difference: return same_place
-    is_path = difference.split(":")[0] in map(".".join, PATHS)
-    moved = ", or say with --relocate what was moved" if is_path else ""
-    raise UserError(f"{run}: belongs to a run with another config ({difference}); "
-                    f"name another folder or use that config{moved}")
+) -> list[tuple[str, object, object]]:   # see `differences`; they may be
+    "UserError when a run was begun with another config, on whose difference results hang."
+    found = list(differences(portable_config(read_yaml(run/"run.yaml"), run), config))
+    wrong = [each for each in found if not may_change(Run.may.get(each[0]), *each[1:])]
+    if not wrong: return found
+    key, old, new = wrong[0]
+    only = "; it may only grow" if Run.may.get(key) == "grow" else ""
+    remedy = branch_command(run, {key: new for key, _, new in found})
+    moved = ", or say with --relocate what was moved" if key in map(".".join, PATHS) else ""
+    raise UserError(f"{run}: belongs to a run with another config ({key}: {old} there, {new} here{only}); "
+                    f"use that config{moved}, or {remedy or 'name another folder'}")
 
 # %% ../nbs/02_store.ipynb #26a08e29
 @patch(cls_method=True)
 def open(cls: Run,
     path,                     # of the folder; made if absent
-    config: dict[str, dict],  # everything that decides the results
+    config: dict[str, dict],  # everything that decides the results, and what does not
 ) -> "Run":
-    "Begin a run or continue it; UserError when the folder is somebody else's."
+    "Begin a run or continue it, with what may change; UserError when the folder is somebody else's."
     path = Path(path)
     config = portable_config(json.loads(json.dumps(config)), path)
     if path.exists() and not path.is_dir(): raise UserError(f"{path}: is a file; name another folder")
     if (path/"run.yaml").exists():
-        if not check_config_of(path, config): write_yaml(path/"run.yaml", config)
+        if check_config_of(path, config):
+            with lock(path/".lock"): write_yaml(path/"run.yaml", config)
     elif path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise UserError(f"{path}: is not empty and holds no run.yaml; name another folder")
     else: write_yaml(path/"run.yaml", config)
@@ -836,7 +890,7 @@ def report_progress(
     if _progress["path"] is None: return
     path, elapsed = Path(_progress["path"]), time.monotonic() - start
     eta = elapsed/(done - first)*(total - done) if done > first else None
-    record = dict(round=_progress["round"], stage=stage, done=done, total=total, elapsed=elapsed, eta=eta)
+    record = dict(round=_progress["round"], stage=stage, done=done, total=total, first=first, elapsed=elapsed, eta=eta)
     beside = beside_name(path)
     beside.write_text(json.dumps(record), "utf-8")
     os.replace(beside, path)
@@ -875,7 +929,7 @@ def read_progress(
     try: record, silent = read_json(path), time.time() - path.stat().st_mtime
     except (UserError, OSError, RecursionError): return None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), str): return None
-    record = dict(round=None, eta=None) | record
-    if not all(is_number(record.get(key)) for key in ("done", "total", "elapsed")): return None
+    record = dict(round=None, eta=None, first=0) | record
+    if not all(is_number(record.get(key)) for key in ("done", "total", "first", "elapsed")): return None
     if not all(record[key] is None or is_number(record[key]) for key in ("round", "eta")): return None
     return record | dict(silent=max(0., silent))

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from dual_ipo.cli import parser, start_run
+from dual_ipo.cli import start_run
 from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards, working
 from dual_ipo.config import ClusterPart
 from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.cot import cold_start_items, pair_response
 from dual_ipo.data import read_pairs
+from dual_ipo.options import parser
 from dual_ipo.ending import main
 from dual_ipo.evaluate import measured
 from dual_ipo.plan import pool_seconds

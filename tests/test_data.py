@@ -315,7 +315,7 @@ def test_the_page_knows_the_runs_that_are_shown(tmp_path):
 @pytest.mark.parametrize("change, said", [
     (dict(stage=7), "stage is whole, not text"), (dict(speed=1.), "speed (number)"), (dict(done=None), None)])
 def test_what_the_page_does_not_say_is_found(tmp_path, change, said):
-    whole = dict(round=1, stage="align", done=4, total=10, elapsed=2, eta=None)
+    whole = dict(round=1, stage="align", done=4, total=10, first=0, elapsed=2, eta=None)
     write_json(tmp_path/"progress.json", whole | change)
     assert tables.undescribed(tmp_path) == ([f"progress.json: {said}"] if said else [])
     write_json(tmp_path/"progress.json", {"round": 1})

@@ -1,4 +1,5 @@
 "Cheaper candidates: what is asked of them, and that a run makes them."
+import json
 from dataclasses import replace
 
 import pytest, torch, yaml
@@ -98,7 +99,11 @@ def test_command(tmp_path, capsys):
     ask = ["gate", str(path), "--prompts", "3", "--out", str(tmp_path/"gate")]
     assert main(ask) == 0
     said = capsys.readouterr().out
-    assert "num_inference_steps 3: " in said and "3 prompts" in said and "pass" in said
+    assert "num_inference_steps 3: " in said and "3 prompts" in said
+    assert "does not pass, too few prompts to tell: ask about 30 or more" in said
+    assert main([*ask, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"] == 3 and not found["passes"] and found["dials"] == dict(num_inference_steps=3)
     data["candidates"]["num_inference_steps"] = None
     path.write_text(yaml.safe_dump(data), "utf-8")
     assert main(ask) == 2

@@ -149,7 +149,9 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
     out = Path("run")
     assert main(["run", str(config), "--out", str(out)]) == 0
     said = capsys.readouterr()
-    for line in ("round 0  cold start", "round 1  candidates", "round 2  evaluation clips"): assert line in said.err
+    for line in ("round 0 cold start: 30 of 30", "round 1 done, total", "round 2 evaluation clips: 1 of 1"):
+        assert said.err.count(line) == 1
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d round \d ", line) for line in said.err.splitlines())
     rounds = read_json(out/"summary.json")["rounds"]
     assert [e["round"] for e in rounds] == [0, 1, 2]
     for e in rounds:
