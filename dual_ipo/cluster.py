@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'CORES', 'ENDED', 'Work', 'Here', 'place', 'at_place', 'size_there', 'in_shards', 'Shards', 'rows_in_shards',
-           'opened', 'Held', 'Worker', 'cause_of', 'divisor', 'ray_or_not', 'own_folders', 'join', 'OnRay',
-           'no_environment', 'chosen', 'gathered', 'working']
+           'opened', 'Held', 'Worker', 'cause_of', 'divisor', 'ray_or_not', 'own_folders', 'signals_kept', 'join',
+           'OnRay', 'no_environment', 'chosen', 'gathered', 'working']
 
 # %% ../nbs/09_cluster.ipynb #bbdf7b99
 import os
@@ -223,20 +223,30 @@ def own_folders() -> list[str]:
     "Where this process finds modules, but for what is installed: an environment of a measure's own has other releases."
     return [path for path in sys.path if path and not {"site-packages", "dist-packages"} & {*Path(path).parts}]
 
+# %% ../nbs/09_cluster.ipynb #4feca173
+@contextmanager
+def signals_kept():
+    "Ctrl-C and SIGTERM are ours again afterwards: Ray takes the one while it trains, the other when it starts."
+    taken = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {each: signal.getsignal(each) for each in taken}
+    try: yield
+    finally:
+        for each, handler in before.items(): signal.signal(each, handler)
+
 # %% ../nbs/09_cluster.ipynb #26cf107b
 def join(
     address: str | None = None,   # None: start one on this machine, which ends with this process
     workers: int | None = None,   # that it must have room for
 ):
     "Connect this process with a Ray cluster. UserError where none answers."
-    ray, handler, cores = ray_or_not(), signal.getsignal(signal.SIGTERM), max(os.cpu_count(), workers or 0)
+    ray, cores = ray_or_not(), max(os.cpu_count(), workers or 0)
     own = {} if address else dict(include_dashboard=False, num_cpus=cores)
     try:
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(own_folders())):   # of what is started here, too
+        importable = os.pathsep.join(own_folders())   # to what is started here, too
+        with signals_kept(), mock.patch.dict(os.environ, PYTHONPATH=importable):
             ray.init(address, log_to_driver=False, logging_level="critical", **own)
     except ConnectionError:
         raise UserError(f"--on {address}: no Ray cluster answers there; start one or use `--on here`") from None
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)   # Ray takes it
     return ray
 
 # %% ../nbs/09_cluster.ipynb #bcd41bdf
@@ -366,7 +376,9 @@ def gang(self: OnRay, run: Callable, n: int, notes: Path):
     needs, config = dict(CPU=CORES), RunConfig(storage_path=str(notes.absolute()))
     if self.gpus: needs["GPU"] = self.gpus
     scaling = ScalingConfig(num_workers=n, use_gpu=self.gpus > 0, resources_per_worker=needs)
-    try: TorchTrainer(on_each_rank, scaling_config=scaling, run_config=config).fit()
+    trainer = TorchTrainer(on_each_rank, scaling_config=scaling, run_config=config)
+    try:
+        with signals_kept(), mock.patch.object(TorchTrainer, "_register_sigint_handler", create=True): trainer.fit()
     except Exception as error: raise cause_of(error) from None
 
 # %% ../nbs/09_cluster.ipynb #a3d565a1

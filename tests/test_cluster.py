@@ -369,3 +369,27 @@ def test_the_pool_is_as_the_plan_has_it(three, tmp_path, monkeypatch):
     began = time.time()
     rows_in_shards(seconds, 1, tmp_path/"timed", "timed", sleeps)
     assert time.time() - began == pytest.approx(pool_seconds(seconds, 2), rel=.15)
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from dual_ipo.cluster import OnRay
+folder = Path(sys.argv[1])
+def slow():
+    (folder/"begun").touch()
+    time.sleep(600)
+with OnRay(workers=2) as where: where.train(slow, 2, folder)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_ends_a_gang(tmp_path):
+    "Ray Train would take the signal, go on, and end with 0."
+    pytest.importorskip("ray")
+    (tmp_path/"script.py").write_text(INTERRUPTED, "utf-8")
+    process = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path], stderr=subprocess.PIPE, encoding="utf-8")
+    while not (tmp_path/"begun").exists() and process.poll() is None: time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "KeyboardInterrupt" in said, said[-2000:]
