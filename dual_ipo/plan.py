@@ -7,11 +7,11 @@ __all__ = ['CARDS', 'GPUS', 'fused', 'fused_backward', 'RESPONSE', 'SAMPLING', '
            'flops', 'forward_shapes', 'backward_shapes', 'save_all', 'grads_of', 'fused_attention', 'saved_bytes',
            'as_compiled', 'sizes_of', 'Live', 'live_bytes', 'pass_facts', 'vae_facts', 'bytes_of', 'weight_facts',
            'clip_facts', 'generator_facts', 'token_facts', 'block_numbers', 'text_facts', 'parameter_facts',
-           'judge_facts', 'response_tokens', 'asking_memory', 'learning_memory', 'judge_memory', 'Costs', 'Update',
-           'Stage', 'slowest', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies', 'remedies',
-           'changed', 'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'pool_seconds', 'facts_of', 'card_of',
-           'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'plan_facts', 'fitted', 'smaller', 'followed',
-           'out_of_memory']
+           'judge_facts', 'response_tokens', 'asking_memory', 'learning_memory', 'ranks_sharing', 'judge_memory',
+           'Costs', 'Update', 'Stage', 'slowest', 'stages', 'align_remedies', 'learning_remedies', 'question_remedies',
+           'remedies', 'changed', 'stage_of', 'remedy', 'quicker', 'settings_of', 'advice', 'pool_seconds', 'facts_of',
+           'card_of', 'plan_rows', 'line_of', 'Sum', 'sum_of', 'totals_of', 'plan', 'plan_facts', 'fitted', 'smaller',
+           'followed', 'out_of_memory']
 
 # %% ../nbs/32_plan.ipynb #3693e867
 import math
@@ -44,6 +44,7 @@ from .kernels import block_bytes, choose_memory, held_bytes, kept_bytes, togethe
 from .reward import CLIPS, LARGE, PAIRS, Judge, in_a_shard
 from .srpo import AT_ONCE
 from .store import Run, branch_command, set_words
+from .training import SHARD_FROM
 
 # %% ../nbs/32_plan.ipynb #7f8e609d
 class GPU(NamedTuple):
@@ -322,17 +323,32 @@ def learning_memory(
     return j["training"] + activations + at_most * tokens * again
 
 # %% ../nbs/32_plan.ipynb #7f093431
+def ranks_sharing(
+    config: Config,
+    parameters: int,           # of a model
+    lora_rank: int | None,     # of its adapters; None: all its weights learn
+    count: int, batch: int,    # GPUs, and what its training shares
+) -> int:
+    "GPUs that share out its weights while it learns, see `to_shard`."
+    wanted = parameters >= SHARD_FROM if config.cluster.fsdp == "auto" else config.cluster.fsdp
+    return divisor(count, batch) if wanted and not lora_rank else 1
+
+# %% ../nbs/32_plan.ipynb #09b0ab5f
 def judge_memory(
     config: Config,
     j: dict[str, int],         # of `judge_facts`
+    count: int = 1,            # GPUs
 ) -> dict[str, float]:         # bytes on one GPU at most: grading, voting, certainty, cold start, srpo
     "What the judge needs for each of its tasks."
+    def shared(part): return ranks_sharing(config, j["parameters"], config.judge.lora_rank, count, part.batch_size)
+    def kept(part): return j["training"] - j["training"] / shared(part)   # by the other GPUs
     tokens = j["pair"] + response_tokens(config)
     def at_once(responses, batch): return min(max(1, AT_ONCE // (responses * tokens * j["width"])), batch)
     cold, examples = at_once(1, config.cold_start.batch_size), at_once(2, config.srpo.batch_size)
     rows = examples * (3 if config.srpo.lambda_human and config.data.pairs else 2)
-    return asking_memory(config, j) | {"cold start": learning_memory(config, j, cold, cold),
-                                       "srpo": learning_memory(config, j, rows, examples * 2) + j["past"]}
+    learning = {"cold start": learning_memory(config, j, cold, cold) - kept(config.cold_start),
+                "srpo": learning_memory(config, j, rows, examples * 2) + j["past"] - kept(config.srpo)}
+    return asking_memory(config, j) | learning
 
 # %% ../nbs/32_plan.ipynb #97c53574
 @dataclass
@@ -381,13 +397,20 @@ class Update(NamedTuple):
     at_once: int       # clips that go through together
 
 # %% ../nbs/32_plan.ipynb #2fc914c9
+@patch(as_prop=True)
+def sharing(self: Costs) -> int:
+    "GPUs that share out the generator's weights in an update."
+    rank, batch = self.config.generator.lora_rank, self.config.align.batch_size
+    return ranks_sharing(self.config, self.short["weights"] // 4, rank, self.count, batch)
+
 @patch
 def update(self: Costs) -> Update:
     "As `kernels.fit` chooses."
     a, g = self.config.align, self.short
     samples = -(-a.batch_size // self.count) * 2
     if a.lambda_real: samples += -(-a.batch_size // (2 * self.count))
-    free = .88 * (self.gpu.memory - (g["weights"] + g["reference"])) - g["optimizer"]
+    n = self.sharing
+    free = .88 * (self.gpu.memory - (g["weights"] + g["reference"]) / n) - g["optimizer"] / n
     return Update(samples, *choose_memory(g["blocks"], g["sizes"], samples, free, a.checkpointing))
 
 # %% ../nbs/32_plan.ipynb #8f7eecf0
@@ -413,7 +436,7 @@ def align_flops(self: Costs) -> float:
 def align_memory(self: Costs) -> float:
     "Bytes of an update."
     g, (_, kept, at_once) = self.short, self.update()
-    still = g["weights"] + g["reference"] + g["optimizer"]
+    still = (g["weights"] + g["reference"] + g["optimizer"]) / self.sharing
     work = g["work"] if set(kept) == {"all"} else 0
     return still + work + held_bytes(g["sizes"], kept, at_once, again=1.25)
 
@@ -531,7 +554,7 @@ def evaluated(self: Costs, held: dict[str, float]) -> list[Stage]:
 @patch
 def all_stages(self: Costs) -> list[Stage]:
     "The cold start and a round, stage by stage."
-    cold, held = self.config.cold_start, judge_memory(self.config, self.judge)
+    cold, held = self.config.cold_start, judge_memory(self.config, self.judge, self.count)
     learning, batch = self.training(cold.steps * cold.batch_size), self.config.align.batch_size
     found = [Stage("cold start", 0, learning, held["cold start"], cold.batch_size, True)]
     if not self.config.data.pairs: found = []

@@ -388,7 +388,8 @@ def test_ctrl_c_ends_a_gang(tmp_path):
     "Ray Train would take the signal, go on, and end with 0."
     pytest.importorskip("ray")
     (tmp_path/"script.py").write_text(INTERRUPTED, "utf-8")
-    process = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path], stderr=subprocess.PIPE, encoding="utf-8")
+    command = [sys.executable, tmp_path/"script.py", tmp_path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     while not (tmp_path/"begun").exists() and process.poll() is None: time.sleep(.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
