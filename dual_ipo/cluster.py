@@ -145,7 +145,8 @@ def rows_in_shards(
     "`in_shards` of tables, which stay on disk until somebody looks."
     if folder is None: return list(chain.from_iterable(map(make, progress(groups_of(items, size), what))))
     def write(path, group): write_table(path/"table.parquet", make(group))
-    return Shards(in_shards(items, size, folder, what, write, *made_with, name=name), size, len(items))
+    paths = in_shards(items, size, folder, what, write, *made_with, name=name)
+    return Shards(paths, size_there(Work(write, made_with, name), items, size, Path(folder)), len(items))
 
 # %% ../nbs/09_cluster.ipynb #beeff966
 _opened = []   # in this process, by way of `Held`

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -86,11 +87,14 @@ def note_progress(path: Path, seen: list[dict], kills: list[Kill]):
 def followed(
     run: Run,
     kills: list[Kill],
+    tell: Callable,   # called five times a second
 ):
     "Collects the run's progress while it is open."
     seen, stop, left = [], Event(), list(kills)
     def follow():
-        while not stop.wait(.2): note_progress(run.path / "progress.json", seen, left)
+        while not stop.wait(.2):
+            note_progress(run.path / "progress.json", seen, left)
+            tell(seen)
     thread = Thread(target=follow, daemon=True)
     thread.start()
     try: yield seen
@@ -165,19 +169,23 @@ def again(
 def several(
     run: Run,               # see `speed.a_run`
     workers: int,           # 1: this process
+    out: Path,              # JSON file, written after every stage: what stops a call takes nothing with it
     kills: list[Kill] = (),
     rounds_of: tuple[int, ...] = (0, 1),
 ) -> dict[str, object]:
     "Do the rounds, or finish them: seconds of every stage and the GPUs' use, seconds of a shard or step by itself."
-    where = OnRay(workers=workers) if workers > 1 else at_place(Here())
+    where, written = OnRay(workers=workers) if workers > 1 else at_place(Here()), []
     with mock.patch.object(rounds, "load_judge", load_dictated), where, use_of_gpus() as used, timeline() as seen:
-        with followed(run, kills) as progress:
-            try:
-                for k in rounds_of: run_round(run, k)
-            except KeyboardInterrupt: print("interrupted: what is done is kept, call again", flush=True)
+        def tell(progress):
+            if len(seen) == len(written): return
+            written[:] = seen
+            stages = [stage | used_in(used, stage) | dict(seconds=stage["end"] - stage["start"]) for stage in written]
+            write_json(out, dict(workers=workers, stages=stages, steady=steady(progress)))
+        with followed(run, kills, tell) as progress:
+            for k in rounds_of: run_round(run, k)
+        tell(progress)
     set_progress_file(None)
-    stages = [stage | used_in(used, stage) | dict(seconds=stage["end"] - stage["start"]) for stage in seen]
-    return dict(workers=workers, stages=stages, steady=steady(progress))
+    return read_json(out)
 
 # %% ../nbs/93_several.ipynb #a44f322c
 def own_pairs(batch: tuple, pairs: int) -> list:

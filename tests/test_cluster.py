@@ -110,6 +110,18 @@ def three(own):
     with OnRay(workers=3) as where: yield where
 
 
+def test_shards_that_are_there_keep_their_size(tmp_path):
+    "A batch size may change: rows are found where they are, whole shards are not made again, later ones are as big."
+    made = []
+    def rows(part):
+        made.extend(part)
+        return [dict(x=x) for x in part]
+    for n, size in ((10, 2), (10, 5), (13, 4)):
+        found = rows_in_shards(list(range(n)), size, tmp_path, "numbers", rows)
+        assert list(found) == [dict(x=x) for x in range(n)] and found[7] == dict(x=7) and len(found) == n
+    assert made == list(range(13))
+
+
 def content(folder, but=("seconds.json", "round.json", "summary.json", "progress.json")):
     "Every file below a folder, but those that hold times."
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name not in but]
