@@ -1,6 +1,28 @@
+"""Dual-IPO: a text-to-video generator and its VLM judge post-train each other, round after round.
+
+`Run` and `run_round` do a whole round from a config. `Generator`, `Sampling`, `sample_candidates`, `make_pairs`, `Dpo`,
+`Kto` and `dpo_loss` are the generator's side of it, `Judge`, `cold_start`, `pseudo_label` and `srpo_loss` the judge's,
+`Video`, `Pair` and `read_pairs` what both see; `read_results` reads what a run has left. `help(dual_ipo.Judge)` says
+more."""
 __version__ = "0.1.0"
 
 import sys as _sys
+from importlib import import_module as _import_module
+
+_HOME = dict(   # where each name is defined; opened when it is asked for, since torch takes seconds
+    Video="core", Pair="core", Run="store", read_pairs="data", Judge="reward", cold_start="srpo", pseudo_label="srpo",
+    srpo_loss="srpo", Dpo="losses", Kto="losses", dpo_loss="losses", Generator="generator", Sampling="generator",
+    sample_candidates="candidates", make_pairs="candidates", run_round="rounds", read_results="results")
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'dual_ipo' has no attribute {name!r}")
+    return getattr(_import_module(f"dual_ipo.{_HOME[name]}"), name)
+
+
+def __dir__(): return [*globals(), *_HOME]
+
 
 
 class _BeforeTransformers:

@@ -3,10 +3,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+import dual_ipo
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sysconfig.get_path("scripts"))
@@ -87,3 +90,12 @@ def test_readme_is_the_index():
 @pytest.mark.skipif(not (ROOT/"index.ipynb").exists(), reason="no index.ipynb yet")
 def test_index_is_linked_into_nbs():
     assert (ROOT/"nbs/index.ipynb").is_symlink() and (ROOT/"nbs/index.ipynb").resolve() == ROOT/"index.ipynb"
+
+
+def test_the_package_names_what_people_ask_for_first():
+    "Each has a docstring; importing the package alone imports no torch."
+    code = "import sys, dual_ipo; assert 'torch' not in sys.modules; from dual_ipo import *; help(dual_ipo.Judge.grades)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert len(dual_ipo.__all__) > 12 and set(dual_ipo.__all__) <= set(dir(dual_ipo))
+    for name in dual_ipo.__all__: assert getattr(dual_ipo, name).__doc__ and f"`{name}`" in dual_ipo.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Juge'"): dual_ipo.Juge
