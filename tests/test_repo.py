@@ -94,7 +94,7 @@ def test_index_is_linked_into_nbs():
 
 def test_the_package_names_what_people_ask_for_first():
     "Each has a docstring; importing the package alone imports no torch."
-    code = "import sys, dual_ipo; assert 'torch' not in sys.modules; from dual_ipo import *; help(dual_ipo.Judge.grades)"
+    code = "import sys, dual_ipo; assert 'torch' not in sys.modules; from dual_ipo import *; help(Judge.grades)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert len(dual_ipo.__all__) > 12 and set(dual_ipo.__all__) <= set(dir(dual_ipo))
     for name in dual_ipo.__all__: assert getattr(dual_ipo, name).__doc__ and f"`{name}`" in dual_ipo.__doc__, name
