@@ -243,8 +243,9 @@ def join(
     ray, cores = ray_or_not(), max(os.cpu_count(), workers or 0)
     own = {} if address else dict(include_dashboard=False, num_cpus=cores)
     try:
-        importable = os.pathsep.join(own_folders())   # to what is started here, too
-        with signals_kept(), mock.patch.dict(os.environ, PYTHONPATH=importable):
+        # what is started here imports what we do, and ranks that have lost one of them are not waited for
+        inherited = dict(PYTHONPATH=os.pathsep.join(own_folders()), TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="5")
+        with signals_kept(), mock.patch.dict(os.environ, inherited):
             ray.init(address, log_to_driver=False, logging_level="critical", **own)
     except ConnectionError:
         raise UserError(f"--on {address}: no Ray cluster answers there; start one or use `--on here`") from None
