@@ -299,10 +299,12 @@ def save_checkpoint(
     history: list[dict[str, float]],       # one row a step
     settings: dict[str, object],           # what the training was asked for
 ):
-    "Write a checkpoint, then remove the older ones. Every rank takes part where weights are sharded."
+    "Write a checkpoint, then remove the older ones; every rank with shares of the weights writes its own."
     new, is_first = folder/f"step_{step:06d}", ranks().is_main_process
+    is_sharded = any(isinstance(p, DTensor) for p in parameters.values())
+    if not is_first and not is_sharded: return
     if is_first: shutil.rmtree(new, ignore_errors=True)
-    if any(isinstance(p, DTensor) for p in parameters.values()): ranks().wait_for_everyone()
+    if is_sharded: ranks().wait_for_everyone()   # until it is gone
     write_state(new, "parameters", parameters)
     write_state(new, "adam", adam_tensors(adam, parameters))
     if not is_first: return
@@ -473,8 +475,7 @@ def train(
     device = next(iter(parameters.values())).device
     adam = torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=weight_decay)
     start, history = load_checkpoint(folder, parameters, adam, settings)
-    is_sharded = isinstance(model, FSDPModule)
-    wrapped, optimizer = (model, adam) if is_sharded else accelerator.prepare(model, adam)
+    wrapped, optimizer = (model, adam) if isinstance(model, FSDPModule) else accelerator.prepare(model, adam)
     for step in progress(range(start, steps), stage, total=steps, first=start):
         rate = rate_at(step, steps, lr, warmup, decay)
         for group in adam.param_groups: group["lr"] = rate
@@ -483,8 +484,7 @@ def train(
         grad_norm, skipped = guarded_update(accelerator, optimizer, parameters, row["loss"], max_grad_norm)
         history.append(dict(step=step) | row | dict(grad_norm=grad_norm, lr=rate, skipped=skipped))
         check_anomaly(history, stage)
-        is_due = (step + 1) % save_every == 0 or step + 1 == steps
-        if is_due and (is_sharded or accelerator.is_main_process):
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             save_checkpoint(folder, step + 1, parameters, adam, history, settings)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process: write_table(folder/"history.parquet", history)
