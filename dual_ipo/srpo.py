@@ -461,12 +461,10 @@ def srpo(
     steps: int, lr: float, beta: float,
     batch_size: int = 32,    # examples per update, and as many human items
     lambda_win: float = 0.,  # weight of the NLL on the preferred responses, per token
-    human: list[Item] = (),  # from `cold_start_items`
-    lambda_human: float = 0.,  # weight of the NLL on them
+    human: list[Item] = (), lambda_human: float = 0.,  # from `cold_start_items`, and the weight of the NLL on them
     seed: int = 0,
     dimensions: list[str] = DIMENSIONS,
-    checkpointing: bool | str = "auto",  # see `Judge.learning`
-    fsdp: bool | str = "auto",           # whether ranks share the weights, see `to_shard`
+    checkpointing: bool | str = "auto", fsdp: bool | str = "auto",  # see `Judge.learning` and `Judge.sharding`
     **training,          # see `train`
 ) -> list[dict[str, float]]:   # history; empty when no label was certain enough
     "Train the judge on the votes it is certain of, or finish an interrupted training."
