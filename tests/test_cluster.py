@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dual_ipo.cli import start_run
-from dual_ipo.cluster import Here, OnRay, at_place, chosen, rows_in_shards, working
+from dual_ipo.cluster import Here, OnRay, at_place, chosen, own_folders, rows_in_shards, working
 from dual_ipo.config import ClusterPart
 from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.cot import cold_start_items, pair_response
@@ -222,7 +222,8 @@ def test_a_measure_has_an_environment_of_its_own(three, clips, tmp_path, monkeyp
         "    return dict(total=torch.full((len(prompts),), float(theirs.VERSION + os.environ['X'])))\n", "utf-8")
     three.dismiss()
     monkeypatch.setattr(three, "workers", 1)
-    environment = dict(env_vars=dict(PYTHONPATH=f"{tmp_path/'other'}{os.pathsep}{os.environ['PYTHONPATH']}", X="5"))
+    path = os.pathsep.join([str(tmp_path/"other"), *own_folders()])
+    environment = dict(env_vars=dict(PYTHONPATH=path, X="5"))
     monkeypatch.setattr(three, "runtime_env", environment)
     assert {row["total"] for row in measured("with_theirs:measure", clips[:2], tmp_path/"with")} == {25.}
     assert all(row["total"] < 0 for row in measured("own_measure:brightness", clips[:2], tmp_path/"own_one"))
@@ -264,6 +265,7 @@ def test_a_measure_goes_on_where_it_stood(own, clips, tmp_path):
     script.write_text("import sys, pathlib\nfrom dual_ipo.evaluate import measured\n"
                       "clips = [(f'prompt {i}', pathlib.Path(sys.argv[1])/f'{i}.mp4') for i in range(70)]\n"
                       "measured('own_measure:brightness', clips, pathlib.Path(sys.argv[1])/'here')\n", "utf-8")
+    (own/"calls").unlink(missing_ok=True)   # of the tests before
     (own/"kill").write_text("prompt 32")
     path = os.pathsep.join([str(own), *filter(None, sys.path)])
     ended = subprocess.run([sys.executable, script, tmp_path], env=os.environ | dict(PYTHONPATH=path))
@@ -324,7 +326,7 @@ def judge_learns(given, folder, fsdp):   # noqa: F811
 def test_a_judge_learns_sharded_what_it_learns_whole(three, given, tmp_path):   # noqa: F811
     "FSDP2 on two workers, with bf16 arithmetic over fp32 weights: the histories of one process, up to rounding."
     with at_place(Here()): judge_learns(given, tmp_path/"one", False)
-    three.train(lambda: judge_learns(given, tmp_path/"two", True), 2)
+    three.train(lambda: judge_learns(given, tmp_path/"two", True), 2, tmp_path)
     for name in ("cold", "srpo"):
         rows, others = (read_table(tmp_path/f"{n}/{name}/history.parquet") for n in ("one", "two"))
         for row, other in zip(rows, others, strict=True): assert row == pytest.approx(other, .05, .05, True), name
