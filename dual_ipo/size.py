@@ -79,7 +79,7 @@ K, TOKENS = 8, 200   # votes a pair, tokens of a response
 
 class RandomJudge:
     "Grades and votes."
-    frames_per_video, batch_size = 8, 16
+    frames_per_video, batch_size, parameters = 8, 16, 0
 
     def grades(self, clips, dimensions): return 1 + 4*torch.rand(len(clips), len(dimensions))
 

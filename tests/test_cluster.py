@@ -386,9 +386,10 @@ def test_the_pool_is_as_the_plan_has_it(three, tmp_path, monkeypatch):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from dual_ipo.cluster import OnRay
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background has none
 folder = Path(sys.argv[1])
 def slow():
     (folder/"begun").touch()
