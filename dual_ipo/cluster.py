@@ -36,12 +36,13 @@ class Work(NamedTuple):
     make: Callable       # (folder of a shard, its items): fill it
     made_with: tuple     # plain data: what else decides the results
     name: Callable       # item → what it is made of, see `digest`
+    size: int = 1        # items of each; the last may have fewer
 
     def of(self, items: list) -> str: return digest(self.made_with, [self.name(item) for item in items])
 
     def do(self, folder: Path, items: list):
         "Make one shard, unless it is there."
-        with stage(folder, of=self.of(items), items=len(items)) as todo:
+        with stage(folder, of=self.of(items), size=self.size) as todo:
             if todo: self.make(folder, items)
 
 # %% ../nbs/09_cluster.ipynb #7fce9841
@@ -84,17 +85,16 @@ def at_place(where):
 
 # %% ../nbs/09_cluster.ipynb #13afd1c3
 def size_there(
-    work: Work,
+    work: Work,     # with the size of a shard, if there is none
     items: list[object],
-    size: int,      # items of a shard, if there is none
     folder: Path,   # of all shards
 ) -> int:           # of those that are there and still hold what they should
     "What an earlier process had as the size of a shard: a batch size may change, and what is done stays done."
     for mark in sorted(folder.glob("shard_*/DONE")):
         facts, i = read_json(mark), int(mark.parent.name[6:])
-        n = facts.get("items") or size
+        n = facts.get("size") or work.size
         if facts.get("of") == work.of(items[i*n:(i + 1)*n]): return n
-    return size
+    return work.size
 
 # %% ../nbs/09_cluster.ipynb #74c26167
 def in_shards(
@@ -107,8 +107,9 @@ def in_shards(
     name: Callable = str,
 ) -> list[Path]:      # the folders, in order
     "Have all items made, or those that an interrupted process left."
-    work, folder = Work(make, made_with, name), Path(folder)
-    groups = groups_of(items, size_there(work, items, size, folder))
+    work, folder = Work(make, made_with, name, size), Path(folder)
+    work = work._replace(size=size_there(work, items, folder))
+    groups = groups_of(items, work.size)
     shards = {folder/f"shard_{i:04d}": group for i, group in enumerate(groups)}
     place().each(work, list(shards.items()), what)
     if place().is_first():
@@ -146,7 +147,7 @@ def rows_in_shards(
     if folder is None: return list(chain.from_iterable(map(make, progress(groups_of(items, size), what))))
     def write(path, group): write_table(path/"table.parquet", make(group))
     paths = in_shards(items, size, folder, what, write, *made_with, name=name)
-    return Shards(paths, size_there(Work(write, made_with, name), items, size, Path(folder)), len(items))
+    return Shards(paths, size_there(Work(write, made_with, name, size), items, Path(folder)), len(items))
 
 # %% ../nbs/09_cluster.ipynb #beeff966
 _opened = []   # in this process, by way of `Held`

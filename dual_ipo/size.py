@@ -30,7 +30,7 @@ from .voting import Vote
 # %% ../nbs/92_size.ipynb #6ab09e0b
 def resident() -> float:   # MB
     "What this process holds."
-    return int(Path("/proc/self/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")/1e6
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[1])*os.sysconf("SC_PAGE_SIZE")/1e6
 
 # %% ../nbs/92_size.ipynb #8673ff17
 def watched(

@@ -686,7 +686,7 @@ def is_worked_on(
 ) -> bool | None:   # None: the file system has no locks
     "Whether a process holds the run's lock now."
     try:
-        with open(Path(run)/".lock") as file: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(Path(run)/".lock", "rb") as file: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError: return False
     except BlockingIOError: return True
     except OSError: return None

@@ -201,7 +201,7 @@ def test_a_measure_goes_through_the_workers(three, own, clips, tmp_path, monkeyp
     assert calls(own) == every and len({row["total"] for row in rows}) > 60
     three.dismiss()
     monkeypatch.setattr(three, "workers", 2)
-    (own/"kill").write_text("prompt 32")
+    (own/"kill").write_text("prompt 32", "utf-8")
     assert measured("own_measure:brightness", clips, tmp_path/"ray") == rows
     assert content(tmp_path/"here") == content(tmp_path/"ray")
     assert calls(own) == sorted([*every, "prompt 32 32"])   # one shard is made again
@@ -266,7 +266,7 @@ def test_a_measure_goes_on_where_it_stood(own, clips, tmp_path):
                       "clips = [(f'prompt {i}', pathlib.Path(sys.argv[1])/f'{i}.mp4') for i in range(70)]\n"
                       "measured('own_measure:brightness', clips, pathlib.Path(sys.argv[1])/'here')\n", "utf-8")
     (own/"calls").unlink(missing_ok=True)   # of the tests before
-    (own/"kill").write_text("prompt 32")
+    (own/"kill").write_text("prompt 32", "utf-8")
     path = os.pathsep.join([str(own), *filter(None, sys.path)])
     ended = subprocess.run([sys.executable, script, tmp_path], env=os.environ | dict(PYTHONPATH=path))
     assert ended.returncode == -signal.SIGKILL and calls(own) == ["prompt 0 32", "prompt 32 32"]

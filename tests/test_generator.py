@@ -419,7 +419,7 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, changes
     path, changes = paths["wan unipc"], dict(at_once=None, lora_rank=2) | changes
     g = Generator.load(path, lora_rank=changes["lora_rank"], **tiny.SETTINGS)
     rows = sample_candidates(g, PROMPTS, 2, tmp_path/"candidates", named=0, round=1)
-    pairs = make_pairs(rows, list(range(6)))
+    pairs = list(make_pairs(rows, list(range(6))))
     keywords = dict(
         steps=3, lr=1e-2 if g.lora_rank else 1e-4, lambda_win=.1, lambda_real=.1, batch_size=4, seed=0, round=1,
         accumulate=2, real=[(r["prompt"], str(tmp_path/"candidates"/r["clip"])) for r in rows[:3]])

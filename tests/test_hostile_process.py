@@ -22,7 +22,7 @@ from dual_ipo.terminal import one_line
 from dual_ipo.execute import run_notebook
 from dual_ipo.report import embed, monitor_notes, pairs_gallery, quarantine_table, rounds_table, time_figure, title
 from dual_ipo.results import Results, read_results, state_html, state_of
-from dual_ipo.store import read_progress, write_json, write_table
+from dual_ipo.store import Rows, arrow_of, read_progress, write_json, write_table
 from dual_ipo.widgets import vote_card
 from synthetic import synthetic_run
 
@@ -150,7 +150,7 @@ def test_pairs_of_others(made, data):
     entry = dict(round=names[0], generator={}, judge=dict(accuracy=.5), seconds={names[1]: 3.})
     config = dict(seed=names[2], generator=dict(path=names[3]), align=dict(objective=names[0]))
     results = Results(folder, config, [entry])
-    results.tables = lambda name: {1: rows} if name == "pairs.parquet" else {}
+    results.tables = lambda name, *columns: {1: Rows(arrow_of(rows))} if name == "pairs.parquet" else {}
     page = pairs_gallery(results).data
     harmless(page, made.secret)
     harmless(embed(page, folder), made.secret)
