@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARD_FROM', 'PATIENCE', 'seeded', 'ranks', 'rank_slice', 'epoch_order', 'take', 'Ahead', 'trained',
            'mixed_precision', 'LowLinear', 'low_adapters', 'to_shard', 'shard', 'laid_out', 'full_tensor', 'copy_whole',
-           'Room', 'groups_of', 'adam_tensors', 'load_adam', 'keep_only', 'write_state', 'stored_shapes', 'read_state',
+           'Room', 'groups_of', 'adam_tensors', 'load_adam', 'keep_only', 'write_state', 'stored', 'read_state',
            'save_checkpoint', 'check_checkpoint', 'load_checkpoint', 'ordered', 'shares_of', 'gradients',
            'guarded_update', 'TrainingAnomaly', 'trained_by', 'check_anomaly', 'rate_at', 'train']
 
@@ -264,28 +264,28 @@ def write_state(
     sharded.save(state, storage_writer=HuggingFaceStorageWriter(str(folder/name), save_distributed=True))
 
 # %% ../nbs/04_training.ipynb #dc39f3cd
-def stored_shapes(
+def stored(
     folder: Path, name: str,   # see `write_state`
-) -> dict[str, tuple[int, ...]]:
-    "The shapes of what was written, each as a whole."
+) -> dict[str, Tensor]:
+    "What was written; of what ranks had shares of only the whole shapes, on the meta device."
     file = folder/f"{name}.safetensors"
-    if file.exists(): return {key: tuple(x.shape) for key, x in read_tensors(file).items()}
+    if file.exists(): return read_tensors(file)
     about = HuggingFaceStorageReader(str(folder/name)).read_metadata().state_dict_metadata
-    return {key: tuple(own.size) for key, own in about.items()}
+    return {key: torch.empty(own.size, device="meta") for key, own in about.items()}
 
 # %% ../nbs/04_training.ipynb #50e7514b
 def read_state(
     folder: Path, name: str,               # see `write_state`
+    saved: dict[str, Tensor],              # `stored` there
     parameters: dict[str, nn.Parameter],
 ) -> dict[str, Tensor]:   # {"name of a parameter": …, or "name/exp_avg": …}
     "What was written, laid out as the parameters are, on however many ranks it was."
-    file, found = folder/f"{name}.safetensors", {}
-    saved = read_tensors(file) if file.exists() else {}
-    for key, shape in stored_shapes(folder, name).items():
+    found = {}
+    for key, x in saved.items():
         p = parameters[key.rsplit("/", 1)[0]].detach()
-        if saved: found[key] = laid_out(saved[key], p)
-        else: found[key] = torch.empty_like(p) if shape == p.shape else torch.zeros(shape)   # Adam's count of steps
-    if saved: return found
+        if not x.is_meta: found[key] = laid_out(x, p)
+        else: found[key] = torch.empty_like(p) if x.shape == p.shape else torch.zeros(x.shape)   # Adam's count of steps
+    if not any(x.is_meta for x in saved.values()): return found
     with warnings.catch_warnings(action="ignore", category=UserWarning):   # that this process is alone
         sharded.load(found, storage_reader=HuggingFaceStorageReader(str(folder/name)))
     return found
@@ -314,15 +314,15 @@ def save_checkpoint(
 
 # %% ../nbs/04_training.ipynb #2fef6c0e
 def check_checkpoint(
-    path: Path,                                 # of a complete checkpoint
-    shapes: dict[str, tuple[int, ...]],         # what it holds
-    parameters: dict[str, Tensor],              # of the model that goes on
+    path: Path,                      # of a complete checkpoint
+    saved: dict[str, Tensor],        # what it holds
+    parameters: dict[str, Tensor],   # of the model that goes on
     settings: dict[str, object],
 ):
     "UserError where a checkpoint is another training's."
     if other := first_difference(read_json(path/"DONE")["settings"], json.loads(json.dumps(settings))):
         raise UserError(f"{path}: is of a training with other settings ({other}); remove {path.parent} to start over")
-    if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
+    if {name: x.shape for name, x in saved.items()} != {name: p.shape for name, p in parameters.items()}:
         raise UserError(f"{path}: is of another model; remove {path.parent} to start over")
 
 # %% ../nbs/04_training.ipynb #166f3f76
@@ -335,13 +335,14 @@ def load_checkpoint(
     "Go back to the newest complete checkpoint, or to (0, []) when there is none."
     done = sorted(path for path in folder.glob("step_*") if is_done(path))
     if not done: return 0, []
-    newest = done[-1]
-    check_checkpoint(newest, stored_shapes(newest, "parameters"), parameters, settings)
-    saved = read_state(newest, "parameters", parameters)
+    newest, saved = done[-1], stored(done[-1], "parameters")
+    check_checkpoint(newest, saved, parameters, settings)
+    saved = read_state(newest, "parameters", saved, parameters)
     with torch.no_grad():
         for name, p in parameters.items(): p.copy_(saved[name])
     step = read_json(newest/"DONE")["step"]
-    if step < settings["steps"]: load_adam(adam, parameters, read_state(newest, "adam", parameters))
+    if step < settings["steps"]:
+        load_adam(adam, parameters, read_state(newest, "adam", stored(newest, "adam"), parameters))
     if ranks().is_main_process: keep_only(newest)
     return step, read_table(newest/"history.parquet")
 
