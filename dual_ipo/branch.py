@@ -19,7 +19,7 @@ from .plan import STAGES
 from .results import clock, table_text, took
 from .rounds import write_summary
 from .store import (PATHS, Loader, Run, differences, find_base, is_done, located, note_base, portable,
-                            portable_config, read_json, write_json, write_yaml)
+                            portable_config, read_json, whole_folder, write_json, write_yaml)
 
 # %% ../nbs/42_branch.ipynb #9ef4e9f2
 def key_and_value(
@@ -62,7 +62,7 @@ def share(
 ) -> list[int]:             # bytes of every file that had to be copied
     "The same files below another folder, without those that somebody is writing."
     copied = []
-    new.mkdir(parents=True)
+    new.mkdir(parents=True, exist_ok=True)
     for path in sorted(old.iterdir()):
         if path.name in leave or path.name.startswith("."): continue
         if path.is_dir(): copied += share(path, new / path.name)
@@ -144,17 +144,15 @@ def branch(
     "Another run that goes on from a round of this one with other values."
     config = with_keys(run.config, changes)
     check_branch(run, k, config, out)
-    new = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    copied = share_rounds(run, k, config, new)
-    made = Run(new, paths_from(run, config, out))
-    write_yaml(new / "run.yaml", made.config)
-    for note in [*new.glob("round_*/*/generator.json"), *new.glob("round_*/*/judge.json")]:
-        rewrite_note(note, run.path, new, out)
-    was, now = (each["evaluate"]["measure"] for each in (run.config, config))
-    if was and now and was != now: forget_measure(new)
-    write_summary(made)
-    new.rename(out)
+    with whole_folder(out) as new:
+        copied = share_rounds(run, k, config, new)
+        made = Run(new, paths_from(run, config, out))
+        write_yaml(new / "run.yaml", made.config)
+        for note in [*new.glob("round_*/*/generator.json"), *new.glob("round_*/*/judge.json")]:
+            rewrite_note(note, run.path, new, out)
+        was, now = (each["evaluate"]["measure"] for each in (run.config, config))
+        if was and now and was != now: forget_measure(new)
+        write_summary(made)
     return in_words(run, k, config, out, copied)
 
 # %% ../nbs/42_branch.ipynb #1d25e2be
