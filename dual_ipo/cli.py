@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
-           'stops', 'keep_freed_memory', 'apart', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
-           'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
-           'exported', 'cleaned', 'reported', 'branched', 'check_ray', 'finished', 'command']
+           'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
+           'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
+           'gated', 'exported', 'cleaned', 'reported', 'branched', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -198,6 +198,16 @@ def apart(
     "Do something in a process of its own, with which the memory of its models goes."
     with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(work, *args).result()
 
+# %% ../nbs/60_cli.ipynb #a1b2c3d4
+def announce(
+    run: Run,
+    k: int,   # a round that has just ended
+):
+    "What it brought, and what there is to worry about in it, each in a line."
+    say(round_line(run.entries()[:k + 1]))
+    for line in read_results(run.path).warnings():
+        if line.startswith(f"round {k}:"): say(f"warning: {one_line(line, 400)}")
+
 # %% ../nbs/60_cli.ipynb #5afbcfb1
 def run_rounds(
     run: Run,
@@ -209,7 +219,7 @@ def run_rounds(
     for k in range(run.config["rounds"] + 1):
         was_done = is_done(run.round(k))
         execute_round(run, k, address)
-        if not was_done: say(round_line(run.entries()[:k + 1]))
+        if not was_done: announce(run, k)
         if run.config["stop"] and stops(run, k): break
 
 # %% ../nbs/60_cli.ipynb #ae75b1fd

@@ -6,7 +6,8 @@
 __all__ = ['BATCH', 'MOST', 'AGGREGATES', 'HEADLINE', 'VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'at_fault', 'ask',
            'load_measure', 'check_score', 'check_scores', 'check_names', 'in_batches', 'score_videos', 'written_in',
            'measured', 'check_headline', 'summarise', 'vbench_scores', 'result_means', 'read_vbench', 'vbench_name',
-           'vbench_manifest', 'export_vbench', 'clear_accuracy', 'rounded', 'judge_accuracy']
+           'vbench_manifest', 'export_vbench', 'clear_accuracy', 'rounded', 'judge_accuracy', 'frame_change',
+           'frame_changes', 'graded']
 
 # %% ../nbs/31_evaluate.ipynb #6f4ec996
 import importlib.util, json, math, shutil, traceback
@@ -18,7 +19,7 @@ from .cluster import place, rows_in_shards
 from .core import Judgement, UserError, read_mp4
 from .pce import verdict_ece
 from .prompts import read_text
-from .stats import accuracy, bootstrap_ci
+from .stats import accuracy, bootstrap_ci, paired_difference
 from .store import file_digest, whole, whole_folder
 from .voting import stats
 
@@ -314,3 +315,37 @@ def judge_accuracy(
     if gap is not None: entry["accuracy_clear"] = clear_accuracy(truth, p_a, gap, clear)
     if judgements: entry |= {key: stats(judgements)[key] for key in ("parse_rate", "position_consistency")}
     return rounded(entry)
+
+# %% ../nbs/31_evaluate.ipynb #689631df
+def frame_change(
+    frames: Tensor,   # uint8 [T, C, H, W]
+) -> float:           # grey levels of 255; 0 for a single frame
+    "Mean absolute difference between a frame and the next."
+    changes = [(after.int() - before.int()).abs().double().mean() for before, after in zip(frames, frames[1:])]
+    return float(torch.stack(changes).mean()) if changes else 0.
+
+# %% ../nbs/31_evaluate.ipynb #6ec038a8
+def frame_changes(
+    clips: list[tuple[str, Path]],   # (prompt, path)
+    folder: Path | None = None,      # for shards; None: nothing is kept
+) -> list[float]:                    # see `frame_change`
+    "How much each clip on disk changes, where work is done."
+    def changes(some): return [dict(frame_change=frame_change(read_mp4(whole(path))[0])) for _, path in some]
+    rows = rows_in_shards(clips, BATCH, folder, "frame changes", changes, name=lambda clip: file_digest(clip[1]))
+    return [row["frame_change"] for row in rows]
+
+# %% ../nbs/31_evaluate.ipynb #6f54a363
+def graded(
+    rows: list[dict],         # of judge_check/grades.parquet
+    base: list[dict] | None,  # of round 0's; None: these are
+    dimensions: list[str],
+    seed: int = 0,            # of the bootstrap
+) -> dict[str, object]:       # {"mean", "ci95", "gain", "dims", "frame_change"}, grade points of 1 to 5
+    "The `graded` entry of a round: what the first judge thinks of its clips, and what they gained on the base's."
+    prompts, columns = [row["prompt"] for row in rows], {}
+    for name in ("grade", *dimensions, "frame_change"): columns[name] = [row[name] for row in rows]
+    means = {name: round(sum(own)/len(own), 4) for name, own in columns.items()}
+    ci95 = [round(end, 4) for end in bootstrap_ci(columns["grade"], prompts, seed=seed)]
+    gain = paired_difference(base, rows, "grade", seed, unit=1.) if base else None
+    return dict(mean=means["grade"], ci95=ci95, gain=gain, dims={name: means[name] for name in dimensions},
+                frame_change=means["frame_change"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quality_fall', 'motion_fall', 'late_mean', 'above_reference', 'loss_anomalies', 'needs_srpo', 'is_below',
-           'judge_trouble', 'hacking', 'stalled', 'should_stop', 'warnings_of']
+           'judge_trouble', 'grade_fall', 'label_trouble', 'hacking', 'stalled', 'should_stop', 'warnings_of']
 
 # %% ../nbs/30_monitor.ipynb #22ccf562
 import math
@@ -101,6 +101,40 @@ def judge_trouble(
         reasons.append(f"the judge's certainty is off by {ece:.2f} (ECE, limit {calibration})")
     return [f"round {k}: {reason}" for reason in reasons]
 
+# %% ../nbs/30_monitor.ipynb #3f29df36
+def grade_fall(
+    graded: list[dict],   # `graded` entries of rounds 0, 1, …, see `evaluate.graded`
+    keep: float = .8,     # share of round 0's change from frame to frame that must remain
+) -> list[str]:
+    "Reasons if the first judge likes the last round's clips less than the base's, or their picture stands still."
+    gain, reasons, k = graded[-1]["gain"], [], len(graded) - 1
+    base, last = graded[0]["frame_change"], graded[-1]["frame_change"]
+    if gain and gain["ci95"][1] < 0:
+        low, high = gain["ci95"]
+        reasons.append(f"round {k}: the first judge grades its clips {-gain['difference']:.2f} below the base's "
+                       f"(95% interval {low:+.2f} to {high:+.2f})")
+    if last < keep*base:
+        reasons.append(f"round {k}: from frame to frame its clips change by {last:.1f} of 255, {last/base:.0%} of the "
+                       f"base's {base:.1f} (limit {keep:.0%}): look whether they still move")
+    return reasons
+
+# %% ../nbs/30_monitor.ipynb #5c566cad
+def label_trouble(
+    k: int,             # the round
+    voted: dict | None, # its `voted` entry: {"pairs", "kept", "readable"}
+    least: float = .9,  # share of the votes that should be readable
+) -> list[str]:
+    "Reasons to distrust the pseudo-labels of a round."
+    if not voted or not voted["pairs"]: return []
+    pairs, reasons = voted["pairs"], []
+    if is_below(voted["readable"], least):
+        reasons.append(f"round {k}: only {voted['readable']:.0%} of the votes on fresh clips can be read "
+                       f"(limit {least:.0%})")
+    if not voted["kept"]:
+        reasons.append(f"round {k}: none of the {pairs} pseudo-labels is certain enough to be kept: "
+                       "the judge learned from people's pairs alone")
+    return reasons
+
 # %% ../nbs/30_monitor.ipynb #72a73ddc
 def hacking(
     judged: list[float],   # mean judge score of what the generators of rounds 0, 1, … make
@@ -144,15 +178,18 @@ def warnings_of(
     histories: dict[int, list[dict]] = {},  # round -> its `align` history
 ) -> list[str]:
     "Every reason of every round, in order."
-    lines, scores, judged = [], [], []
+    lines, scores, judged, opinions = [], [], [], []
     for entry in rounds:
         k, judge = entry["round"], entry.get("judge") or {}
+        if entry.get("graded"): opinions.append(entry["graded"])
         history = histories.get(k, [])
         if entry.get("generator"): scores.append(entry["generator"])
         if judge.get("judged") is not None: judged.append(judge["judged"])
         measured, graded = len(scores) == k + 1, len(judged) == k + 1   # in this round and all before
         if measured: lines += quality_fall(scores) + motion_fall(scores) + stalled(scores)
+        elif len(opinions) == k + 1: lines += grade_fall(opinions)
         if measured and graded: lines += hacking(judged, [score["total"] for score in scores])
         if graded: lines += should_stop(judged, history)
         lines += [f"round {k}: {line}" for line in loss_anomalies(history)] + judge_trouble(k, judge)
+        lines += label_trouble(k, entry.get("voted"))
     return lines

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_STYLE', 'TABLE_STYLE', 'CLIP_STYLE', 'STYLE',
-           'NO_TRUTH', 'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS', 'KINDS',
-           'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'PAIR', 'NOTHING_TO_COMPARE',
-           'SCRIPT', 'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block', 'missing', 'gain',
-           'signed', 'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run',
-           'changes', 'title', 'rounds_table', 'warning_lines', 'monitor_notes', 'interval_trace', 'label',
-           'round_axis', 'panel_titles', 'intervals_of', 'interval_of', 'Panel', 'panels_of', 'draw_panel',
-           'quality_figure', 'decided', 'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind',
-           'draw_kinds', 'pce_shares', 'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability',
-           'reliability_figure', 'smooth', 'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within',
-           'video_tag', 'reel', 'spread', 'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery',
-           'quarantine_table', 'scaled', 'preview', 'embed', 'output_html', 'cell_html', 'page', 'portable',
-           'make_report']
+           'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS', 'KINDS', 'PCE_USES',
+           'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'PAIR', 'NOTHING_TO_COMPARE', 'SCRIPT', 'PAGE',
+           'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block', 'missing', 'gain', 'signed',
+           'opinion_in_words', 'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe',
+           'what_was_run', 'changes', 'title', 'rounds_table', 'monitor_notes', 'interval_trace', 'label', 'round_axis',
+           'panel_titles', 'intervals_of', 'interval_of', 'Panel', 'panels_of', 'draw_panel', 'quality_figure',
+           'decided', 'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds',
+           'pce_shares', 'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure',
+           'smooth', 'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within', 'video_tag', 'reel',
+           'spread', 'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table',
+           'scaled', 'preview', 'embed', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
 import base64
@@ -159,30 +158,46 @@ def gain(
     results: Results,
     name: str = "total",
 ) -> dict[str, float] | None:  # {"difference", "ci95", "n_clips"}, points; None without scores of both
-    "What the last round has over the base, clip by clip."
-    tables = results.tables("evaluate/scores.parquet", ["prompt", "candidate", name])
-    scores = {k: rows for k, rows in tables.items() if name in rows[0]}
-    if 0 not in scores or len(scores) == 1: return None
-    return paired_difference(scores[0], scores[max(scores)], name)
+    "What the last finished round has over the base, clip by clip."
+    if len(results.rounds) < 2: return None
+    ends = results.rounds[0]["round"], results.rounds[-1]["round"]
+    base, last = (results.rows(k, "evaluate/scores.parquet", ["prompt", "candidate", name]) for k in ends)
+    if not base or not last or not name in {*base[0]} & {*last[0]}: return None
+    return paired_difference(base, last, name)
 
 # %% ../nbs/50_report.ipynb #fd72b2c8
-def signed(x: float) -> str:
+def signed(x: float, digits: int = 1) -> str:
     "With its sign, and a minus that is one."
-    return f"{round(x, 1) + 0:+.1f}".replace("-", "−")
+    return f"{round(x, digits) + 0:+.{digits}f}".replace("-", "−")
 
 # %% ../nbs/50_report.ipynb #96d34ff9
-NO_TRUTH = "no truth is known: no measure is configured, so this page shows what the judge believes"
+def opinion_in_words(
+    graded: dict | None,   # of a round's entry
+    after: str,            # "After 2 rounds"
+) -> str:
+    "What the first judge thinks of the clips, and that it is an opinion; no full stop."
+    if not graded: return f"{after}, nobody knows what became of the clips: no measure is configured, and no judge graded them"
+    said = f"{after} the first judge gives the clips a mean grade of {graded['mean']:.2f} of 5"
+    if graded["gain"]:
+        difference, (low, high) = graded["gain"]["difference"], graded["gain"]["ci95"]
+        side = "above" if difference >= 0 else "below"
+        said += (f", {abs(difference):.2f} {side} the base's (95% interval of the paired gain {signed(low, 2)} to "
+                 f"{signed(high, 2)})")
+    return f"{said}. That is its opinion: no measure is configured, so no truth is known"
 
+# %% ../nbs/50_report.ipynb #9f8e7d6c
 def generator_in_words(results: Results) -> str:
     "What became of the generator; no full stop."
-    base, last, k = results.rounds[0].get("generator"), results.rounds[-1].get("generator"), results.rounds[-1]["round"]
-    after = f"After {k} round{'s' if k != 1 else ''}"
-    if not last: return f"{after}, {NO_TRUTH}"
+    first, newest = results.rounds[0], results.rounds[-1]
+    base, last, k = first.get("generator"), newest.get("generator"), newest["round"]
+    after = f"After {k} round{'s' if k != 1 else ''}" if k else "Before the first round"
+    if not last: return opinion_in_words(newest.get("graded"), after)
     if k == 0: return f"The base model stands at a true total of {last['total']:.1f}; no round is finished yet"
-    change, side = last["total"] - base["total"], "above" if last["total"] >= base["total"] else "below"
-    text = f"{after} the true total is {last['total']:.1f}, {abs(change):.1f} points {side} the base"
-    if paired := gain(results):
-        text += " (95% interval of the paired gain {} to {})".format(*map(signed, paired["ci95"]))
+    if not base: return f"{after} the true total is {last['total']:.1f}; the base was not measured"
+    paired, text = gain(results), f"{after} the true total is {last['total']:.1f}"
+    change = paired["difference"] if paired else last["total"] - base["total"]
+    text += f", {abs(change):.1f} points {'above' if change >= 0 else 'below'} the base"
+    if paired: text += " (95% interval of the paired gain {} to {})".format(*map(signed, paired["ci95"]))
     if not base["dynamic_degree"]: return text
     return f"{text}, and the clips keep {last['dynamic_degree']/base['dynamic_degree']:.0%} of its motion"
 
@@ -191,22 +206,23 @@ UNASKED = ("No human was asked: there are no human pairs, the judge started as i
            "and how often it agrees with people is unknown")
 
 def judge_in_words(
-    judge: dict[str, float | None],  # of a round's entry
-    asked: bool,                      # there are human pairs
-) -> str:                             # '' where it was not measured
-    "How often the judge is right; no full stop."
-    parts, before = [], "in its state after the cold start" if asked else "as its checkpoint was"
-    accuracy, static = judge.get("accuracy"), judge.get("accuracy_static")
-    if accuracy is not None: parts.append(f"The judge is right in {accuracy:.0%} of fresh pairs")
-    if static is not None: parts.append(f"{before}, in {static:.0%}")
-    return "; ".join(parts)
+    entry: dict,   # of a round
+    asked: bool,   # there are human pairs
+) -> str:          # '' where it was not measured
+    "How often the judge is right, or agrees with people; no full stop."
+    judge, before = entry.get("judge") or {}, "in its state after the cold start" if asked else "as its checkpoint was"
+    accuracy, static, n = judge.get("accuracy"), judge.get("accuracy_static"), judge.get("n_pairs")
+    if accuracy is None: return ""
+    said = f"The judge is right in {accuracy:.0%} of fresh pairs"
+    if entry.get("truth") == "people": said = f"The judge agrees with people in {accuracy:.0%} of {n or 'the'} held-out pairs"
+    return said if static is None else f"{said}; {before}, in {static:.0%}"
 
 # %% ../nbs/50_report.ipynb #1e0927a0
 def in_words(results: Results) -> str:
     "What came of the run, in a sentence or two."
     if not results.rounds: return "No round is finished yet."
     asked = results.config.get("data", {}).get("pairs", "pairs") is not None
-    judge = judge_in_words(results.rounds[-1].get("judge") or {}, asked)
+    judge = judge_in_words(results.rounds[-1], asked)
     sentences = [generator_in_words(results), judge, "" if asked else UNASKED]
     return ". ".join(filter(None, sentences)) + "."
 
@@ -282,16 +298,6 @@ def rounds_table(results: Results) -> HTML:
     if not results.rounds: return missing("No round has written its round.json yet.")
     return block(table_html(*headline(results.rounds)))
 
-# %% ../nbs/50_report.ipynb #0b7a5e8a
-def warning_lines(results: Results) -> list[str]:  # "round 1: …"
-    "Every warning of the run, and what came of it."
-    lines = warnings_of(results.rounds, results.tables("align/history.parquet"))
-    for path in sorted(results.folder.glob("round_*/align/anomaly.json")):
-        name = path.parts[-3].replace("_0", " ").replace("_", " ")
-        lines.append(f"{name}: training stopped early, {read_json(path, dict[str, str]).get('reason')}")
-    longer = [entry["round"] for entry in results.rounds if entry.get("extra_srpo")]
-    return lines + [f"round {k}: therefore SRPO ran longer" for k in longer]
-
 # %% ../nbs/50_report.ipynb #2e515038
 QUIET = "Nothing to report: no fall of quality, no loss of motion, no odd loss, no trouble with the judge."
 
@@ -299,7 +305,7 @@ def monitor_notes(results: Results) -> HTML:
     "The warnings, an item a round."
     if not results.rounds: return block('<p class="quiet">Nothing to watch yet.</p>')
     rounds = {}
-    for line in warning_lines(results):
+    for line in results.warnings():
         name, _, warning = line.partition(": ")
         rounds.setdefault(name, []).append(html.escape(warning))
     if not rounds: return block(f'<p class="quiet">{QUIET}</p>')

@@ -12,15 +12,16 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows', 'with_scores',
            'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of', 'asked_together',
            'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'summary_of',
-           'write_summary', 'finish', 'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round',
-           'sample_cheaply', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
-           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
-           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'label',
-           'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish', 'is_late', 'measure_again',
+           'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals', 'scores_of', 'grade',
+           'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator', 'clip_pairs',
+           'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path',
+           'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
 import json
+import math
 import os
 import shutil
 import time
@@ -44,11 +45,11 @@ from .config import Config, JudgePart, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import Item, annotate, check_rationales, cold_start_items, label_of
 from .data import PairTable, check_clips, clip_faults, read_clips, read_pairs
-from .evaluate import judge_accuracy, load_measure, measured, summarise
+from .evaluate import frame_changes, graded, judge_accuracy, load_measure, measured, summarise
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
 from .losses import objective_of
-from .monitor import needs_srpo
+from .monitor import late_mean, needs_srpo
 from .plan import out_of_memory
 from .prompts import read_prompts
 from .reward import ANNOTATED, CLIPS, PAIRS, Judge, check_judge, check_stored, in_a_shard
@@ -692,8 +693,12 @@ def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     "The judge's mean grade of the newest clips, each clip's in judge_check/grades.parquet."
     rows = read_table(r.folder / "evaluate/scores.parquet")
     clips, folder = [(row["prompt"], r.folder / "evaluate" / row["clip"]) for row in rows], r.folder / "judge_check"
-    grades = torch.tensor(list(grades_of(judge, clips, r.config.judge.dimensions, folder / "grades")))
-    table = [dict(clip=row["clip"], grade=own.mean().item()) for row, own in zip(rows, grades)]
+    dimensions = r.config.judge.dimensions
+    grades = torch.tensor(list(grades_of(judge, clips, dimensions, folder / "grades")))
+    changes, table = frame_changes(clips, folder / "changes"), []
+    for clip, own, change in zip(bare_rows(rows), grades, changes):
+        known = dict(grade=own.mean().item(), frame_change=change)
+        table.append(clip | known | dict(zip(dimensions, own.tolist())))
     write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
 
@@ -730,6 +735,35 @@ def summary_of(
 # %% ../nbs/33_rounds.ipynb #6ba595e4
 def write_summary(run: Run): write_json(run.path / "summary.json", dict(config=run.config, rounds=run.entries()))
 
+# %% ../nbs/33_rounds.ipynb #6ba40007
+def graded_of(r: RoundFolder) -> dict:   # see `graded`
+    "What the first judge thinks of the round's clips."
+    def grades(k): return read_table(r.run.round(k) / "judge_check/grades.parquet")
+    return graded(grades(r.k), grades(0) if r.k else None, r.config.judge.dimensions, r.config.seed)
+
+# %% ../nbs/33_rounds.ipynb #7d373a69
+def voted_of(r: RoundFolder) -> dict | None:   # {"pairs", "kept", "readable"}; None: there were no votes
+    "How many pseudo-labels there were, how many were kept, and which share of the votes could be read."
+    if not (table := r.folder / "votes.parquet").is_file(): return
+    rows = read_rows(table, ["kept", "n_valid", "n_votes"])
+    valid, cast_ones = sum(rows.column("n_valid")), sum(rows.column("n_votes"))
+    return dict(pairs=len(rows), kept=sum(rows.column("kept")), readable=round(valid / max(1, cast_ones), 4))
+
+# %% ../nbs/33_rounds.ipynb #1235df49
+def trained_of(r: RoundFolder) -> dict[str, float] | None:   # None: no step knows it
+    "Where the generator's training ended: means of its last quarter."
+    history = history_of(r.folder / "align")
+    known = {key: late_mean(history, key) for key in ("accuracy", "margin_w", "margin_l")}
+    return {key: float(f"{x:.4g}") for key, x in known.items() if math.isfinite(x)} or None
+
+# %% ../nbs/33_rounds.ipynb #cdeb82fa
+def signals(r: RoundFolder) -> dict:   # of a round's entry: truth, graded, voted, trained
+    "What is known of a round without a measure, and who decided its pairs: people, the measure, or nobody."
+    table = r.folder / "evaluate/votes.parquet"
+    known = table.is_file() and read_table(table)[0]["gap"] is not None
+    truth = None if not table.is_file() else "measure" if known else "people"
+    return dict(truth=truth, graded=graded_of(r), voted=voted_of(r), trained=trained_of(r))
+
 # %% ../nbs/33_rounds.ipynb #1bd7ab61
 def finish(
     r: RoundFolder,
@@ -738,10 +772,9 @@ def finish(
     reasons: list[str],        # for an extra update of the judge
 ) -> dict:                     # the round's entry
     "Write round.json, summary.json and DONE."
-    measured = summary_of(scored, r.config.seed)
-    entry = dict(round=r.k, generator=measured, judge=judged, extra_srpo=reasons,
-                 seconds=read_json(r.folder / "seconds.json", dict[str, float]))
     if not is_done(r.folder):
+        entry = dict(round=r.k, generator=summary_of(scored, r.config.seed), judge=judged, **signals(r),
+                     extra_srpo=reasons, seconds=read_json(r.folder / "seconds.json", dict[str, float]))
         write_json(r.folder / "round.json", entry)
         write_summary(r.run)
         mark_done(r.folder)

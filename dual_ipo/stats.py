@@ -67,9 +67,10 @@ def mean_ci(
 def paired_difference(
     before: list[dict],  # rows {"prompt", "candidate", name...} of one generator
     after: list[dict],   # of the other
-    name: str = "total", # the score to compare, 0..1
+    name: str = "total", # the score to compare
     seed: int = 0,       # of the bootstrap
-) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, points of 100
+    unit: float = 100.,  # what a score of 1 counts
+) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, in that unit
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
     scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
     for row in after:
@@ -80,7 +81,7 @@ def paired_difference(
         raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
     low, high = bootstrap_ci(gains, prompts, seed=seed)
-    return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_clips=len(gains))
+    return dict(difference=unit*sum(gains)/len(gains), ci95=[unit*low, unit*high], n_clips=len(gains))
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
 def right(

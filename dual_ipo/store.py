@@ -11,9 +11,9 @@ __all__ = ['NUMBERS', 'FLOAT', 'AT_ONCE', 'DAMAGES', 'PATHS', 'atomic_write', 'w
            'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree', 'mark_done',
            'whole_folder', 'stage', 'differences', 'first_difference', 'portable', 'located', 'moved_path',
            'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'is_worked_on', 'Fact',
-           'Scores', 'Entry', 'Summary', 'read_entries', 'Run', 'may_change', 'set_words', 'branch_command',
-           'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress', 'is_number',
-           'read_progress']
+           'Scores', 'Gain', 'Opinion', 'Votes', 'Entry', 'Summary', 'read_entries', 'Run', 'may_change', 'set_words',
+           'branch_command', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
+           'is_number', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import errno, fcntl, glob, hashlib, json, math, os, re, shlex, shutil, time, zlib
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 import pyarrow as pa, pyarrow.parquet as pq, yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
 from fastcore.basics import patch
@@ -707,12 +708,36 @@ class Scores(Fact):
     ci95: list[float] = Field(min_length=2, max_length=2)   # of the total
     dims: dict[str, float]
 
+# %% ../nbs/02_store.ipynb #d8c89fb1
+class Gain(Fact):
+    "What clips gained on others of the same prompt and candidate."
+    difference: float
+    ci95: list[float] = Field(min_length=2, max_length=2)
+
+class Opinion(Fact):
+    "The `graded` part of a round's entry, see `evaluate.graded`."
+    mean: float
+    ci95: list[float] = Field(min_length=2, max_length=2)
+    gain: Gain | None
+    dims: dict[str, float]
+    frame_change: float
+
+class Votes(Fact):
+    "The `voted` part of a round's entry."
+    pairs: int = Field(ge=0)
+    kept: int = Field(ge=0)
+    readable: float
+
 # %% ../nbs/02_store.ipynb #2d8f63f7
 class Entry(Fact):
     "A round.json."
     round: int = Field(ge=0)
     generator: Scores | None = None   # {} where nothing was measured
     judge: dict[str, FiniteFloat | None] | None = {}
+    truth: Literal["people", "measure"] | None = None   # who decided the judge's pairs
+    graded: Opinion | None = None
+    voted: Votes | None = None
+    trained: dict[str, FiniteFloat] | None = None
     seconds: dict[str, FiniteFloat] = {}
     extra_srpo: list[str] = []
 
