@@ -57,7 +57,7 @@ def loss_anomalies(
 ) -> list[str]:
     "Reasons to distrust what a training run has done."
     reasons, above = [], above_reference(history, "w")
-    bad = sum(bool(step.get("skipped")) or not math.isfinite(step["loss"]) for step in history)
+    bad = sum(bool(step.get("skipped")) or not math.isfinite(step.get("loss", 0)) for step in history)
     if bad: reasons.append(f"align: {bad} of {len(history)} steps were skipped, their loss or gradient wasn't finite")
     if above > winner_share:
         reasons.append(f"align: the winners' error ended {above:.0%} above the reference's (limit {winner_share:.0%}): "

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_STYLE', 'TABLE_STYLE', 'CLIP_STYLE', 'STYLE',
-           'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS', 'KINDS', 'PCE_USES',
-           'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'PAIR', 'NOTHING_TO_COMPARE', 'SCRIPT', 'PAGE',
-           'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block', 'missing', 'gain', 'signed',
-           'opinion_in_words', 'generator_in_words', 'judge_in_words', 'in_words', 'find', 'flat', 'recipe',
-           'what_was_run', 'changes', 'title', 'rounds_table', 'monitor_notes', 'interval_trace', 'label', 'round_axis',
-           'panel_titles', 'intervals_of', 'interval_of', 'Panel', 'panels_of', 'draw_panel', 'quality_figure',
-           'decided', 'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds',
-           'pce_shares', 'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure',
-           'smooth', 'draw_history', 'mark_round', 'margins_figure', 'time_figure', 'within', 'video_tag', 'reel',
-           'spread', 'pair_reel', 'pairs_gallery', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table',
-           'scaled', 'preview', 'embed', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
+           'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'TAKE', 'ALL_WEIGHTS', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS',
+           'KINDS', 'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'STAGES', 'PAIR',
+           'NOTHING_TO_COMPARE', 'SCRIPT', 'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block',
+           'missing', 'gain', 'signed', 'opinion_in_words', 'generator_in_words', 'judge_in_words', 'in_words', 'find',
+           'flat', 'recipe', 'what_was_run', 'changes', 'title', 'rounds_table', 'monitor_notes', 'best_round',
+           'why_that', 'take', 'interval_trace', 'label', 'round_axis', 'panel_titles', 'intervals_of', 'interval_of',
+           'Panel', 'panels_of', 'draw_panel', 'opinions_of', 'draw_panels', 'quality_figure', 'decided',
+           'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
+           'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure', 'smooth',
+           'draw_history', 'mark_round', 'margins_figure', 'stages_of', 'time_figure', 'video_tag', 'reel', 'pair_reel',
+           'pairs_gallery', 'more_pairs', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table',
+           'made_row', 'made_with', 'scores_figure', 'curves_figure', 'votes_gallery', 'story', 'scaled', 'preview',
+           'embed', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
 import base64
@@ -23,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,6 @@ from urllib.parse import quote, unquote
 import av
 import nbformat
 import plotly.graph_objects as go
-import plotly.io as pio
 import torch
 import torch.nn.functional as F
 from IPython.display import HTML
@@ -41,12 +43,13 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 import dual_ipo
+from .browse import BROWSE_SCRIPT, BROWSE_STYLE, browser, script_json, spread, views_of, voted, within
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES, VBENCH_QUALITY
 from .execute import Ended, run_notebook
-from .monitor import warnings_of
+from .monitor import should_stop
 from .pce import reliability
-from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, table_html
+from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, read_results, table_html
 from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
 from .store import read_json, read_rows
 
@@ -93,6 +96,7 @@ TEXT_STYLE = """
 .dipo .eyebrow { color: var(--grey); font-size: 12px; letter-spacing: .09em; text-transform: uppercase;
   margin: 0 0 10px; }
 .dipo .lede { font-size: 18px; line-height: 1.5; max-width: 40em; margin: 0 0 28px; }
+.dipo pre { background: #f6f7f9; border-radius: 6px; padding: 12px 14px; overflow-x: auto; font-size: 13px; }
 .dipo .note { border-left: 3px solid var(--faint); padding: 2px 0 2px 14px; margin: 12px 0; }
 .dipo .figures { display: flex; flex-wrap: wrap; gap: 20px 56px; margin: 8px 0 32px; }
 .dipo .figures div { min-width: 9em; }
@@ -102,6 +106,7 @@ TEXT_STYLE = """
 
 # %% ../nbs/50_report.ipynb #6a6b6e6f
 TABLE_STYLE = """
+.dipo .table { overflow-x: auto; }
 .dipo table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0 16px; font-size: 14px; }
 .dipo th { font-weight: 500; color: var(--grey); font-size: 13px; text-align: right; padding: 8px 18px;
   border-bottom: 1px solid var(--stone); white-space: nowrap; }
@@ -117,12 +122,12 @@ TABLE_STYLE = """
 
 # %% ../nbs/50_report.ipynb #4e4fd869
 CLIP_STYLE = """
-.dipo .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 36px 32px;
+.dipo .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 36px 32px;
   margin: 20px 0 8px; }
-.dipo .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 36px 48px; }
+.dipo .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 36px 48px; }
 .dipo .reel { margin: 0; }
 .dipo .reel .prompt { font-size: 14px; line-height: 1.4; margin: 0 0 8px; }
-.dipo .reel .clips { display: flex; gap: 8px; }
+.dipo .reel .clips { display: flex; gap: 8px; overflow-x: auto; }
 .dipo .reel .clip { flex: 1 1 0; min-width: 0; max-width: 180px; margin: 0 !important; }
 .dipo .reel video, .dipo .reel .gone { display: block; width: 100%; border-radius: 4px; background: var(--faint); }
 .dipo .reel video.small { image-rendering: pixelated; }
@@ -176,7 +181,7 @@ def opinion_in_words(
     after: str,            # "After 2 rounds"
 ) -> str:
     "What the first judge thinks of the clips, and that it is an opinion; no full stop."
-    if not graded: return f"{after}, nobody knows what became of the clips: no measure is configured, and no judge graded them"
+    if not graded: return f"{after}, nobody knows what became of the clips: nothing measured and no judge graded them"
     said = f"{after} the first judge gives the clips a mean grade of {graded['mean']:.2f} of 5"
     if graded["gain"]:
         difference, (low, high) = graded["gain"]["difference"], graded["gain"]["ci95"]
@@ -214,7 +219,8 @@ def judge_in_words(
     accuracy, static, n = judge.get("accuracy"), judge.get("accuracy_static"), judge.get("n_pairs")
     if accuracy is None: return ""
     said = f"The judge is right in {accuracy:.0%} of fresh pairs"
-    if entry.get("truth") == "people": said = f"The judge agrees with people in {accuracy:.0%} of {n or 'the'} held-out pairs"
+    if entry.get("truth") == "people":
+        said = f"The judge agrees with people in {accuracy:.0%} of {n or 'the'} held-out pairs"
     return said if static is None else f"{said}; {before}, in {static:.0%}"
 
 # %% ../nbs/50_report.ipynb #1e0927a0
@@ -272,12 +278,17 @@ def changes(
     rounds: list[dict],   # entries, the base's first; one or more
 ) -> str:                 # HTML; '' where there is nothing to compare
     "The numbers that people ask for first: the change, and from where to where."
-    base, last, parts = rounds[0].get("generator"), rounds[-1].get("generator"), []
-    if len(rounds) < 2 or not base or not last: return ""
-    for name, label in HEADLINE_SCORES.items():
-        values = f"{base[name]:.1f} → {last[name]:.1f}"
-        parts.append(f"<div><b>{signed(last[name] - base[name])}</b><span>{label}, {values}</span></div>")
-    return "".join(parts)
+    if len(rounds) < 2: return ""
+    base, last, shown = rounds[0].get("generator"), rounds[-1].get("generator"), []
+    before, after = rounds[0].get("graded"), rounds[-1].get("graded")
+    if base and last: shown = [(label, base[name], last[name], 1) for name, label in HEADLINE_SCORES.items()]
+    elif before and after:
+        shown = [("first judge's grade", before["mean"], after["mean"], 2)]
+        shown += [(name, x, after["dims"].get(name, x), 2) for name, x in before["dims"].items()]
+    def part(name, x, y, digits):
+        values = f"{html.escape(name)}, {x:.{digits}f} → {y:.{digits}f}"
+        return f"<div><b>{signed(y - x, digits)}</b><span>{values}</span></div>"
+    return "".join(part(*each) for each in shown)
 
 # %% ../nbs/50_report.ipynb #7fa97d4f
 def title(results: Results) -> HTML:
@@ -312,6 +323,53 @@ def monitor_notes(results: Results) -> HTML:
     items = [f"<li><b>{html.escape(name)}</b><br>{'<br>'.join(found)}</li>" for name, found in rounds.items()]
     return block(f'<ul class="warnings">{"".join(items)}</ul>')
 
+# %% ../nbs/50_report.ipynb #926933e0
+def best_round(results: Results) -> int | None:   # None: no round has trained a generator
+    "The round whose generator to take."
+    later = [entry for entry in results.rounds if entry["round"] > 0]
+    if not later: return None
+    if all(entry.get("generator") for entry in later):
+        return max(later, key=lambda entry: entry["generator"]["total"])["round"]
+    grades = [(entry.get("judge") or {}).get("judged") for entry in results.rounds]
+    for entry in later:
+        k = entry["round"]
+        if None in grades[:k + 1]: break
+        if should_stop(grades[:k + 1], list(results.rows(k, "align/history.parquet"))): return k - 1
+    return later[-1]["round"]
+
+# %% ../nbs/50_report.ipynb #ce31bf39
+TAKE = """dual-ipo export {run} --round {k} --out my-lora                       # for diffusers
+dual-ipo export {run} --round {k} --out my-lora-comfy --format comfyui  # for ComfyUI
+
+# in Python, as my-lora/README.md says
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights("my-lora")"""
+
+# %% ../nbs/50_report.ipynb #59042fe6
+ALL_WEIGHTS = "# all weights were trained: a whole pipeline lies in round_{k:02d}/generator"
+
+def why_that(
+    entry: dict,   # of the round to take
+) -> str:
+    "Why a round's generator is the one to take."
+    scores = entry.get("generator")
+    if scores: return f"has the highest true total, {scores['total']:.1f}"
+    return "is the last whose gain in the first judge's grades was worth its training"
+
+# %% ../nbs/50_report.ipynb #b993db23
+def take(results: Results) -> HTML:
+    "Which round's generator to take, why, and how to load it, as text to copy."
+    k, part = best_round(results), results.config.get("generator", {})
+    if k is None: return missing("No round has trained a generator yet.")
+    if k == 0:
+        return block("<p>Take the base as it was: the first judge's grades rose too little for what training cost.</p>")
+    entry = next(entry for entry in results.rounds if entry["round"] == k)
+    text = TAKE if part.get("lora_rank", 1) else ALL_WEIGHTS
+    text = text.format(run=shlex.quote(results.folder.resolve().name), k=k, base=part.get("path", "BASE"))
+    return block(f"<p><b>Round {k}</b> {why_that(entry)}.</p><pre>{html.escape(text)}</pre>")
+
 # %% ../nbs/50_report.ipynb #a3d41ba1
 def interval_trace(
     x: list[float],
@@ -345,7 +403,8 @@ def intervals_of(
     scores: dict[int, list[dict]],  # round → rows
     names: list[str],
     ks: list[int],
-) -> dict[str, tuple[list[float], list[float]]]:  # name → (lows, highs) over rounds, points of 100
+    unit: float = 100.,             # what a score of 1 counts
+) -> dict[str, tuple[list[float], list[float]]]:  # name → (lows, highs) over rounds, in that unit
     "Bootstrap intervals of scores, by prompt; of those that every round has."
     if not all(scores.get(k) for k in ks): return {}
     names, found = [name for name in names if all(name in scores[k][0] for k in ks)], []
@@ -355,7 +414,7 @@ def intervals_of(
             prompts.append(row["prompt"])
             for name in names: columns[name].append(row[name])
         found.append(bootstrap_cis(columns, prompts, n=1000) if names else {})
-    def points(name, end): return [100*intervals[name][end] for intervals in found]
+    def points(name, end): return [unit*intervals[name][end] for intervals in found]
     return {name: (points(name, 0), points(name, 1)) for name in names}
 
 def interval_of(
@@ -369,7 +428,7 @@ def interval_of(
 # %% ../nbs/50_report.ipynb #777c1589
 @dataclass
 class Panel:
-    "One score over rounds, in points of 100."
+    "One score over rounds."
     name: str
     values: list[float | None]  # a round each
     interval: tuple | None      # (lows, highs), a round each
@@ -403,7 +462,8 @@ def draw_panel(
     fig: go.Figure,
     panel: Panel,
     ks: list[int],   # its rounds
-    half: float,     # points above and below its middle
+    half: float,     # above and below its middle
+    top: float,      # nothing is above it, or below 0
     **at,            # row and column
 ):
     "One score, as a line with its veil."
@@ -411,26 +471,53 @@ def draw_panel(
     if panel.interval: fig.add_trace(interval_trace(ks, *panel.interval, color), **at)
     fig.add_trace(go.Scatter(x=ks, y=panel.values, mode="lines+markers", line=dict(color=color, width=2.2),
                              marker=dict(size=6), name=label(panel.name), showlegend=False,
-                             hovertemplate="%{y:.1f}<extra>%{fullData.name}</extra>"), **at)
-    middle = max(min(sum(panel.ends())/2, 102 - half), half - 2)   # nothing is above 100 or below 0
+                             hovertemplate="%{y:.2f}<extra>%{fullData.name}</extra>"), **at)
+    middle = max(min(sum(panel.ends())/2, 1.02*top - half), half - .02*top)
     fig.update_xaxes(round_axis(ks), **at)
     fig.update_yaxes(range=[middle - half, middle + half], nticks=4, **at)
 
 # %% ../nbs/50_report.ipynb #49a83b71
 UNMEASURED = ("No quality: no finished round has truth scores (they come from the config's measure, "
-              "package.module:function).")
+              "package.module:function), and no judge has graded its clips.")
 
-def quality_figure(results: Results) -> go.Figure | HTML:
-    "Every score over rounds, with intervals."
-    entries = {entry["round"]: entry["generator"] for entry in results.rounds if entry.get("generator")}
-    if not entries: return missing(UNMEASURED)
-    panels = panels_of(entries, results.tables("evaluate/scores.parquet"))
-    half = max(panel.span() for panel in panels)*.56 + 1
+def opinions_of(
+    results: Results,
+    entries: dict[int, dict],   # round → its `graded` entry
+) -> list[Panel]:
+    "The first judge's grades, all in all and in every dimension, and the change from frame to frame."
+    ks, dims = list(entries), list(entries[0]["dims"] if 0 in entries else next(iter(entries.values()))["dims"])
+    grades = {k: results.rows(k, "judge_check/grades.parquet") for k in ks}
+    intervals = intervals_of(grades, ["grade", *dims, "frame_change"], ks, unit=1.)
+    panels = [Panel("first judge's grade", [entries[k]["mean"] for k in ks], intervals.get("grade"))]
+    for name in dims: panels.append(Panel(name, [entries[k]["dims"].get(name) for k in ks], intervals.get(name)))
+    return panels + [Panel("frame change", [entries[k]["frame_change"] for k in ks], intervals.get("frame_change"))]
+
+# %% ../nbs/50_report.ipynb #943d6abb
+def draw_panels(
+    panels: list[Panel],
+    ks: list[int],   # their rounds
+    least: float,    # what a panel spans at least, on each side of its middle
+    top: float,      # nothing is above it
+) -> go.Figure:
+    "Panels side by side that all span as much; what is no grade spans what it needs."
+    half = max(panel.span() for panel in panels if panel.name != "frame change")*.56 + least
     rows = -(-len(panels)//3)
     fig = make_subplots(rows, 3, subplot_titles=[label(panel.name) for panel in panels], horizontal_spacing=.07,
                         vertical_spacing=.36/rows)
-    for i, panel in enumerate(panels): draw_panel(fig, panel, list(entries), half, row=i//3 + 1, col=i % 3 + 1)
+    for i, panel in enumerate(panels):
+        own, limit = (half, top) if panel.name != "frame change" else (panel.span()*.6 + .5, 255)
+        draw_panel(fig, panel, ks, own, limit, row=i//3 + 1, col=i % 3 + 1)
     return panel_titles(fig).update_layout(template=TEMPLATE, height=150*rows + 60, margin_t=30)
+
+# %% ../nbs/50_report.ipynb #a420c388
+def quality_figure(results: Results) -> go.Figure | HTML:
+    "Every score over rounds, with intervals; without a measure the first judge's grades."
+    entries = {entry["round"]: entry["generator"] for entry in results.rounds if entry.get("generator")}
+    if entries:
+        return draw_panels(panels_of(entries, results.tables("evaluate/scores.parquet")), list(entries), 1., 100.)
+    opinions = {entry["round"]: entry["graded"] for entry in results.rounds if entry.get("graded")}
+    if not opinions: return missing(UNMEASURED)
+    return draw_panels(opinions_of(results, opinions), list(opinions), .05, 5.)
 
 # %% ../nbs/50_report.ipynb #7cc5825c
 def decided(
@@ -677,45 +764,44 @@ def margins_figure(results: Results) -> go.Figure | HTML:
     return fig.update_layout(template=TEMPLATE, height=460, margin_t=70, legend=dict(y=1.08))
 
 # %% ../nbs/50_report.ipynb #acc47efc
+def stages_of(
+    rounds: list[dict],   # entries with their seconds
+) -> list[str]:
+    "The stages in the order of time: those of the base alone, then those of a round."
+    later = dict.fromkeys(name for entry in reversed(rounds) if entry["round"] for name in entry["seconds"])
+    first = [name for entry in rounds if not entry["round"] for name in entry["seconds"] if name not in later]
+    return [*dict.fromkeys(first), *later]
+
+# %% ../nbs/50_report.ipynb #d2c6660e
+STAGES = (STONE, BLUE, "#7fb3d5", SAND, "#3f8f7f", "#d9b650", "#8d5a86", "#b0524a", "#5c6b2f", INK)   # told apart
+
 def time_figure(results: Results) -> go.Figure | HTML:
     "Seconds per stage, a bar a round."
     rounds = [entry for entry in results.rounds if entry.get("seconds")]
     if not rounds: return missing("No times: no round has written its seconds.")
-    stages = {}
-    for entry in reversed(rounds): stages |= dict.fromkeys(entry["seconds"])   # in the order of a whole round
     names = ["base" if entry["round"] == 0 else label(f"round {entry['round']}") for entry in rounds]
     fig = go.Figure()
-    for i, stage in enumerate(stages):
-        color, seconds = shade(1 - i/max(1, len(stages) - 1)), [entry["seconds"].get(stage, 0) for entry in rounds]
-        fig.add_trace(go.Bar(y=names, x=seconds, name=label(stage), orientation="h",
-                             marker=dict(color=color, line=dict(color="white", width=1.5)),
-                             hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>"))
+    for i, stage in enumerate(stages_of(rounds)):
+        bars = dict(color=STAGES[i % len(STAGES)], line=dict(color="white", width=1.5))
+        fig.add_trace(go.Bar(y=names, x=[entry["seconds"].get(stage, 0) for entry in rounds], name=label(stage),
+                             orientation="h", marker=bars, hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>"))
     yaxis = dict(autorange="reversed", showgrid=False)
     return fig.update_layout(template=TEMPLATE, barmode="stack", height=110 + 46*len(rounds),
                              xaxis=dict(title="seconds"), yaxis=yaxis, legend=dict(traceorder="normal"))
 
-# %% ../nbs/50_report.ipynb #2ce3f7f6
-def within(
-    folder,            # of the run
-    path: str,         # relative to it, as a table gives it
-) -> Path | None:      # None when it is not there or outside: a table must not put a reader's files on a page
-    "Where a clip lies, links followed."
-    try: file = Path(os.path.realpath(Path(folder)/path))
-    except (OSError, ValueError): return None   # no name of a file
-    return file if file.is_relative_to(os.path.realpath(folder)) and os.path.isfile(file) else None
-
 # %% ../nbs/50_report.ipynb #afbafcd8
 def video_tag(
-    folder,     # of the report
-    path: str,  # of the mp4, relative to it
+    results: Results,
+    path: str,  # of the mp4, from the run's folder
 ) -> str:
     "A looping, muted clip; small ones keep their pixels."
-    file = within(folder, path)
+    file = within(results.folder, path)
     if file is None: return '<div class="gone">clip missing</div>'
     with av.open(f"file:{file}") as container: width = container.streams.video[0].width
     kind = "small" if width <= 128 else ""
     plays = "autoplay" if file.stat().st_size < 300_000 else "controls preload=none"
-    return f'<video class="{kind}" src="{html.escape(quote(path))}" width="130" loop muted playsinline {plays}></video>'
+    source = html.escape(quote(results.up + path))
+    return f'<video class="{kind}" src="{source}" width="130" loop muted playsinline {plays}></video>'
 
 # %% ../nbs/50_report.ipynb #b0c6184b
 def reel(
@@ -728,15 +814,6 @@ def reel(
     prompt = html.escape(str(prompt))
     return f'<div class="reel"><p class="prompt">{prompt}</p><div class="clips">{inner}</div></div>'
 
-# %% ../nbs/50_report.ipynb #8dfa9c32
-def spread(
-    rows: list,
-    n: int,
-) -> list:   # n, or all where there are fewer
-    "Rows evenly from first to last: nobody's choice."
-    n = min(n, len(rows))
-    return [rows[round(i*(len(rows) - 1)/max(1, n - 1))] for i in range(n)]
-
 # %% ../nbs/50_report.ipynb #486a2bf3
 def pair_reel(
     results: Results,
@@ -746,7 +823,7 @@ def pair_reel(
     "A pair's winner and loser."
     def clip(side, words):
         truth = f" · truth {100*row[f'total_{side}']:.0f}" if row.get(f"total_{side}") is not None else ""
-        tag = video_tag(results.folder, f"round_{k:02d}/candidates/{row[f'clip_{side}']}")
+        tag = video_tag(results, f"round_{k:02d}/candidates/{row[f'clip_{side}']}")
         return tag, f"{words} judge {row[f'score_{side}']:.2f}{truth}"
     (best, said), (worst, note) = clip("w", '<b class="win">best</b>'), clip("l", '<b class="lose">worst</b>')
     wrong = row.get("total_w") is not None and row["total_w"] < row["total_l"]
@@ -772,6 +849,13 @@ def pairs_gallery(
                  "evenly spread by the judge's margin.</p>"
                  f'<div class="gallery">{"".join(reels)}</div>')
 
+# %% ../nbs/50_report.ipynb #4e600edb
+def more_pairs(results: Results) -> HTML:
+    "Where `page` puts what `browser` makes of all pairs; a notebook says where to look for it."
+    if not any(results.tables(name, ["prompt"]) for name in ("pairs.parquet", "votes.parquet")): return HTML("")
+    return block('<p class="quiet">All of them, to look through by prompt, dimension and margin, with the reasons of '
+                 'the judge, are in report.html beside this notebook.</p><!--browse-->')
+
 # %% ../nbs/50_report.ipynb #2f0fee28
 def clips_of_all(
     scores: dict[int, list[dict]],         # round → rows of evaluate/scores.parquet
@@ -793,7 +877,7 @@ def rounds_reel(
     for k, row in rows.items():
         words = f"<b>{'base' if k == 0 else f'round {k}'}</b>"
         if measured: words += f"<br>{100*row['total']:.0f} · motion {100*row['dynamic_degree']:.0f}"
-        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['clip']}"), words))
+        clips.append((video_tag(results, f"round_{k:02d}/evaluate/{row['clip']}"), words))
     return reel(rows[0]["prompt"], clips)
 
 # %% ../nbs/50_report.ipynb #12b020f0
@@ -826,6 +910,94 @@ def quarantine_table(
     if not rows: return block('<p class="quiet">No clip was left out.</p>')
     more = f'<p class="quiet">{len(rows) - n} more in quarantine.parquet.</p>' if len(rows) > n else ""
     return block(table_html(["clip", "reason"], [[row["clip"], row["reason"]] for row in rows[:n]], "text"), more)
+
+# %% ../nbs/50_report.ipynb #cc793f1b
+def made_row(
+    entry: dict,   # of made.json
+) -> list[str]:
+    "What a run was made with from a round on."
+    installed = ", ".join(f"{name} {x}" for name, x in (entry.get("versions") or {}).items())
+    return [f"from round {entry.get('round')}", *map(entry.get, ("date", "hardware")), installed, entry.get("commit")]
+
+# %% ../nbs/50_report.ipynb #3a946d10
+def made_with(results: Results) -> HTML:
+    "Versions, hardware, commit and dates, and a link to the notebook of each round."
+    path, links = results.folder/"made.json", []
+    rows = [made_row(entry) for entry in (read_json(path, list[dict]) if path.is_file() else [])]
+    table = table_html(["", "date", "hardware", "versions", "commit"], rows, "text") if rows else ""
+    for k in [entry["round"] for entry in results.rounds]:
+        notebook = f"round_{k:02d}/round.ipynb"
+        if within(results.folder, notebook): links.append(f'<a href="{notebook}">round {k}</a>')
+    notebooks = f"<p>The notebooks that the rounds ran in: {', '.join(links)}.</p>" if links else ""
+    return block(table + notebooks or '<p class="quiet">Nothing was noted.</p>')
+
+# %% ../nbs/50_report.ipynb #23ece922
+def scores_figure(results: Results, k: int) -> go.Figure | HTML:
+    "How the judge graded the candidates of a round, and those that became winners and losers."
+    rows, pairs = results.rows(k, "scores.parquet", ["score"]), results.rows(k, "pairs.parquet", ["score_w", "score_l"])
+    if not rows: return missing("No candidates were graded in this round.")
+    groups = [("all candidates", rows.column("score"), STONE)]
+    if pairs: groups += [("winners", pairs.column("score_w"), BLUE), ("losers", pairs.column("score_l"), SAND)]
+    low, high = min(groups[0][1]), max(groups[0][1])
+    bins = dict(start=low, end=high + 1e-9, size=max((high - low)/24, 1e-6))
+    fig = go.Figure()
+    for name, scores, color in groups:
+        fig.add_trace(go.Histogram(x=list(scores), name=name, xbins=bins, marker_color=color, opacity=.75,
+                                   hovertemplate="%{x}: %{y} clips<extra>%{fullData.name}</extra>"))
+    return fig.update_layout(template=TEMPLATE, barmode="overlay", height=280, xaxis=dict(title="score"),
+                             yaxis=dict(title="clips"))
+
+# %% ../nbs/50_report.ipynb #07ec6abc
+def curves_figure(results: Results, k: int) -> go.Figure | HTML:
+    "The losses of a round's trainings, each over its own steps."
+    kinds = dict(cold_start="the judge's cold start", align="the generator", srpo="the judge")
+    found = {name: results.rows(k, f"{folder}/history.parquet") for folder, name in kinds.items()}
+    found = {name: list(rows) for name, rows in found.items() if rows}
+    if not found: return missing("Nothing was trained in this round.")
+    fig = make_subplots(1, len(found), subplot_titles=[label(name) for name in found], horizontal_spacing=.1)
+    for column, rows in enumerate(found.values(), 1):
+        losses = [step.get("loss") for step in rows]
+        faint, strong = dict(color=see_through(BLUE, .25), width=1), dict(color=BLUE, width=2.2)
+        fig.add_trace(go.Scatter(y=losses, mode="lines", line=faint, hoverinfo="skip"), 1, column)
+        smoothed = smooth(losses, max(1, len(rows)//12))
+        fig.add_trace(go.Scatter(y=smoothed, mode="lines", line=strong,
+                                 hovertemplate="step %{x}: %{y:.4g}<extra></extra>"), 1, column)
+    fig.update_xaxes(title="step")
+    fig.update_yaxes(title="loss", row=1, col=1)
+    return panel_titles(fig).update_layout(template=TEMPLATE, height=280, showlegend=False, margin_t=36)
+
+# %% ../nbs/50_report.ipynb #9744d18c
+def votes_gallery(
+    results: Results,
+    k: int,      # the round
+    n: int = 3,  # pairs
+) -> HTML:
+    "Pairs that the judge voted on, with the words of a response that says what the label says."
+    items, reels = voted(results, k, n), []
+    if not items: return missing("No votes were cast in this round.")
+    for item in items:
+        tags = [(video_tag(results, path), html.escape(text)) for path, text in zip(item.clips, item.words)]
+        said = f'<p class="quiet" style="font-size:13px">{html.escape(item.note)}</p>' if item.note else ""
+        reels.append(f"<div>{reel(item.prompt, tags)}<p>{html.escape(', '.join(item.flags))}</p>{said}</div>")
+    return block(f'<div class="gallery wide">{"".join(reels)}</div>')
+
+# %% ../nbs/50_report.ipynb #42bd75a3
+def story(
+    run,      # a run folder
+    k: int,   # a round that has ended
+) -> Iterator[tuple[str, HTML | go.Figure]]:   # heading, what is shown
+    "What came of a round, for the notebook that it ran in."
+    results = read_results(run)
+    results.up = "../"
+    results.rounds = [entry for entry in results.rounds if entry["round"] <= k]
+    yield f"After round {k}", block(f"<style>{STYLE}</style><p>{html.escape(in_words(results))}</p>")
+    yield "Rounds so far", rounds_table(results)
+    yield "What to watch", monitor_notes(results)
+    yield "Losses", curves_figure(results, k)
+    if k == 0: return
+    yield "Grades of the candidates", scores_figure(results, k)
+    yield "Best and worst of them", pairs_gallery(results, k, 4)
+    yield "What the judge said about fresh pairs", votes_gallery(results, k)
 
 # %% ../nbs/50_report.ipynb #eb795094
 def scaled(
@@ -870,6 +1042,16 @@ def embed(
 SCRIPT = """
 const sight = new IntersectionObserver(entries => entries.forEach(e =>
   e.isIntersecting ? e.target.play().catch(() => {}) : e.target.pause()));
+const draw = div => {
+  const kept = div.querySelector('script');
+  if (!kept) return;
+  const figure = JSON.parse(kept.textContent);
+  kept.remove();
+  Plotly.newPlot(div, figure.data, figure.layout, {displayModeBar: false, responsive: true}); };
+const near = new IntersectionObserver(
+  entries => entries.forEach(e => e.isIntersecting && draw(e.target)), {rootMargin: '600px'});
+document.querySelectorAll('.plot').forEach(div => near.observe(div));
+addEventListener('beforeprint', () => document.querySelectorAll('.plot').forEach(draw));
 document.querySelectorAll('.reel').forEach(reel => {
   const [first, ...others] = reel.querySelectorAll('video');
   if (!first) return;
@@ -884,14 +1066,16 @@ document.querySelectorAll('.reel').forEach(reel => {
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; media-src data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:;
+ media-src data: 'self' file:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>body {{ margin: 0; background: white; }} main {{ max-width: 1040px; margin: 0 auto; padding: 72px 32px 120px; }}
+.wide-figure {{ overflow-x: auto; }} .wide-figure > div {{ min-width: 640px; }}
+@media (max-width: 600px) {{ main {{ padding: 32px 16px 80px; }} }}
 {style}</style>
-<script>{plotly}</script></head>
+</head>
 <body><main class="dipo">
 {body}
-</main><script>{script}</script></body></html>
+</main><script>{plotly}</script><script>{script}</script></body></html>
 """
 
 # %% ../nbs/50_report.ipynb #fe241695
@@ -904,8 +1088,9 @@ def output_html(
     "A figure or a table of a notebook as HTML."
     if PLOTLY not in data: return "".join(data.get("text/html", ""))
     figure = {key: data[PLOTLY][key] for key in ("data", "layout")}
-    return pio.to_html(figure, full_html=False, include_plotlyjs=False, validate=False,
-                       config=dict(displayModeBar=False, responsive=True))
+    height = figure["layout"].get("height", 400)
+    return (f'<div class="wide-figure"><div class="plot" style="height:{height:.0f}px">'
+            f'<script type="application/json">{script_json(figure)}</script></div></div>')
 
 # %% ../nbs/50_report.ipynb #d8defd5a
 def cell_html(cell: nbformat.NotebookNode) -> str:
@@ -922,8 +1107,11 @@ def page(
 ) -> str:
     "An executed notebook as one offline HTML page."
     body = embed("\n".join(cell_html(cell) for cell in notebook.cells), folder)
+    places = re.findall('<p class="quiet">[^<]*</p><!--browse-->', body)
+    if places: body = body.replace(places[0], browser(views_of(read_results(folder))))
     name = html.escape(Path(folder).resolve().name)
-    return PAGE.format(title=f"Dual-IPO · {name}", style=STYLE, plotly=get_plotlyjs(), script=SCRIPT, body=body)
+    return PAGE.format(title=f"Dual-IPO · {name}", style=STYLE + BROWSE_STYLE, plotly=get_plotlyjs(),
+                       script=SCRIPT + BROWSE_SCRIPT, body=body)
 
 # %% ../nbs/50_report.ipynb #c304b95f
 def portable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -52,9 +52,11 @@ def headline_row(
 ) -> list[str | None]:     # a cell for each of HEAD; None where it was not measured
     "What a round brought."
     scores, judge = entry.get("generator") or {}, entry.get("judge") or {}
-    cells = {"round": "base" if entry["round"] == 0 else entry["round"], "true total": number(scores.get("total"), ".1f")}
+    cells = {"round": "base" if entry["round"] == 0 else entry["round"]}
+    cells["true total"] = number(scores.get("total"), ".1f")
     cells["95% interval"] = " – ".join(number(end, ".1f") for end in scores.get("ci95") or []) or None
-    for name in ("quality", "semantic", "dynamic degree"): cells[name] = number(scores.get(name.replace(" ", "_")), ".1f")
+    for name in ("quality", "semantic", "dynamic degree"):
+        cells[name] = number(scores.get(name.replace(" ", "_")), ".1f")
     names = "judge accuracy", "static judge"
     if entry.get("truth") == "people": names = "agrees with people", "static judge agrees"
     for name, key in zip(names, ("accuracy", "accuracy_static")): cells[name] = number(judge.get(key), ".1%")
@@ -95,7 +97,8 @@ def table_html(
     def line(row, tag):
         cells = ["–" if cell is None else html.escape(str(cell)) for cell in row]
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-    return f'<table class="{kind}">{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table>'
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="table" style="overflow-x:auto"><table class="{kind}">{line(head, "th")}{body}</table></div>'
 
 # %% ../nbs/40_results.ipynb #a50177c7
 @dataclass
@@ -104,6 +107,7 @@ class Results:
     folder: Path
     config: dict         # {} when there is no run.yaml
     rounds: list[dict]   # entries of summary.json, rounds 0, 1, …
+    up: str = ""         # from where it is shown to the folder: "../" in a round's notebook
 
     def _repr_html_(self):
         return f"<p><b>{html.escape(str(self.folder))}</b></p>{table_html(*headline(self.rounds))}"

@@ -49,6 +49,7 @@ from .evaluate import frame_changes, graded, judge_accuracy, load_measure, measu
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
 from .losses import objective_of
+from .made import note_made
 from .monitor import late_mean, needs_srpo
 from .plan import out_of_memory
 from .prompts import read_prompts
@@ -195,6 +196,7 @@ class Round(RoundFolder):
         self.folder.mkdir(parents=True, exist_ok=True)
         set_deterministic(self.config.deterministic)
         set_progress_file(self.run.path / "progress.json", k)
+        note_made(self.run.path, k)
 
     def generator(self, path) -> Generator:
         return place().model(load_generator, weightless_generator, self.config, path)

@@ -11,8 +11,8 @@ __all__ = ['COG', 'COG_5B', 'COG_15', 'WAN_1B', 'WAN_14B', 'WAN_5B', 'REAL', 'CO
            'training', 'learn_a_little', 'no_decoding', 'sampler', 'sampling', 'judge_tokenizer', 'judge_files',
            'real_judge', 'a_response', 'dictate', 'dictated', 'a_video', 'some_pairs', 'vote_lengths',
            'generate_plainly', 'judging', 'smi_command', 'utilisation', 'timeline', 'write_few_prompts',
-           'write_few_pairs', 'small_run', 'a_run', 'planned_gb', 'hold_to', 'with_use', 'whole_round', 'versions',
-           'measure_part', 'measure']
+           'write_few_pairs', 'small_run', 'a_run', 'planned_gb', 'hold_to', 'with_use', 'whole_round', 'measure_part',
+           'measure']
 
 # %% ../nbs/91_speed.ipynb #738fa82e
 import gc
@@ -24,7 +24,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -51,6 +50,7 @@ from .data import write_pairs
 from .generator import CogVideoX, Generator, Wan
 from .kernels import fit, flash4, has_flash4, keep
 from .losses import Dpo, Kto, dpo_loss
+from .made import versions
 from .plan import GPU, STAGES, facts_of, flops, fused_attention, stages
 from .reward import Judge, Writer
 from .rounds import config_of, run_round
@@ -711,12 +711,6 @@ for _k in (0, 1, 5):
 FEW = dict(human=4, candidates=dict(prompts_per_round=1, per_prompt=2), votes=dict(pairs=1))
 for _name, _few in (("Wan2.1-1.3B", {}), ("Wan2.2-5B", FEW), ("CogVideoX-2B", {})):
     PARTS[f"round {_name}"] = partial(whole_round, _name, memory=80e9, **_few)   # on a card of 80 GB
-
-# %% ../nbs/91_speed.ipynb #82f6e94b
-def versions() -> dict[str, str]:
-    "Of what does the work."
-    names = ("diffusers", "transformers", *(["flash-attn-4"] if has_flash4() else []))
-    return dict(torch=torch.__version__) | {name: version(name) for name in names}
 
 # %% ../nbs/91_speed.ipynb #649ccb8b
 def measure_part(part: str) -> dict[str, object]:

@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import (MISSING, Pair, UserError, Video, VideoFile, beside_name, sweep, sync_folder, warn_once,
                             whole_file)
 from .prompts import read_text

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from dual_ipo.core import generator, write_mp4
+from dual_ipo.cot import DIMENSIONS
+from dual_ipo.evaluate import graded
 from dual_ipo.store import write_json, write_table, write_yaml
 from dual_ipo.toyworld import FPS, SHARES, measure, parse_prompt, add_defects, clean_scene, render, toy_prompts
 
@@ -68,6 +70,17 @@ def votes(folder, k, prompts, table, sharpness, rng):
     return rows
 
 
+def opinion(folder, k, scored, base, rng):
+    "The first judge's grades of the clips, and the round's `graded` entry."
+    rows = []
+    for row in scored:
+        own = [min(5, 3 + .2*k + .3*x) for x in torch.randn(len(DIMENSIONS), generator=rng).tolist()]
+        known = {key: row[key] for key in ("prompt", "candidate", "clip")}
+        rows.append(known | dict(grade=sum(own)/len(own), frame_change=4 + .1*k) | dict(zip(DIMENSIONS, own)))
+    write_table(folder/"judge_check/grades.parquet", rows)
+    return graded(rows, base, DIMENSIONS), rows
+
+
 def right(rows):
     "Share of votes that are right."
     return sum((row["p_a"] > .5) == (row["truth"] == "A") for row in rows)/len(rows)
@@ -92,7 +105,7 @@ def synthetic_run(
         votes=dict(k=K, pairs=n),
         evaluate=dict(measure="dual_ipo.toyworld:measure" if truth else None, prompts=n, clips_per_prompt=2))
     write_yaml(folder/"run.yaml", config)
-    prompts, train, entries = toy_prompts(n, "eval"), toy_prompts(n, "train"), []
+    prompts, train, entries, base = toy_prompts(n, "eval"), toy_prompts(n, "train"), [], None
     for k in range(rounds + 1):
         rng, share, at = generator("votes", k), 1 - .22*k, folder/f"round_{k:02d}"
         scored = []
@@ -104,6 +117,8 @@ def synthetic_run(
         means = {key: 100*sum(row[key] for row in scored)/len(scored) for key in names}
         entry = dict(round=k, generator={}, judge={}, seconds=dict(cold_start=14., evaluate=6.) if k == 0 else
             dict(candidates=11 + k, judging=6.5, align=21., pseudo_label=7.2, srpo=9.1, evaluate=6.))
+        entry["graded"], rows = opinion(at, k, scored, base, generator("opinion", k))
+        base, entry["truth"] = base or rows, "measure" if truth else None
         if truth:
             entry["generator"] = {key: means[key] for key in (*AGGREGATES, "dynamic_degree")} | dict(
                 dims={key: value for key, value in means.items() if key not in AGGREGATES},
@@ -143,6 +158,8 @@ def synthetic_run(
             for row in table: del row["truth"], row["gap"]
             write_table(at/"votes.parquet", table)
             write_table(at/"align/history.parquet", history(k, 60, margins, rng))
+            entry["trained"] = dict(accuracy=.7)
+            entry["voted"] = dict(pairs=len(table), kept=sum(row["kept"] for row in table), readable=.98)
         if k == rounds: entry["extra_srpo"] = ["(made up) implicit accuracy ended at 0.93"]
         write_json(at/"round.json", entry)
         entries.append(entry)

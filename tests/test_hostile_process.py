@@ -117,7 +117,7 @@ def test_progress_of_others(round, stage, done, total, elapsed, eta):
             write_json(Path(folder)/"round_00/round.json", entry)
             with suppress(UserError): harmless(state_html(state_of(folder)))   # a round.json of another type is told
             at = dict(round=stage, stage=stage, done=stage, total=0, elapsed=1., eta=None)
-            harmless(state_html(dict(entries=[], finished=False, silent=500., progress=at)))
+            harmless(state_html(dict(entries=[], warnings=[], finished=False, silent=500., progress=at)))
         assert read_progress(folder)["stage"] == stage
     count("progress files")
 
