@@ -18,7 +18,8 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name):
     if name not in _HOME: raise AttributeError(f"module 'dual_ipo' has no attribute {name!r}")
-    return getattr(_import_module(f"dual_ipo.{_HOME[name]}"), name)
+    documented = _import_module("dual_ipo.documented").documented
+    return documented(getattr(_import_module(f"dual_ipo.{_HOME[name]}"), name))
 
 
 def __dir__(): return [*globals(), *_HOME]

@@ -728,7 +728,9 @@ class Video:
 
     def _repr_html_(self): return video_html(self.mp4())
 
-    def chosen(self, indices: list[int]) -> Tensor:   # uint8 [len(indices), 3, H, W]
+    def chosen(self,
+        indices: list[int],   # numbers of frames
+    ) -> Tensor:              # uint8 [len(indices), 3, H, W]
         "Some frames by number."
         return self.frames[indices]
 
@@ -746,7 +748,9 @@ def load(cls: Video, path) -> "Video":
 
 # %% ../nbs/00_core.ipynb #7a8798d6
 @patch
-def save(self: Video, path) -> "Video":
+def save(self: Video,
+    path,   # of the mp4
+) -> "Video":
     "Write the clip as mp4 and return it with its path."
     write_mp4(path, self.frames, self.fps, self.times, self.end)
     return Video(self.frames, self.fps, Path(path), self.times, self.end)
@@ -781,7 +785,9 @@ def frames_at(self: Video,
 
 # %% ../nbs/00_core.ipynb #28e1ffc0
 @patch
-def times_at(self: Video, n: int) -> list[float]:
+def times_at(self: Video,
+    n: int,   # frames
+) -> list[float]:
     "When the frames of `frames_at` are shown, seconds."
     seconds = self.seconds()
     return [seconds[i] for i in self.spread(n)]
@@ -946,11 +952,11 @@ def side_by_side(
 @dataclass
 class Pair:
     "Two clips of one prompt."
-    prompt: str
-    a: Video
-    b: Video
+    prompt: str                     # what both were to show
+    a: Video                        # the first clip
+    b: Video                        # the second
     label: str | None = None        # "A", "B" or "tie" as a person said; None: not yet judged
-    pair_id: str = ""
+    pair_id: str = ""               # names it, and the randomness of its votes
     rationale: dict[str, dict] | None = None   # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}
 
     def _repr_html_(self):

@@ -231,7 +231,7 @@ class Generator:
         pipe, *,                                                # a diffusers pipeline
         num_frames: int, height: int, width: int, fps: float,   # of a whole video
         num_inference_steps: int, guidance_scale: float, guidance_scale_2: float | None = None,   # see `Sampling`
-        negative_prompt: str = "",
+        negative_prompt: str = "",                              # what to avoid
         max_sequence_length: int,                               # tokens of a text, padding included
         **weights,                                              # see `open_weights`
     ):
@@ -252,13 +252,17 @@ def transformer(self: Generator) -> nn.Module:
 
 # %% ../nbs/22_generator.ipynb #f66422a8
 @patch
-def blocks_of(self: Generator, transformer) -> nn.ModuleList:
+def blocks_of(self: Generator,
+    transformer,   # diffusers' model
+) -> nn.ModuleList:
     "The repeated blocks of a transformer of this kind; the family says where they are."
     return transformer.get_submodule(self.blocks)
 
 # %% ../nbs/22_generator.ipynb #00d72dfb
 @patch
-def check_frames(self: Generator, num_frames: int):
+def check_frames(self: Generator,
+    num_frames: int,   # of a clip
+):
     "UserError if the model can't make, encode and learn from clips of so many frames."
     if num_frames > self.num_frames:
         raise UserError(f"num_frames: {num_frames} is more than a whole clip's {self.num_frames}; lower it")
@@ -290,7 +294,9 @@ def check_guidance(self: Generator):
 
 # %% ../nbs/22_generator.ipynb #0e358e67
 @patch
-def lengths(self: Generator, prompts: list[str]) -> list[int]:
+def lengths(self: Generator,
+    prompts: list[str],   # texts
+) -> list[int]:
     "Tokens of each prompt, uncut."
     if not prompts: return []
     return [len(ids) for ids in self.pipe.tokenizer(list(map(self.clean, prompts))).input_ids]
@@ -298,7 +304,7 @@ def lengths(self: Generator, prompts: list[str]) -> list[int]:
 # %% ../nbs/22_generator.ipynb #26c56187
 @patch
 def check_prompts(self: Generator,
-    prompts: list[str],
+    prompts: list[str],     # texts
     what: str = "prompt",   # for the message
 ):
     "UserError if a prompt has more tokens than the model takes."
@@ -311,7 +317,7 @@ def check_prompts(self: Generator,
 @patch
 @torch.no_grad()
 def embed(self: Generator,
-    prompts: list[str],
+    prompts: list[str],   # [B] texts
 ) -> Tensor:      # [B, max_sequence_length, C] on the CPU
     "The pipeline's own embeddings."
     options = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device)
@@ -777,7 +783,9 @@ def untouched(self: Generator) -> bool:
 # %% ../nbs/22_generator.ipynb #dac18301
 @patch
 @contextmanager
-def caching(self: Generator, threshold: float | None):
+def caching(self: Generator,
+    threshold: float | None,   # a share of the change of the first block's output; None: nothing is cached
+):
     "While sampling, where there is a threshold: blocks whose input hardly changes are not computed again."
     cached = self.experts if threshold else []
     for expert in cached: expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
@@ -803,7 +811,7 @@ def swapping(self: Generator):
 def pipeline_inputs(self: Generator,
     text: list[Tensor],   # an embedding a clip
     keys: list[tuple],    # and the name of its noise
-    s: Sampling,
+    s: Sampling,          # how it is sampled
 ) -> dict:
     "What the pipeline is called with."
     text, noises = self.pad(text), torch.stack([self.start(key, s.num_frames) for key in keys])
@@ -816,7 +824,11 @@ def pipeline_inputs(self: Generator,
 
 # %% ../nbs/22_generator.ipynb #60dba50e
 @patch
-def sample_batch(self: Generator, text: list[Tensor], keys: list[tuple], sampling: Sampling) -> tuple[Tensor, Tensor]:
+def sample_batch(self: Generator,
+    text: list[Tensor],   # an embedding a clip
+    keys: list[tuple],    # the name of the noise of each
+    sampling: Sampling,   # how they are sampled
+) -> tuple[Tensor, Tensor]:
     "One call of the pipeline: (latents, videos), see `sample`."
     if self.negative is None: self.negative = self.encode_prompts([self.negative_prompt])
     last = {}
@@ -830,10 +842,10 @@ def sample_batch(self: Generator, text: list[Tensor], keys: list[tuple], samplin
 # %% ../nbs/22_generator.ipynb #dffb4d6d
 @patch
 def sample(self: Generator,
-    prompts: list[str],
+    prompts: list[str],                   # what each video is to show
     keys: list[tuple],                    # one name of the noise per prompt: (seed, round, prompt, candidate)
     text: dict[str, Tensor] | None = None,   # prompt → its embedding, if it is known already
-    batch_size: int = 16,
+    batch_size: int = 16,                 # videos made at once
     sampling: Sampling | None = None,     # None: as the generator was loaded
 ) -> tuple[Tensor, Tensor]:               # (scaled latents on the CPU in `dtype`, uint8 videos [B, T, 3, H, W])
     "Make one video per prompt with the diffusers pipeline."
@@ -867,7 +879,9 @@ def merge(self: Generator):
 
 # %% ../nbs/22_generator.ipynb #3b11e2fd
 @patch
-def save_adapters(self: Generator, folder: Path):
+def save_adapters(self: Generator,
+    folder: Path,   # made if it is not there
+):
     "A file for each expert, and the ranks of the rounds."
     for k, name in zip(range(len(self.experts)), LORA_FILES):
         loras = [*self.loras[k], self.lora(k)]
@@ -876,7 +890,9 @@ def save_adapters(self: Generator, folder: Path):
 
 # %% ../nbs/22_generator.ipynb #276e4e2d
 @patch
-def save_pipeline(self: Generator, folder: Path):
+def save_pipeline(self: Generator,
+    folder: Path,   # made if it is not there
+):
     "All parts, without a word of where they were read: it says nothing elsewhere."
     for part in (self.pipe, self.pipe.scheduler, self.pipe.vae, *self.experts):
         part.register_to_config(_name_or_path="")

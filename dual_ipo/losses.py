@@ -101,7 +101,10 @@ class Kto(Objective):
 
 # %% ../nbs/20_losses.ipynb #bd755eb3
 @patch
-def z(self: Kto, E: Tensor, E_ref: Tensor, index: int) -> float:
+def z(self: Kto,
+    E: Tensor, E_ref: Tensor,   # [2B] errors of the policy and of the reference, winners first
+    index: int,                 # of the batch, from 0
+) -> float:
     "Take in a batch and return its baseline, ≥ 0. A batch with a non-finite error is left out."
     r = self.gather((E_ref - E).detach().double())
     m, w, mean = self.trace[index - 1] if index else 0., min(1., len(r)/self.window), r.mean().item()

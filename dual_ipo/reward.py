@@ -1132,7 +1132,9 @@ def sharding(self: Judge,
 
 # %% ../nbs/13_reward.ipynb #98af4b9d
 @patch
-def save(self: Judge, folder: Path):
+def save(self: Judge,
+    folder: Path,   # made if it is not there
+):
     "Write it as the hub has it: for LoRA one adapter that is all so far, and the base's name, else the whole model."
     folder, base = Path(folder), self.source if self.is_lora else None
     if base: save_lora(self.model, folder/"adapter")
@@ -1159,7 +1161,7 @@ ORDERS = "ab", "ba"   # which clip is shown first
 @patch
 def grades(self: Judge,
     items: list[tuple[str, Video]],         # prompts and clips
-    dimensions: list[str] = DIMENSIONS,
+    dimensions: list[str] = DIMENSIONS,     # [D] what is graded
     batch: int | None = None,               # clips read together, fewer where memory ends; None: `batch_size`
 ) -> Tensor:                                # float32 [B, D], 1..5
     r"Expected grades $\sum_s s\,p_s$ over the digits 1..5."
@@ -1171,7 +1173,7 @@ def grades(self: Judge,
 # %% ../nbs/13_reward.ipynb #0907c68c
 @patch
 def verdict_probs(self: Judge,
-    pairs: list[Pair],
+    pairs: list[Pair],          # [B]; labels are not looked at
     batch: int | None = None,   # questions read together, fewer where memory ends; None: `batch_size`
 ) -> Tensor:                    # float32 [B]
     "P(A is better) without sampling, log-odds of 1 against 2 averaged over both orders."
@@ -1202,10 +1204,10 @@ def is_decided(
 # %% ../nbs/13_reward.ipynb #8326f908
 @patch
 def vote(self: Judge,
-    pairs: list[Pair],
+    pairs: list[Pair],            # labels are not looked at
     k: int,                       # votes per pair, half of them with the clips swapped
     keys: tuple,                  # name the randomness, with each pair's id (or its prompt)
-    dimensions: list[str] = DIMENSIONS,
+    dimensions: list[str] = DIMENSIONS,   # what it reasons about; []: the verdict alone
     early: bool = False,          # stop where the label is decided; it is the same, p_a is of the votes that ended
     **sampling,                   # see `sample`
 ) -> list[Judgement]:
@@ -1239,10 +1241,10 @@ def score_votes(
 # %% ../nbs/13_reward.ipynb #4fc10ced
 @patch
 def refer(self: Judge,
-    pairs: list[Pair],
+    pairs: list[Pair],            # that were voted on
     judgements: list[Judgement],  # of these pairs, by `vote`
     reference: Judge = None,      # another judge; None: this one's own reference
-    dimensions: list[str] = DIMENSIONS,
+    dimensions: list[str] = DIMENSIONS,   # what it reasoned about
     batch: int = 128,             # responses scored together; fewer where memory ends
 ):
     "Fill in every vote's `log_prob_ref`, and `log_prob` anew, so that equal judges give R = 0 exactly."

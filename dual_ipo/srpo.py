@@ -169,12 +169,12 @@ def cold_start(
     items: list[Item],   # from `cold_start_items`
     folder: Path,        # checkpoints and history.parquet
     steps: int,          # updates
-    lr: float,
+    lr: float,           # learning rate
     batch_size: int = 32,  # items per update; what goes through at once is `at_once`'s
-    seed: int = 0,
+    seed: int = 0,       # of the order of the items
     checkpointing: bool | str = "auto",  # see `Judge.learning`
     fsdp: bool | str = "auto",           # whether ranks share the weights, see `to_shard`
-    **training,          # see `train`
+    **training,          # see `training.train`
 ) -> list[dict[str, float]]:   # history, a row a step
     "Fine-tune the judge on what people said, or finish an interrupted fine-tuning."
     if not items: raise UserError("cold start: there are no labelled pairs; give human pairs")
@@ -312,7 +312,7 @@ def pseudo_label(
     by: str = "answers",   # what makes a label: the vote, where both orders agree; or "grades", see `grade_gap`
     min_gap: float = .25,  # by grades: a smaller gap decides nothing
     early: bool = False,   # see `Judge.vote`; only for labels by answers whose certainty is not asked for
-    dimensions: list[str] = DIMENSIONS,
+    dimensions: list[str] = DIMENSIONS,   # what it reasons about; []: the verdict alone
     group: int = 16,       # pairs voted on between two looks at the progress bar
     min_readable: float = 0.,  # share of the votes, see `check_readable`
     folder: Path | None = None,  # for shards, which an interrupted process finds again; None: nothing is kept
