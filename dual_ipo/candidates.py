@@ -86,6 +86,7 @@ def sample_candidates(
     what: str = "candidates",    # on the progress bar
     only: dict[str, list[int]] | None = None,   # prompt → candidates to make, of the n; None: all
     sampling=None,               # a `Sampling`; None: the model's
+    by=None,                     # plain data: whose weights, where those of several may come into one folder
 ) -> Rows:                       # of all shards, in the order of the prompts
     "Sample `n` clips per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
@@ -98,7 +99,7 @@ def sample_candidates(
             rows += [candidate_row(prompt, i, j, path.name, named, round) for j in wanted[prompt]]
         sample_shard(model, rows, path, named, text, room, sampling)
     def name(numbered): return [numbered[1], only and only[numbered[1]]]
-    made_of = n, str(named), round, made_with(model, sampling)
+    made_of = n, str(named), round, made_with(model, sampling), *([by] if by else [])
     size = prompts_per_shard or per_shard(batch_size)
     shards = in_shards(list(enumerate(prompts)), size, folder, what, make, *made_of, name=name)
     return read_tables(path/"table.parquet" for path in shards)

@@ -6,7 +6,7 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
            'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
-           'exported', 'cleaned', 'reported', 'branched', 'check_ray', 'finished', 'command']
+           'exported', 'cleaned', 'reported', 'branched', 'sampled', 'paired', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -368,6 +368,19 @@ def branched(args: argparse.Namespace) -> str:
     check_input(config_of(Run(run.path, with_keys(run.config, changes))))
     return branch(run, args.round, changes, args.out)
 
+# %% ../nbs/60_cli.ipynb #3b176963
+def sampled(args: argparse.Namespace) -> Path:
+    from dual_ipo.sample import sample
+    given = args.round, args.beside, args.clips, args.out, args.on
+    return sample(args.run, args.prompts, *given).folder/"index.html"
+
+# %% ../nbs/60_cli.ipynb #617318cb
+def paired(args: argparse.Namespace) -> str:
+    from dual_ipo.sample import base_config, pairs_to_judge
+    config = base_config(args.generator, args.config)
+    sheet = pairs_to_judge(config, args.prompts, args.out, args.pairs, args.on)
+    return f"{sheet.folder/'to_judge.csv'}: {len(sheet.rows)} pairs; look at them in {sheet.folder/'index.html'}"
+
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():
     "UserError where several workers are asked for without Ray, before anything is begun."
@@ -394,5 +407,7 @@ def command(args: argparse.Namespace):
         case "gate": said = gated(args)
         case "export": said = exported(args)
         case "clean": said = cleaned(args)
+        case "sample": said = sampled(args)
+        case "pairs": said = paired(args)
         case "report": said = reported(args)
     print(said)
