@@ -6,7 +6,8 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
            'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
-           'exported', 'cleaned', 'reported', 'branched', 'sampled', 'paired', 'check_ray', 'finished', 'command']
+           'exported', 'cleaned', 'reported', 'branched', 'sampled', 'paired', 'compared', 'check_ray', 'finished',
+           'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -381,6 +382,13 @@ def paired(args: argparse.Namespace) -> str:
     sheet = pairs_to_judge(config, args.prompts, args.out, args.pairs, args.on)
     return f"{sheet.folder/'to_judge.csv'}: {len(sheet.rows)} pairs; look at them in {sheet.folder/'index.html'}"
 
+# %% ../nbs/60_cli.ipynb #e38fe646
+def compared(args: argparse.Namespace) -> str:
+    from dual_ipo.compare import compare
+    found = compare(*args.runs)
+    if args.json: return json.dumps(found.facts())
+    return f"{found.text()}\n\npage: {found.save(args.out or Path('compare.html'))}"
+
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():
     "UserError where several workers are asked for without Ray, before anything is begun."
@@ -409,5 +417,6 @@ def command(args: argparse.Namespace):
         case "clean": said = cleaned(args)
         case "sample": said = sampled(args)
         case "pairs": said = paired(args)
+        case "compare": said = compared(args)
         case "report": said = reported(args)
     print(said)

@@ -21,11 +21,11 @@ from urllib.parse import quote
 from fastcore.basics import patch
 
 from .candidates import made_with, sample_candidates
-from .cluster import at_place, chosen, gathered, Here, place, working
+from .cluster import chosen, gathered, place, working
 from .config import GENERATORS, Config, config_for, read_config
 from .core import UserError, VideoFile, browser_plays
 from .export import finished_rounds
-from .generator import Generator, meta_generator
+from .generator import Generator
 from .prompts import read_prompts
 from .rounds import RoundFolder, check_there, config_of, load_generator, weightless_generator
 from .store import Rows, Run, atomic_write, digest, is_done, lock, read_json, write_json, write_table
@@ -45,11 +45,12 @@ def generator_of(
 
 # %% ../nbs/38_sample.ipynb #7f6d2c69
 def known_as(
-    path,   # of a generator, or its hub id
-) -> str | dict[str, str]:
-    "What tells one generator from another: checksums, or for somebody else's checkpoint its name."
+    path,   # of a model, or its hub id
+) -> str:
+    "What tells one model from another: a digest of its checksums, or for somebody else's checkpoint its name."
     mark = Path(path)/"DONE"
-    return (mark.is_file() and read_json(mark).get("files")) or Path(path).name
+    files = read_json(mark).get("files") if mark.is_file() else None
+    return digest(files) if files else Path(path).name
 
 # %% ../nbs/38_sample.ipynb #dd183491
 SMALL = 100_000   # bytes of a clip that a page holds itself
@@ -128,6 +129,8 @@ class Sheet:
     title: str
     words: str     # what a reader has to know
     rows: list[tuple[str, list[tuple[str, str]]]]   # prompt, and the clips from the folder with the words below each
+
+    def __repr__(self): return f"{self.title}: {len(self.rows)} rows of clips"
 
     def html(self,
         start,   # the folder that links begin at

@@ -69,6 +69,7 @@ def paired_difference(
     after: list[dict],   # of the other
     name: str = "total", # the score to compare, 0..1
     seed: int = 0,       # of the bootstrap
+    level: float = .95,  # of the interval, whose name stays `ci95`
 ) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, points of 100
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
     scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
@@ -79,7 +80,7 @@ def paired_difference(
     if not gains:
         raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
-    low, high = bootstrap_ci(gains, prompts, seed=seed)
+    low, high = bootstrap_ci(gains, prompts, seed=seed, level=level)
     return dict(difference=100*sum(gains)/len(gains), ci95=[100*low, 100*high], n_clips=len(gains))
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
