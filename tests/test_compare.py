@@ -3,11 +3,11 @@ import html
 import json
 import shutil
 
-import nbformat
 import plotly.graph_objects as go
 import pytest
 import torch
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 from chromium import CHROMIUM, Page
 from dual_ipo.compare import FEW, compare
@@ -56,7 +56,8 @@ def test_differences_are_paired_on_what_all_rounds_have(made, tmp_path):
     other = moved(made, tmp_path/"two", .1)
     for path in other.glob("round_*/evaluate/scores.parquet"):
         rows = read_table(path)
-        write_table(path, [row | dict(prompt=f"{row['prompt']} {i}") if i % 4 == 0 else row for i, row in enumerate(rows)])
+        renamed = [row | dict(prompt=f"{row['prompt']} {i}") for i, row in enumerate(rows)]
+        write_table(path, [new if i % 4 == 0 else row for i, (row, new) in enumerate(zip(rows, renamed))])
     found = compare(made, other)
     before, after = (read_table(run/"round_02/evaluate/scores.parquet") for run in (made, other))
     expected, gap = paired_difference(before, after), found.gaps()[0]
@@ -166,13 +167,15 @@ def test_the_page_in_a_real_browser(page):
 
 
 def test_it_draws_itself_in_a_notebook(made, tmp_path):
-    moved(made, tmp_path/"two", .1)
-    code = f"from dual_ipo.compare import compare\ncompare({str(made)!r}, {str(tmp_path/'two')!r})"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    kinds = ["plotly" if "application/vnd.plotly.v1+json" in output.data else "html" for output in
-             notebook.cells[0].outputs if output.output_type == "display_data"]
-    assert kinds.count("plotly") == 1 and kinds[0] == "html" and "above" in str(notebook.cells[0].outputs)
+    "The head, a figure, the table, clips: what a cell that ends on a comparison shows."
+    found, shell = compare(made, moved(made, tmp_path/"two", .1)), InteractiveShell.instance()
+    try:
+        with capture_output() as shown: shell.displayhook(found)
+    finally: InteractiveShell.clear_instance()
+    kinds = [[kind for kind in output.data if kind != "text/plain"][0] for output in shown.outputs]
+    assert kinds.count("application/vnd.plotly.v1+json") == 1 and kinds[1] == "text/html"
+    assert found.verdict() in shown.outputs[1].data["text/html"]
+    assert "<video" in "".join(output.data.get("text/html", "") for output in shown.outputs)
 
 
 def test_the_command(made, tmp_path, capsys, monkeypatch):
@@ -181,7 +184,8 @@ def test_the_command(made, tmp_path, capsys, monkeypatch):
     assert main(["compare", str(made), "two", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["by"] == "total" and facts["runs"][1]["against_first"]["ci95"][0] > 0
-    assert [point["round"] for point in facts["runs"][0]["curve"]] == [0, 1, 2] and not (tmp_path/"compare.html").exists()
+    assert [point["round"] for point in facts["runs"][0]["curve"]] == [0, 1, 2]
+    assert not (tmp_path/"compare.html").exists()
     assert main(["compare", str(made), "two"]) == 0
     said = capsys.readouterr().out
     assert "two (round 2) is" in said and "page: compare.html" in said and (tmp_path/"compare.html").is_file()
