@@ -206,11 +206,14 @@ def run_rounds(
 ):
     "Every round that is not done, with a line at the end of each; a measure that came later is applied first."
     from dual_ipo.rounds import late_rounds, measure_late
+    from dual_ipo.track import fault_of
     if late_rounds(run): apart(measure_late, run)
     for k in range(run.config["rounds"] + 1):
         was_done = is_done(run.round(k))
         execute_round(run, k, address)
-        if not was_done: say(round_line(run.entries()[:k + 1]))
+        if not was_done:
+            say(round_line(run.entries()[:k + 1]))
+            if fault := fault_of(run): say(fault)
         if run.config["stop"] and stops(run, k): break
 
 # %% ../nbs/60_cli.ipynb #ae75b1fd
