@@ -104,7 +104,7 @@ def test_rows_come_while_the_training_goes_on(made, tmp_path):
     assert shown() == 120
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [2, 3])
 def test_killed_between_telling_and_remembering(made, tmp_path, monkeypatch, after):
     "What the killed process told last is told again under the same steps, and shown once."
     run, left = begun(made, tmp_path/"run"), iter(range(after))
