@@ -7,7 +7,7 @@ __all__ = ['ASKED', 'UNMEASURED', 'UNSHARED', 'FEW', 'INKS', 'ONE_BY_ONE', 'name
            'measured_alike', 'common_clips', 'Gap', 'gap_between', 'Curve', 'Comparison', 'curves_of', 'compare',
            'rounded', 'both_ends', 'judged', 'draw_curve', 'scrolling']
 
-# %% ../nbs/52_compare.ipynb #b549a681
+# %% ../nbs/52_compare.ipynb #2cbd4e8b
 import html
 import json
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .sample import known_as
 from .stats import bootstrap_ci, paired_difference
 from .store import Run, atomic_write, is_done, located
 
-# %% ../nbs/52_compare.ipynb #d19faf91
+# %% ../nbs/52_compare.ipynb #ec6673ab
 def names_of(folders: list[Path]) -> list[str]:
     "The shortest ends of the paths that are all different."
     parts = [folder.resolve().parts for folder in folders]
@@ -38,7 +38,7 @@ def names_of(folders: list[Path]) -> list[str]:
         if len(set(names)) == len(names): return names
     raise UserError(f"compare: {folders[0]}: is given twice; name different runs")
 
-# %% ../nbs/52_compare.ipynb #7a28a776
+# %% ../nbs/52_compare.ipynb #c54a0bb1
 def changed_keys(
     configs: list[dict],
 ) -> list[list[str | None]]:   # [key, its value in each run as JSON]
@@ -48,7 +48,7 @@ def changed_keys(
     rows = [[key, *(values.get(key) for values in all_of)] for key in keys]
     return [row for row in rows if len({*row[1:]}) > 1]
 
-# %% ../nbs/52_compare.ipynb #9a3dfaa7
+# %% ../nbs/52_compare.ipynb #fb2a4bfe
 ASKED = "frames_per_video", "max_pixels", "question", "dimensions"   # of `judge`: they change a grade
 
 def first_judge(results: Results) -> str:
@@ -58,7 +58,7 @@ def first_judge(results: Results) -> str:
     who = known_as(own) if is_done(own) else str(Path(path).resolve()) if Path(path).exists() else path
     return json.dumps([who, *map(part.get, ASKED)])
 
-# %% ../nbs/52_compare.ipynb #734b5e4a
+# %% ../nbs/52_compare.ipynb #be276b83
 def values_of(
     results: Results,
     by: str,             # "total" or "grade"
@@ -73,7 +73,7 @@ def values_of(
         found[k] = [row | dict(value=known[row["clip"]]) for row in rows]
     return found
 
-# %% ../nbs/52_compare.ipynb #52d28930
+# %% ../nbs/52_compare.ipynb #2e89c8d7
 def measured_alike(
     runs: list[Results],
 ) -> str | None:   # "total", "grade"; None: nothing
@@ -88,7 +88,7 @@ def measured_alike(
     alike = len(set(map(first_judge, runs))) == 1
     return "grade" if alike and all(values_of(results, "grade") for results in runs) else None
 
-# %% ../nbs/52_compare.ipynb #a6ca6be6
+# %% ../nbs/52_compare.ipynb #80197a98
 def common_clips(
     tables: list[dict[int, list[dict]]],   # of `values_of`, a run each
 ) -> list[tuple[str, int]]:                # (prompt, candidate), in the order of the first
@@ -98,7 +98,7 @@ def common_clips(
     shared = set(keys[0]).intersection(*keys[1:])
     return [key for key in keys[0] if key in shared]
 
-# %% ../nbs/52_compare.ipynb #0db0cb88
+# %% ../nbs/52_compare.ipynb #7e6d1b09
 @dataclass
 class Gap:
     "What a round has more than another, clip by clip; points of 100, or of a grade."
@@ -115,7 +115,7 @@ def gap_between(
     "The paired difference."
     return Gap(**paired_difference(before, after, name, level=level), n_prompts=len({row["prompt"] for row in after}))
 
-# %% ../nbs/52_compare.ipynb #e3ed1d54
+# %% ../nbs/52_compare.ipynb #013c743c
 @dataclass
 class Curve:
     "A run's rounds on the common clips."
@@ -126,7 +126,7 @@ class Curve:
     @property
     def last(self) -> int: return max(self.rounds)
 
-# %% ../nbs/52_compare.ipynb #79d8ee0f
+# %% ../nbs/52_compare.ipynb #c5b45b46
 @patch
 def mean(self: Curve, k: int, name: str = "value") -> float:
     "A round's, points of 100 or of a grade."
@@ -138,7 +138,7 @@ def interval(self: Curve, k: int) -> list[float]:
     rows = self.rounds[k]
     return [100*end for end in bootstrap_ci([row["value"] for row in rows], [row["prompt"] for row in rows])]
 
-# %% ../nbs/52_compare.ipynb #8b1e80fe
+# %% ../nbs/52_compare.ipynb #0f8be785
 @dataclass(repr=False)
 class Comparison:
     "What `compare` found. Draws itself."
@@ -156,7 +156,7 @@ class Comparison:
     @property
     def unit(self) -> str: return "grade points" if self.by == "grade" else "points"
 
-# %% ../nbs/52_compare.ipynb #4f6ea8d3
+# %% ../nbs/52_compare.ipynb #905431f4
 @patch
 def gaps(self: Comparison) -> list[Gap]:   # one for each run but the first
     "The newest rounds of the other runs against the first's."
@@ -169,7 +169,7 @@ def gains(self: Comparison) -> list[Gap | None]:   # None where there is no base
     return [gap_between(own.rounds[0], own.rounds[own.last]) if {0, own.last} <= {*own.rounds} and own.last else None
             for own in self.curves]
 
-# %% ../nbs/52_compare.ipynb #601e75bd
+# %% ../nbs/52_compare.ipynb #10731786
 def curves_of(
     runs: list[Results], names: list[str],
     by: str,
@@ -182,7 +182,7 @@ def curves_of(
         curves.append(Curve(name, results, own))
     return curves
 
-# %% ../nbs/52_compare.ipynb #f1534a68
+# %% ../nbs/52_compare.ipynb #a2e149c7
 UNMEASURED = ("Nothing common was measured: not all of the runs have a measure, and they have no first judge in common "
               "that has graded their clips. A measure may come later, as in `dual-ipo run RUN --set "
               "evaluate.measure=package.module:function`.")
@@ -199,7 +199,7 @@ def compare(
     curves = curves_of(read, names, by) if by else []
     return Comparison(read, names, by, "" if curves else UNSHARED if by else UNMEASURED, curves)
 
-# %% ../nbs/52_compare.ipynb #ad16f5e9
+# %% ../nbs/52_compare.ipynb #4ed5e93c
 FEW = 10   # prompts below which an interval is not to be believed
 
 def rounded(x: float, by: str) -> str:
@@ -208,7 +208,7 @@ def rounded(x: float, by: str) -> str:
 
 def both_ends(gap: Gap, by: str) -> str: return " to ".join(rounded(end, by) for end in gap.ci95)
 
-# %% ../nbs/52_compare.ipynb #a61fe03a
+# %% ../nbs/52_compare.ipynb #9a06c6e7
 def judged(
     c: Comparison,
     own: Curve,
@@ -227,7 +227,7 @@ def judged(
     if gap.ci95[1] < 0: return f"{here} is {size} below {there} ({interval}; {on})"
     return f"{here} and {there} can't be told apart: {rounded(gap.difference, by)} {c.unit} ({interval}; {on})"
 
-# %% ../nbs/52_compare.ipynb #50ea0663
+# %% ../nbs/52_compare.ipynb #82a8c50e
 @patch
 def verdict(self: Comparison) -> str:
     "A sentence for each run but the first."
@@ -235,7 +235,7 @@ def verdict(self: Comparison) -> str:
     text = ". ".join(judged(self, own, gap) for own, gap in zip(self.curves[1:], self.gaps())) + "."
     return text + (" The intervals hold together." if len(self.curves) > 2 else "")
 
-# %% ../nbs/52_compare.ipynb #0bc08eef
+# %% ../nbs/52_compare.ipynb #8f8ae86f
 @patch
 def notes(self: Comparison) -> list[str]:
     "What a reader of the numbers has to know."
@@ -250,7 +250,7 @@ def notes(self: Comparison) -> list[str]:
     if late: lines.append(f"Not all rounds are there yet: {', '.join(late)}.")
     return lines
 
-# %% ../nbs/52_compare.ipynb #dba35910
+# %% ../nbs/52_compare.ipynb #50b1ae37
 @patch
 def table(self: Comparison) -> tuple[list[str], list[list]]:   # see `results.table_html`
     "A row a run: its base, its newest round, what that gained, and how it stands against the first run."
@@ -264,7 +264,7 @@ def table(self: Comparison) -> tuple[list[str], list[list]]:   # see `results.ta
         rows.append([own.name, own.last, base, format(own.mean(own.last), form), *cells[0], *cells[1]])
     return head, rows
 
-# %% ../nbs/52_compare.ipynb #1b3ad7b6
+# %% ../nbs/52_compare.ipynb #763068ad
 @patch
 def dimensions(self: Comparison) -> tuple[list[str], list[list]]:
     "A row a score that all runs have: the first run's, and what the others have more."
@@ -281,7 +281,7 @@ def dimensions(self: Comparison) -> tuple[list[str], list[list]]:
         rows.append(row)
     return head, rows
 
-# %% ../nbs/52_compare.ipynb #4f4e0271
+# %% ../nbs/52_compare.ipynb #b70ab781
 INKS = BLUE, SAND, "#4f8a6b", "#7d5a8c", "#b0545c", STONE
 
 def draw_curve(
@@ -295,7 +295,7 @@ def draw_curve(
                              line=dict(color=color, width=2.2), legendgroup=name, showlegend=column == 1,
                              hovertemplate="%{y:.2f}<extra>%{fullData.name}</extra>"), row=1, col=column)
 
-# %% ../nbs/52_compare.ipynb #80396f69
+# %% ../nbs/52_compare.ipynb #f8433874
 @patch
 def figure(self: Comparison) -> go.Figure:
     "Curves and differences over rounds."
@@ -314,7 +314,7 @@ def figure(self: Comparison) -> go.Figure:
     fig.update_xaxes(round_axis(sorted(everything)) | dict(title=dict(AXIS["title"], text="round")))
     return panel_titles(fig).update_layout(template=TEMPLATE, height=360, margin_t=70, legend=dict(y=1.12))
 
-# %% ../nbs/52_compare.ipynb #10263a55
+# %% ../nbs/52_compare.ipynb #cd8d1a40
 @patch
 def gallery(
     self: Comparison,
@@ -335,16 +335,18 @@ def gallery(
         reels.append(reel(key[0], clips))
     said = (f"{len(reels)} of {len(found[0])} clips, evenly spread from the largest lead of {self.names[0]} over "
             f"{self.names[1]} to its opposite.")
-    return block(f'<p class="quiet">{html.escape(said)}</p><div class="gallery wide">{"".join(reels)}</div>')
+    fits = "grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr))"
+    return block(f'<p class="quiet">{html.escape(said)}</p>',
+                 f'<div class="gallery wide" style="{fits}">{"".join(reels)}</div>')
 
-# %% ../nbs/52_compare.ipynb #468a127f
+# %% ../nbs/52_compare.ipynb #aca63109
 ONE_BY_ONE = "Each at 95 % by itself: of so many intervals some leave zero out by chance."
 
 def scrolling(table: str) -> str:
     "A table that is wider than the window moves in it."
     return f'<div style="overflow-x:auto">{table}</div>'
 
-# %% ../nbs/52_compare.ipynb #14958c38
+# %% ../nbs/52_compare.ipynb #798e2233
 @patch
 def head(self: Comparison) -> HTML:
     "Names, verdict and notes."
@@ -364,7 +366,7 @@ def body(self: Comparison) -> list[go.Figure | HTML]:
         parts.append(block(f"<h2>Score by score</h2><p>{ONE_BY_ONE}</p>", scrolling(table_html(*found))))
     return [*parts, block("<h2>Clips of the newest rounds</h2>"), self.gallery(), *configs]
 
-# %% ../nbs/52_compare.ipynb #ef961242
+# %% ../nbs/52_compare.ipynb #b885a6f8
 @patch
 def _ipython_display_(self: Comparison): display(HTML(f"<style>{STYLE}</style>"), *self.body())
 
@@ -381,7 +383,7 @@ def save(
     with atomic_write(path) as file: file.write(page.encode())
     return Path(path)
 
-# %% ../nbs/52_compare.ipynb #66969dd1
+# %% ../nbs/52_compare.ipynb #945336a0
 @patch
 def facts(self: Comparison) -> dict[str, object]:
     "The same for programs, as plain data."

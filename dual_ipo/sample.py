@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'FONT', 'STYLE', 'SCRIPT', 'PAGE', 'generator_of', 'known_as', 'clip_html', 'row_html', 'Sheet', 'workplace',
-           'open_generator', 'clips_of_round', 'side_by_side', 'heading', 'sample', 'base_config', 'pairs_of',
-           'check_same_pairs', 'write_csv', 'pairs_to_judge']
+           'check_generator', 'open_generator', 'clips_of_round', 'side_by_side', 'heading', 'sample', 'base_config',
+           'pairs_of', 'check_same_pairs', 'write_csv', 'pairs_to_judge']
 
 # %% ../nbs/38_sample.ipynb #39aa87ed
 import base64
@@ -25,7 +25,7 @@ from .cluster import chosen, gathered, place, working
 from .config import GENERATORS, Config, config_for, read_config
 from .core import UserError, VideoFile, browser_plays
 from .export import finished_rounds
-from .generator import Generator
+from .generator import Generator, meta_generator
 from .prompts import read_prompts
 from .rounds import RoundFolder, check_there, config_of, load_generator, weightless_generator
 from .store import Rows, Run, atomic_write, digest, is_done, lock, read_json, write_json, write_table
@@ -39,9 +39,9 @@ def generator_of(
     r = RoundFolder(run, k)
     if not k: return r.config.generator.path
     if is_done(r.folder/"generator"): return r.folder/"generator"
-    have = " or ".join(map(str, [0, *finished_rounds(run)]))
-    raise UserError(f"{r.folder}: has no generator yet; finish it with `dual-ipo run {run.path}`, "
-                    f"or give --round {have}")
+    have, more = " or ".join(map(str, [0, *finished_rounds(run)])), r.config.rounds >= k
+    remedy = f"finish it with `dual-ipo run {run.path}`, or give" if more else "give"
+    raise UserError(f"{r.folder}: has no generator; {remedy} --round {have}")
 
 # %% ../nbs/38_sample.ipynb #7f6d2c69
 def known_as(
@@ -172,11 +172,20 @@ def workplace(
         with working(address, part): yield
 
 # %% ../nbs/38_sample.ipynb #074969fa
+def check_generator(
+    config: Config,
+    path,                 # of a generator, or its hub id
+    prompts: list[str],
+):
+    "UserError where it isn't there or can't do what it is asked to; before a folder is made. Its config files tell."
+    part = config.generator.model_copy(update=dict(path=str(path)))
+    model = meta_generator(config.model_copy(update=dict(generator=part)), must=True)
+    model.check_frames(part.num_frames)
+    model.check_prompts(prompts)
+
 def open_generator(config: Config, path) -> Generator:
-    "A generator where work is done; UserError where it can't make clips of the config's length."
-    model = place().model(load_generator, weightless_generator, config, path)
-    model.check_frames(config.generator.num_frames)
-    return model
+    "A generator where work is done."
+    return place().model(load_generator, weightless_generator, config, path)
 
 # %% ../nbs/38_sample.ipynb #0ed591a0
 def clips_of_round(
@@ -190,7 +199,7 @@ def clips_of_round(
     config, path, name = config_of(run), generator_of(run, k), f"round_{k:02d}"
     made = sample_candidates(open_generator(config, path), prompts, n, folder/name, f"{config.seed} sample", 0,
                              batch_size=config.generator.batch_size, what="base" if not k else f"round {k}",
-                             by=known_as(path))
+                             by=known_as(path), learns=False)
     named = zip(*map(made.column, ("prompt", "candidate", "clip")))
     return [dict(prompt=prompt, candidate=i, round=k, clip=f"{name}/{clip}") for prompt, i, clip in named]
 
@@ -235,7 +244,7 @@ def sample(
     folder, rounds = Path(out or run.path/"samples"/name), sorted({k, k if beside is None else beside})
     if k == beside: raise UserError(f"--beside {beside}: is the round itself; give another")
     given = prompts if isinstance(prompts, list) else read_prompts(prompts)
-    for each in rounds: generator_of(run, each)
+    for each in rounds: check_generator(config_of(run), generator_of(run, each), given)
     rows = []
     with workplace(config_of(run), folder, on):
         for each in rounds: rows += clips_of_round(run, each, given, n, folder)
@@ -307,12 +316,13 @@ def pairs_to_judge(
     "Sample unlabelled pairs from a base model, or finish what was interrupted."
     given = prompts if isinstance(prompts, list) else read_prompts(prompts)
     folder, path = Path(out), config.generator.path
+    check_generator(config, path, given)
     with workplace(config, folder, on):
         model = open_generator(config, path)
         steps = made_with(model, model.sampling)
         check_same_pairs(folder, dict(generator=known_as(path), seed=config.seed, sampling=steps))
         rows = sample_candidates(model, given, 2*n, folder/"clips", f"{config.seed} pairs", 0, by=known_as(path),
-                                 batch_size=config.generator.batch_size, what="pairs")
+                                 batch_size=config.generator.batch_size, what="pairs", learns=False)
         write_csv(folder/"to_judge.csv", pairs := pairs_of(rows))
         shown = [(pair["prompt"], [(pair["clip_a"], "A"), (pair["clip_b"], "B")]) for pair in pairs]
         words = f"{len(pairs)} pairs of {Path(path).name}, not judged yet: to_judge.csv names them."

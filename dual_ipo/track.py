@@ -136,7 +136,7 @@ def show_clip(
             data, height, width = gif(clip.path)
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
             tracker.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=clip.tag, image=image)]), step)
-        case "mlflow": tracker.log_artifact(str(clip.path), clip.tag)
+        case "mlflow": tracker.log_artifact(str(clip.path), f"{clip.tag}/{step:06d}")   # one folder a round
         case name:
             video = import_module(name).Video   # of wandb or trackio
             tracker.log({clip.tag: video(str(clip.path), caption=clip.prompt, format="mp4")}, step=step)

@@ -162,7 +162,10 @@ def test_the_page_in_a_real_browser(page):
         tab.until("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 1")
         tab.evaluate("document.querySelector('video').scrollIntoView()")
         tab.until("document.querySelector('video').readyState >= 2")
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
+        for width in (1200, 390):
+            tab.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+            tab.until("innerWidth == %d" % width)
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"wider than a window of {width}"
         assert tab.errors == [] and [u for u in tab.requests if not u.startswith(("data:", "blob:", "file:"))] == []
 
 

@@ -32,6 +32,7 @@ def given(tmp_path_factory):
     model.save(run.round(1)/"generator")
     for done in (run.round(1)/"generator", run.round(1)): mark_done(done)
     (folder/"p.txt").write_text("\n".join(PROMPTS), "utf-8")
+    (folder/"long.txt").write_text(" ".join(["red"]*40), "utf-8")
     (folder/"run.yaml").write_text(yaml.safe_dump(config.model_dump()), "utf-8")
     return folder
 
@@ -60,6 +61,7 @@ def test_before_and_after_begin_with_the_same_noise(folder):
     assert [*found] == [(k, prompt, i) for k in (0, 1) for prompt in PROMPTS for i in (0, 1)]
     assert all((found[0, prompt, 0] != found[1, prompt, 0]).any() for prompt in PROMPTS)
     assert (found[0, PROMPTS[0], 0] != found[0, PROMPTS[0], 1]).any()
+    assert not [*(folder/"run/samples").rglob("*.safetensors")]   # nothing learns from them
     shutil.copytree(folder/"base", run.round(2)/"generator")
     mark_done(run.round(2)/"generator")
     sample(run, PROMPTS, 2, n=2, out=folder/"twin")
@@ -118,13 +120,15 @@ def test_pairs_are_named_for_ever(folder):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["sample", "run", "--prompts", "p.txt", "--round", "2"], ["round_02", "has no generator yet", "0 or 1"]),
+    (["sample", "run", "--prompts", "p.txt", "--round", "2"], ["round_02", "has no generator; finish it", "0 or 1"]),
     (["sample", "run", "--prompts", "p.txt", "--round", "1", "--beside", "1"], ["--beside 1"]),
     (["sample", "run", "--prompts", "none.txt"], ["none.txt"]),
     (["sample", "base", "--prompts", "p.txt"], ["no run folder"]),
     (["sample", "run", "--prompts", "p.txt", "--out", "base"], ["base: is not empty", "--out"]),
     (["pairs", "p.txt", "--out", "x"], ["--from or --config"]),
     (["pairs", "p.txt", "--from", "sora", "--out", "x"], ["--from sora", "wan2.1-1.3b", "--config"]),
+    (["pairs", "p.txt", "--from", "nowhere/model", "--config", "run.yaml", "--out", "x"], ["nowhere/model", "hub id"]),
+    (["sample", "run", "--prompts", "long.txt"], ["tokens"]),
     (["pairs", "none.txt", "--config", "run.yaml", "--out", "x"], ["none.txt"]),
 ])
 def test_mistakes_are_one_line(folder, capsys, monkeypatch, argv, words):
