@@ -274,7 +274,7 @@ def dimensions(self: Comparison) -> tuple[list[str], list[list]]:
     shared = [name for name in columns[0] if all(name in column for column in columns)]
     dims = [name for name in shared if name not in ("prompt", "candidate", "clip", "value", *AGGREGATES)]
     for name in [*filter(shared.__contains__, AGGREGATES), *dims]:
-        row = [label(name), f"{first.mean(first.last, name):.1f}"]
+        row = [name.replace("_", " "), f"{first.mean(first.last, name):.1f}"]
         for own in others:
             gap = gap_between(first.rounds[first.last], own.rounds[own.last], name=name)
             row += [f"{own.mean(own.last, name):.1f}", signed(gap.difference), both_ends(gap, "total")]

@@ -12,7 +12,9 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dual_ipo import track
+from dual_ipo import cli, track
+from dual_ipo.cli import ROUND
+from dual_ipo.config import Config, may_of
 from dual_ipo.store import Run, mark_done, read_json, read_table, write_json, write_table
 from dual_ipo.track import CLIPS, Follower, fault_of, following, scalars, streams
 from synthetic import synthetic_run
@@ -249,3 +251,16 @@ def test_one_that_takes_no_clips_gets_curves(made, tmp_path, monkeypatch):
 def test_names_and_numbers():
     row = dict(step=1, loss=float("nan"), total=3, ci95=[1, 2], dims={"a:b|c": 4.}, name="x", flag=True, nothing=None)
     assert scalars("g", row) == {"g/total": 3., "g/total_low": 1., "g/total_high": 2., "g/a_b_c": 4., "g/flag": 1.}
+
+
+def test_the_command_says_what_failed_and_a_round_is_followed(tmp_path, monkeypatch, capsys):
+    def execute_round(run, k, on):
+        entry = dict(round=k, generator={}, judge={}, seconds={})
+        with following(run, .01): write_json(run.round(k)/"round.json", entry)
+        mark_done(run.round(k))
+    monkeypatch.setitem(sys.modules, "wandb", None)   # as if it were not installed
+    monkeypatch.setattr(cli, "execute_round", execute_round)
+    cli.run_rounds(Run.open(tmp_path/"run", Config(rounds=1, track="wandb").model_dump()), "here")
+    said = [line for line in capsys.readouterr().err.splitlines() if " track: wandb: " in line]
+    assert len(said) == 2 and all("install it" in line for line in said)   # a round each
+    assert "with following(r.run)" in ROUND.read_text("utf-8") and may_of(Config)["track"] == "change"
