@@ -21,7 +21,7 @@ from urllib.parse import quote
 from fastcore.basics import patch
 
 from .candidates import made_with, sample_candidates
-from .cluster import chosen, gathered, place, working
+from .cluster import OnRay, chosen, place, working
 from .config import GENERATORS, Config, config_for, read_config
 from .core import UserError, VideoFile, browser_plays
 from .export import finished_rounds
@@ -168,8 +168,9 @@ def workplace(
         raise UserError(f"{folder}: is not empty and holds no clips of ours; name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     part = config.cluster.model_copy(update=dict(runtime_env=None))   # nothing is measured
-    with lock(folder/".lock"), gathered(chosen(on or part.address), part.workers) as address:
-        with working(address, part): yield
+    where = chosen(on or part.address)
+    own = OnRay(None, part.workers, part.gpus, part.failures) if where == "auto" else working(where, part)
+    with lock(folder/".lock"), own: yield
 
 # %% ../nbs/38_sample.ipynb #074969fa
 def check_generator(

@@ -145,3 +145,13 @@ def test_the_commands(folder, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == "run/samples/p/index.html"
     assert main(["pairs", "p.txt", "--config", "run.yaml", "--out", "pairs"]) == 0
     assert "pairs/to_judge.csv: 3 pairs" in capsys.readouterr().out
+
+
+def test_workers_make_the_same_clips(folder):
+    "By Ray, in another folder: the same bytes."
+    pytest.importorskip("ray")
+    run = Run.load(folder/"run")
+    run.config["cluster"]["workers"] = 2
+    for where in ("here", "auto"): sample(run, folder/"p.txt", 1, out=folder/where, on=where)
+    def made(where): return [path.read_bytes() for path in sorted((folder/where).rglob("*.mp4"))]
+    assert made("here") == made("auto") and len(made("auto")) == 3
