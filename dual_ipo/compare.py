@@ -51,6 +51,7 @@ def changed_keys(
 # %% ../nbs/52_compare.ipynb #fb2a4bfe
 ASKED = "frames_per_video", "max_pixels", "question", "dimensions"   # of `judge`: they change a grade
 
+# %% ../nbs/52_compare.ipynb #4f281b30
 def first_judge(results: Results) -> str:
     "What tells one first judge, and how it is asked, from another."
     own, part = results.folder/"round_00/judge", results.config["judge"]
@@ -107,10 +108,10 @@ class Gap:
     n_clips: int
     n_prompts: int
 
+# %% ../nbs/52_compare.ipynb #6bef8238
 def gap_between(
-    before: list[dict], after: list[dict],   # of `values_of`, common clips alone
-    level: float = .95,
-    name: str = "value",
+    before: list[dict], after: list[dict],     # of `values_of`, common clips alone
+    level: float = .95, name: str = "value",   # of the interval, 0..1; of the score
 ) -> Gap:
     "The paired difference."
     return Gap(**paired_difference(before, after, name, level=level), n_prompts=len({row["prompt"] for row in after}))
@@ -132,6 +133,7 @@ def mean(self: Curve, k: int, name: str = "value") -> float:
     "A round's, points of 100 or of a grade."
     return 100*sum(row[name] for row in self.rounds[k])/len(self.rounds[k])
 
+# %% ../nbs/52_compare.ipynb #b9681f3d
 @patch
 def interval(self: Curve, k: int) -> list[float]:
     "Of `mean`, 95 %."
@@ -148,13 +150,21 @@ class Comparison:
     why: str              # why nothing was compared; '' where something was
     curves: list[Curve]   # [] where nothing was
 
-    def __repr__(self): return self.verdict()
+# %% ../nbs/52_compare.ipynb #8b8a1feb
+@patch(as_prop=True)
+def level(self: Comparison) -> float:
+    "Of the intervals against the first run: together they hold at 95 %."
+    return 1 - .05/max(1, len(self.runs) - 1)
 
-    @property
-    def level(self) -> float: return 1 - .05/max(1, len(self.runs) - 1)
+# %% ../nbs/52_compare.ipynb #81871aab
+@patch(as_prop=True)
+def unit(self: Comparison) -> str:
+    "Of differences."
+    return "grade points" if self.by == "grade" else "points"
 
-    @property
-    def unit(self) -> str: return "grade points" if self.by == "grade" else "points"
+# %% ../nbs/52_compare.ipynb #fc859638
+@patch
+def __repr__(self: Comparison): return self.verdict()
 
 # %% ../nbs/52_compare.ipynb #905431f4
 @patch
@@ -163,6 +173,7 @@ def gaps(self: Comparison) -> list[Gap]:   # one for each run but the first
     first, *others = self.curves
     return [gap_between(first.rounds[first.last], own.rounds[own.last], self.level) for own in others]
 
+# %% ../nbs/52_compare.ipynb #1d1b8def
 @patch
 def gains(self: Comparison) -> list[Gap | None]:   # None where there is no base, or nothing after it
     "What each run's newest round has over its own base."
@@ -188,6 +199,7 @@ UNMEASURED = ("Nothing common was measured: not all of the runs have a measure, 
               "evaluate.measure=package.module:function`.")
 UNSHARED = "Nothing common was measured: the runs share no evaluation prompt."
 
+# %% ../nbs/52_compare.ipynb #40ee1610
 def compare(
     *runs,   # two or more `Run`s or folders; the others are held against the first
 ) -> Comparison:
@@ -202,10 +214,12 @@ def compare(
 # %% ../nbs/52_compare.ipynb #4ed5e93c
 FEW = 10   # prompts below which an interval is not to be believed
 
+# %% ../nbs/52_compare.ipynb #383c165e
 def rounded(x: float, by: str) -> str:
     "A difference with its sign: a tenth of a point, a hundredth of a grade."
     return signed(x) if by == "total" else f"{round(x, 2) + 0:+.2f}".replace("-", "−")
 
+# %% ../nbs/52_compare.ipynb #4de03c46
 def both_ends(gap: Gap, by: str) -> str: return " to ".join(rounded(end, by) for end in gap.ci95)
 
 # %% ../nbs/52_compare.ipynb #9a06c6e7
@@ -284,6 +298,7 @@ def dimensions(self: Comparison) -> tuple[list[str], list[list]]:
 # %% ../nbs/52_compare.ipynb #b70ab781
 INKS = BLUE, SAND, "#4f8a6b", "#7d5a8c", "#b0545c", STONE
 
+# %% ../nbs/52_compare.ipynb #79f1b7b2
 def draw_curve(
     fig: go.Figure,
     ks: list[int], values: list[float], ends: list[list[float]],   # a round each
@@ -342,6 +357,7 @@ def gallery(
 # %% ../nbs/52_compare.ipynb #aca63109
 ONE_BY_ONE = "Each at 95 % by itself: of so many intervals some leave zero out by chance."
 
+# %% ../nbs/52_compare.ipynb #4c5d21f9
 def scrolling(table: str) -> str:
     "A table that is wider than the window moves in it."
     return f'<div style="overflow-x:auto">{table}</div>'
@@ -354,6 +370,7 @@ def head(self: Comparison) -> HTML:
     return block(f'<p class="eyebrow">Dual-IPO runs, compared</p><h1>{html.escape(" and ".join(self.names))}</h1>'
                  f'<p class="lede">{html.escape(self.verdict())}</p>{notes}')
 
+# %% ../nbs/52_compare.ipynb #d46c1944
 @patch
 def body(self: Comparison) -> list[go.Figure | HTML]:
     "The parts of the page, in order."
@@ -370,6 +387,7 @@ def body(self: Comparison) -> list[go.Figure | HTML]:
 @patch
 def _ipython_display_(self: Comparison): display(HTML(f"<style>{STYLE}</style>"), *self.body())
 
+# %% ../nbs/52_compare.ipynb #709ad924
 @patch
 def save(
     self: Comparison,
@@ -396,6 +414,7 @@ def facts(self: Comparison) -> dict[str, object]:
     return dict(verdict=self.verdict(), notes=self.notes(), by=self.by, unit=self.unit if self.curves else None,
                 level=self.level, runs=runs, config=keys)
 
+# %% ../nbs/52_compare.ipynb #67855eb6
 @patch
 def text(self: Comparison) -> str:
     "The verdict, the notes and the table in lines."

@@ -55,6 +55,7 @@ def known_as(
 # %% ../nbs/38_sample.ipynb #dd183491
 SMALL = 100_000   # bytes of a clip that a page holds itself
 
+# %% ../nbs/38_sample.ipynb #4405f3de
 def clip_html(
     path: Path,
     start,       # the folder that links begin at
@@ -81,6 +82,8 @@ def row_html(
 
 # %% ../nbs/38_sample.ipynb #174a8085
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
+
+# %% ../nbs/38_sample.ipynb #ef97a4b6
 STYLE = f"""
 .dipo-clips {{ font: 15px/1.5 {FONT}; color: #1f2a37; container-type: inline-size; }}
 .dipo-clips h1 {{ font-size: 30px; font-weight: 600; letter-spacing: -.02em; margin: 0 0 6px; }}
@@ -111,6 +114,8 @@ document.querySelectorAll('.dipo-clips .row').forEach(row => {
   first.addEventListener('play', () => others.forEach(v => v.play().catch(() => {})));
 });
 """
+
+# %% ../nbs/38_sample.ipynb #d439cb1d
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -132,18 +137,22 @@ class Sheet:
 
     def __repr__(self): return f"{self.title}: {len(self.rows)} rows of clips"
 
-    def html(self,
-        start,   # the folder that links begin at
-        n: int,  # prompts at most
-    ) -> str:
-        "The first of them."
-        shown = [row_html(prompt, [(self.folder/clip, words) for clip, words in clips], start)
-                 for prompt, clips in self.rows[:n]]
-        left = f" The first {n} of {len(self.rows)} prompts are shown." if len(self.rows) > n else ""
-        head = f'<h1>{html.escape(self.title)}</h1><p class="quiet">{html.escape(self.words + left)}</p>'
-        return f'<div class="dipo-clips">{head}<div class="rows">{"".join(shown)}</div></div>'
+# %% ../nbs/38_sample.ipynb #f92c7e4b
+@patch
+def drawn(
+    self: Sheet,
+    start, n: int,   # the folder that links begin at; prompts at most
+) -> str:
+    "The first of them."
+    shown = [row_html(prompt, [(self.folder/clip, words) for clip, words in clips], start)
+             for prompt, clips in self.rows[:n]]
+    left = f" The first {n} of {len(self.rows)} prompts are shown." if len(self.rows) > n else ""
+    head = f'<h1>{html.escape(self.title)}</h1><p class="quiet">{html.escape(self.words + left)}</p>'
+    return f'<div class="dipo-clips">{head}<div class="rows">{"".join(shown)}</div></div>'
 
-    def _repr_html_(self): return f"<style>{STYLE}</style>{self.html(Path.cwd(), 6)}"
+# %% ../nbs/38_sample.ipynb #3849ad5c
+@patch
+def _repr_html_(self: Sheet): return f"<style>{STYLE}</style>{self.drawn(Path.cwd(), 6)}"
 
 # %% ../nbs/38_sample.ipynb #1ad7af0c
 @patch
@@ -152,7 +161,7 @@ def save(
     n: int = 200,   # prompts at most
 ) -> Path:
     "Write index.html beside the clips."
-    page = PAGE.format(title=html.escape(self.title), style=STYLE, script=SCRIPT, body=self.html(self.folder, n))
+    page = PAGE.format(title=html.escape(self.title), style=STYLE, script=SCRIPT, body=self.drawn(self.folder, n))
     with atomic_write(self.folder/"index.html") as file: file.write(page.encode())
     return self.folder/"index.html"
 
@@ -184,6 +193,7 @@ def check_generator(
     model.check_frames(part.num_frames)
     model.check_prompts(prompts)
 
+# %% ../nbs/38_sample.ipynb #b47869a8
 def open_generator(config: Config, path) -> Generator:
     "A generator where work is done."
     return place().model(load_generator, weightless_generator, config, path)

@@ -63,6 +63,7 @@ class Clip(NamedTuple):
     prompt: str
     path: Path
 
+# %% ../nbs/39_track.ipynb #637babfe
 def clips_of(
     folder: Path,   # of a round
 ) -> list[Clip]:
@@ -77,6 +78,7 @@ def clips_of(
 # %% ../nbs/39_track.ipynb #d00bc46d
 TRAININGS = "cold_start", "align", "srpo"
 
+# %% ../nbs/39_track.ipynb #47c777aa
 def streams(
     run: Run,
 ) -> Iterator[tuple[str, list[dict[str, float]] | list[list[Clip]]]]:   # (name, rows so far)
@@ -94,6 +96,7 @@ def streams(
 # %% ../nbs/39_track.ipynb #e92bca24
 PROJECT = "dual-ipo"
 
+# %% ../nbs/39_track.ipynb #d9913599
 def opened(
     name: str,     # as `track` has it
     run: Run,
@@ -152,7 +155,11 @@ class Follower:
         for key, empty in dict(step=0, pushed={}).items(): self.known.setdefault(key, empty)
         self.tracker = None
 
-    def remember(self): write_json(self.file, self.all)
+# %% ../nbs/39_track.ipynb #9519a17b
+@patch
+def remember(self: Follower):
+    "Write down how far it is."
+    write_json(self.file, self.all)
 
 # %% ../nbs/39_track.ipynb #b6a8a414
 @patch
@@ -192,6 +199,7 @@ def push(self: Follower):
             self.known["pushed"][name] = i
         if new: self.remember()
 
+# %% ../nbs/39_track.ipynb #6a621917
 @patch
 def close(self: Follower):
     if self.tracker is not None: self.tracker.finish()
