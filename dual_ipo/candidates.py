@@ -43,8 +43,9 @@ def sample_shard(
     text: dict[str, Tensor],   # prompt → embedding
     room: Room,           # clips per call of the pipeline
     sampling,             # a `Sampling`
+    learns: bool = True,  # a training will want latents
 ):
-    "Write clips/, latents.safetensors and table.parquet."
+    "Write clips/, table.parquet and, for a training, latents.safetensors."
     latents = {}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:   # a clip of 480p takes a core five seconds
         def make(part):
@@ -54,8 +55,8 @@ def sample_shard(
             clips = [folder.parent/row["clip"] for row in part]
             return [pool.submit(write_mp4, clip, video, model.fps) for clip, video in zip(clips, videos)]
         for job in room.map(make, rows): job.result()
-    write_tensors(folder/"latents.safetensors", latents)
-    write_table(folder/"table.parquet", rows)
+    if learns: write_tensors(folder/"latents.safetensors", latents)
+    write_table(folder/"table.parquet", rows if learns else [row | dict(latents=None) for row in rows])
 
 # %% ../nbs/23_candidates.ipynb #9ab55373
 def made_with(
@@ -86,6 +87,8 @@ def sample_candidates(
     what: str = "candidates",    # on the progress bar
     only: dict[str, list[int]] | None = None,   # prompt → candidates to make, of the n; None: all
     sampling=None,               # a `Sampling`; None: the model's
+    by=None,                     # plain data: whose weights, where those of several may come into one folder
+    learns: bool = True,         # a training will want latents, which are kept; else clips alone
 ) -> Rows:                       # of all shards, in the order of the prompts
     "Sample `n` clips per prompt, or finish what an interrupted process began."
     model.check_prompts(prompts)
@@ -96,9 +99,9 @@ def sample_candidates(
         text, rows = dict(zip(own, model.encode_prompts(own))), []
         for i, prompt in numbered:
             rows += [candidate_row(prompt, i, j, path.name, named, round) for j in wanted[prompt]]
-        sample_shard(model, rows, path, named, text, room, sampling)
+        sample_shard(model, rows, path, named, text, room, sampling, learns)
     def name(numbered): return [numbered[1], only and only[numbered[1]]]
-    made_of = n, str(named), round, made_with(model, sampling)
+    made_of = n, str(named), round, made_with(model, sampling), *([by] if by else [])
     size = prompts_per_shard or per_shard(batch_size)
     shards = in_shards(list(enumerate(prompts)), size, folder, what, make, *made_of, name=name)
     return read_tables(path/"table.parquet" for path in shards)

@@ -331,6 +331,8 @@ class Config(Part):
     deterministic: bool = key(False, "on a GPU: sums in the same order every time, by slower kernels; on a CPU always")
     stop: bool = key(False,
         "end where monitor.should_stop says to keep the round before (nbs/studies/stopping.ipynb)", may="change")
+    track: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = key(None,
+        "who draws curves and evaluation clips while they come; null: nobody", may="change")
     generator: GeneratorPart = GeneratorPart()
     judge: JudgePart = JudgePart()
     data: DataPart = DataPart()

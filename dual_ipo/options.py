@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'old_and_new', 'between', 'Parser', 'installed', 'Versions',
            'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate', 'add_status', 'add_export',
-           'add_clean', 'parser']
+           'add_clean', 'add_sample', 'add_pairs', 'add_compare', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -156,6 +156,38 @@ def add_clean(commands):
     clean.add_argument("run", type=Path)
     clean.add_argument("--yes", action="store_true", help="remove it (default: only say how much it is)")
 
+# %% ../nbs/36_options.ipynb #560632da
+def add_sample(commands):
+    sample = commands.add_parser("sample", help="clips of a round's generator on prompts of your own, beside another "
+                                                "round's from the same noise")
+    sample.add_argument("run", type=Path)
+    sample.add_argument("--round", type=between(0, 10**6, int), help="0: the base (default: the newest finished)")
+    sample.add_argument("--prompts", type=Path, required=True, help="txt (a line each), csv or jsonl")
+    sample.add_argument("--beside", type=between(0, 10**6, int), metavar="ROUND", help="another round; 0: the base")
+    sample.add_argument("--clips", type=count, default=1, help="clips of each prompt (default 1)")
+    sample.add_argument("--out", type=Path, help="folder (default RUN/samples/NAME of the prompts)")
+    sample.add_argument("--on", help=ON)
+
+# %% ../nbs/36_options.ipynb #a095241d
+def add_pairs(commands):
+    pairs = commands.add_parser("pairs", help="sample pairs of clips from a base model, for people to judge before a "
+                                              "run begins")
+    pairs.add_argument("prompts", type=Path, help="txt (a line each), csv or jsonl")
+    pairs.add_argument("--from", dest="generator", metavar="GENERATOR",
+                       help=f"one of {', '.join(MODELS)}; with --config a folder or hub id")
+    pairs.add_argument("--config", type=Path, help="whose generator and seed it is")
+    pairs.add_argument("--pairs", type=count, default=1, help="pairs of each prompt (default 1)")
+    pairs.add_argument("--out", type=Path, required=True, help="folder")
+    pairs.add_argument("--on", help=ON)
+
+# %% ../nbs/36_options.ipynb #9a27afac
+def add_compare(commands):
+    compare = commands.add_parser("compare", help="two or more runs on what was measured in all of them: what differs, "
+                                                  "by how much, and how sure that is")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument("--out", type=Path, help="the page (default compare.html)")
+    compare.add_argument("--json", action="store_true", help=f"{JSON}; no page is written")
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -164,6 +196,6 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean
-    for add in added: add(commands)
+    for add in (*added, add_sample, add_pairs, add_compare): add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

@@ -70,6 +70,7 @@ def paired_difference(
     name: str = "total", # the score to compare
     seed: int = 0,       # of the bootstrap
     unit: float = 100.,  # what a score of 1 counts
+    level: float = .95,  # of the interval, whose name stays `ci95`
 ) -> dict[str, float | int | list[float]]:   # {"difference", "ci95": [low, high], "n_clips"}, in that unit
     "Mean gain over the clips both have, with its interval by prompt; UserError if they share none."
     scores, prompts, gains = {(row["prompt"], row["candidate"]): row[name] for row in before}, [], []
@@ -80,7 +81,7 @@ def paired_difference(
     if not gains:
         raise UserError(f"evaluate: the two tables share no prompt and candidate, so {name} can't be compared; "
                         "evaluate both on the same prompts")
-    low, high = bootstrap_ci(gains, prompts, seed=seed)
+    low, high = bootstrap_ci(gains, prompts, seed=seed, level=level)
     return dict(difference=unit*sum(gains)/len(gains), ci95=[unit*low, unit*high], n_clips=len(gains))
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
