@@ -314,3 +314,71 @@ def test_the_command(at, capsys):
     command(options.parser().parse_args([*line.split(), "--json"]))
     assert json.loads(capsys.readouterr().out) == dict(pairs=1, thumbs=0, graded=0, left_out={})
     assert seen(at/"out") and set(CLIPS) > {".mp4"}
+
+
+# thumbs in the loop
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "The toy world's Wan with candidates of two prompts, and clips that people gave a thumb."
+    from dual_ipo.candidates import make_pairs, sample_candidates
+    from dual_ipo.generator import Generator
+    from dual_ipo.toyworld import CHECKPOINTS
+    small = dict(num_frames=9, height=32, width=32, fps=8., num_inference_steps=2, guidance_scale=1.,
+                 max_sequence_length=16)
+    at, prompts = tmp_path_factory.mktemp("thumbs"), ["a red circle moves up", "a blue square moves up"]
+    model = Generator.load(CHECKPOINTS/"wan-small", lora_rank=4, **small)
+    rows = sample_candidates(model, prompts, 3, at/"candidates", named=0, round=1)
+    thumbs = [(f"a thumb of {i}", at/"candidates"/row["clip"], i == 2) for i, row in enumerate(rows[:3])]
+    return model, make_pairs(rows, [0., 1., 2.]*2), at, thumbs
+
+
+def test_thumbs_are_drawn_among_the_pairs_each_side_with_its_own_prompt(world):
+    import torch
+
+    from dual_ipo.align import Batches, encode_texts, thumb_rows
+    model, pairs, at, thumbs = world
+    rows, prompts = thumb_rows(model, thumbs, 9, at/"encoded"), [*pairs.column("prompt"), *(t[0] for t in thumbs)]
+    assert [(row["prompt"], row["prompt_l"]) for row in rows] == [("a thumb of 2", f"a thumb of {i}") for i in (0, 1)]
+    texts = encode_texts(model, prompts, at/"texts")
+    batches = Batches(model, pairs, at/"candidates", [], texts, at, model.latent_shape, 4, 0, False, ("t",), rows)
+    drawn, _ = batches.rows(0)   # a batch of all there is: two pairs and two of thumbs
+    assert sorted("prompt_l" in row for row in drawn) == [False, False, True, True]
+    latents, _, _, texts = batches(0)
+    for i, row in enumerate(drawn):
+        assert torch.equal(texts[i], batches.text(row["prompt"]))
+        assert torch.equal(texts[4 + i], batches.text(row.get("prompt_l", row["prompt"])))
+    good = [latents[i] for i, row in enumerate(drawn) if "prompt_l" in row]
+    bad = [latents[4 + i] for i, row in enumerate(drawn) if "prompt_l" in row]
+    assert torch.equal(*good) and not torch.equal(*bad)
+
+
+def test_kto_learns_from_thumbs_and_nobody_else_does(world):
+    from dual_ipo.align import align
+    from dual_ipo.losses import Dpo, Kto
+    model, pairs, at, thumbs = world
+    settings = dict(steps=2, lr=1e-4, lambda_win=0., lambda_real=0., batch_size=4, seed=0, round=1)
+    history = align(Kto(beta=2000), model, pairs, at/"candidates", at/"kto", thumbs=thumbs, **settings)
+    assert history[0]["preference_loss"] == .5 and len(history) == 2
+    for objective, given, why in ((Dpo(beta=2000), thumbs, "use kto"), (Kto(beta=2000), thumbs[:2], "all are alike")):
+        with pytest.raises(UserError, match=why):
+            align(objective, model, pairs, at/"candidates", at/"no", thumbs=given, **settings)
+
+
+def test_imported_thumbs_are_read(at):
+    from dual_ipo.data import read_thumbs
+    given = ("a kite", "0.mp4", True), ("a boat", "1.mp4", False)
+    rows = [dict(zip(("prompt", "completion", "label"), row)) for row in given]
+    bring("trl-kto", write(at/"kto.jsonl", rows), at/"out")
+    assert [(prompt, path.read_text(), good) for prompt, path, good in read_thumbs(at/"out")] == [
+        ("a kite", "clip 0.mp4", True), ("a boat", "clip 1.mp4", False)]
+
+
+@pytest.mark.parametrize("text, why", [
+    ("clip,prompt,good\n0.mp4,a kite,1\n", "row 2: good is '1'"), ("clip,prompt,good\n", "holds no clips"),
+    ("clip,prompt,good\n/etc/passwd,a kite,true\n", "row 2: path"), ("clip,prompt\n", "no column 'good'"),
+    ("clip,prompt,good\n0.mp4,a kite,true\n./0.mp4,a kite,false\n", "row 3: contradicts")])
+def test_bad_thumbs(at, text, why):
+    from dual_ipo.data import read_thumbs
+    (at/"thumbs.csv").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=why): read_thumbs(at)
