@@ -9,10 +9,10 @@ __all__ = ['ASKED', 'FACTOR', 'BOUNDS', 'MEAN', 'STD', 'REWARDS', 'ASPECTS', 'VE
            'on_this_machine', 'VideoReward', 'places', 'token_at', 'open_qwen', 'VideoScore2', 'expected', 'verdict',
            'of_orders', 'UnifiedReward', 'UnifiedRewardThink', 'scores_in', 'Framed', 'eight', 'Clip', 'VisionReward',
            'each_second', 'Asked', 'open_baseline', 'scorer', 'same_dimension', 'Labelled', 'own_half', 'right_of',
-           'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'compare_judges', 'cell',
-           'judge_lines']
+           'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'timed', 'apart', 'asker',
+           'compare_judges', 'cell', 'judge_lines']
 
-# %% ../nbs/19_baselines.ipynb #4b515ade
+# %% ../nbs/19_baselines.ipynb #c491b21b
 import json
 import math
 import os
@@ -21,7 +21,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from .core import Pair, UserError, Video, seed_of
 from .stats import accuracy_with_ties, mean_ci, right, tie_threshold
 
-# %% ../nbs/19_baselines.ipynb #ae1327b7
+# %% ../nbs/19_baselines.ipynb #38074088
 ASKED = Path(__file__).parent/"asked" if "__file__" in globals() else Path("../dual_ipo/asked")
 
+# %% ../nbs/19_baselines.ipynb #bd41efa2
 def question(
     name: str,      # of a file in asked/
     prompt: str,    # what the video was made from
@@ -45,7 +46,7 @@ def question(
     for word in sorted(filter(str.strip, control), key=len, reverse=True): prompt = prompt.replace(word, " ")
     return (ASKED/f"{name}.txt").read_bytes().decode().replace("{prompt}", prompt)
 
-# %% ../nbs/19_baselines.ipynb #74261d16
+# %% ../nbs/19_baselines.ipynb #9086775f
 def sampled(
     total: int, fps: float,   # frames of the clip, and how many a second
     down: bool = True,        # to an even number: down, or to the nearest
@@ -56,10 +57,11 @@ def sampled(
     else: n = min(round(min(max(total/fps*2, 4), most//2*2)/2)*2, total)
     return torch.linspace(0, total - 1, max(n, 1)).round().long().tolist()
 
-# %% ../nbs/19_baselines.ipynb #48fa0112
+# %% ../nbs/19_baselines.ipynb #7bdc4db6
 FACTOR = 28                                    # px: a token is a square of patches
 BOUNDS = 128*FACTOR**2, 768*FACTOR**2          # pixels of a frame, where nothing else is said
 
+# %% ../nbs/19_baselines.ipynb #04b93e03
 def scaled(
     frames: Tensor,   # uint8 [T, 3, H, W]
     least: int, most: int,   # pixels of a frame
@@ -73,9 +75,10 @@ def scaled(
     sides = [max(side, FACTOR) for side in sides]
     return F.interpolate(frames.float(), sides, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/19_baselines.ipynb #a718456d
+# %% ../nbs/19_baselines.ipynb #dfdad664
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]   # CLIP's
 
+# %% ../nbs/19_baselines.ipynb #8c7d98a2
 def patches(
     frames: Tensor,   # uint8 [T, 3, H, W], sides in multiples of `FACTOR`
 ) -> tuple[Tensor, Tensor]:   # (float32 [n, 1176] pixel values, int64 [1, 3] grid: time, height, width)
@@ -86,7 +89,7 @@ def patches(
     x = x.view(T, 2, 3, H//2, 2, 14, W//2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(T*H*W, -1), torch.tensor([[T, H, W]])
 
-# %% ../nbs/19_baselines.ipynb #10866aa4
+# %% ../nbs/19_baselines.ipynb #d01807c5
 @dataclass
 class Preferred:
     "What a judge says of a pair."
@@ -94,7 +97,7 @@ class Preferred:
     consistent: bool | None = None # do both orders agree; None: there is no order
     dimensions: dict[str, float] = field(default_factory=dict)   # p_a of each
 
-# %% ../nbs/19_baselines.ipynb #c345a247
+# %% ../nbs/19_baselines.ipynb #1481868a
 class Baseline:
     "A judge beside ours: `grades` or `prefer`, or both."
     def grades(self,
@@ -116,11 +119,13 @@ class Baseline:
             preferred.append(Preferred(p.pop("total"), None, p))
         return preferred
 
-# %% ../nbs/19_baselines.ipynb #b77dc960
+# %% ../nbs/19_baselines.ipynb #22ddccb1
 def device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../nbs/19_baselines.ipynb #25bd8f9a
 def arithmetic() -> torch.dtype: return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
+# %% ../nbs/19_baselines.ipynb #53f1b4ac
 def opened(
     name: str,        # of the judge, for the message
     path,             # folder or hub id
@@ -134,7 +139,7 @@ def opened(
         raise UserError(f"{name} {path}: cannot be opened ({why:.200}); check the path or hub id, or run "
                         f"`hf download {path}` where there is a network") from error
 
-# %% ../nbs/19_baselines.ipynb #9bcd3cf8
+# %% ../nbs/19_baselines.ipynb #4105ce99
 class Qwen(Baseline):
     "A Qwen2-VL or Qwen2.5-VL and how it is asked about videos."
     down, most = True, BOUNDS[1]   # see `sampled` and `scaled`
@@ -150,7 +155,7 @@ class Qwen(Baseline):
         "Words that must not stand in a prompt."
         return [token.content for token in self.tokenizer.added_tokens_decoder.values()]
 
-# %% ../nbs/19_baselines.ipynb #c5d2a412
+# %% ../nbs/19_baselines.ipynb #4c8ce0ba
 @patch
 def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     "The frames of a clip that it sees."
@@ -159,7 +164,7 @@ def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     most = max(min(self.most, 24576*FACTOR**2/even*2), int(BOUNDS[0]*1.05)) if self.down else self.most
     return patches(scaled(frames, BOUNDS[0], most))
 
-# %% ../nbs/19_baselines.ipynb #e839e51d
+# %% ../nbs/19_baselines.ipynb #0d7d000a
 @patch
 @torch.no_grad()
 def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
@@ -175,9 +180,10 @@ def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
              pixel_values_videos=torch.cat(values).to(self.model.dtype), video_grid_thw=torch.cat(grids))
     return {name: value.to(self.model.device) for name, value in x.items()}
 
-# %% ../nbs/19_baselines.ipynb #e1ece310
+# %% ../nbs/19_baselines.ipynb #f380b3a0
 REWARDS = {name: f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")}
 
+# %% ../nbs/19_baselines.ipynb #5086f64b
 def merged(
     state: dict[str, Tensor],   # of a PEFT model, as transformers 4.45 named it
     scale: float,               # of the adapters: alpha/r
@@ -195,7 +201,7 @@ def merged(
     for name, own in adapters.items(): found[f"{name}.weight"] = found[f"{name}.weight"] + scale*own["B"]@own["A"]
     return found
 
-# %% ../nbs/19_baselines.ipynb #468bcd25
+# %% ../nbs/19_baselines.ipynb #35ecc8f4
 def fill(
     model: nn.Module,           # changed in place; has `rm_head`
     state: dict[str, Tensor],   # of `merged`
@@ -208,7 +214,7 @@ def fill(
                             "is it VideoAlign's checkpoint?")
     model.load_state_dict(state)
 
-# %% ../nbs/19_baselines.ipynb #b986c8a1
+# %% ../nbs/19_baselines.ipynb #d96ef7bf
 def latest(
     path: Path,   # of VideoAlign's checkpoints
 ) -> Path:        # of the newest state
@@ -217,13 +223,13 @@ def latest(
     if not found: raise UserError(f"videoreward {path}: holds no checkpoint-N/model.pth; give VideoAlign's folder")
     return max(found)[1]
 
-# %% ../nbs/19_baselines.ipynb #2ec13e34
+# %% ../nbs/19_baselines.ipynb #ed3ff8e6
 def on_this_machine(path) -> Path:
     "A folder, or the files that a hub id names."
     from huggingface_hub import snapshot_download
     return Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path)))
 
-# %% ../nbs/19_baselines.ipynb #f7f1b3a2
+# %% ../nbs/19_baselines.ipynb #00536da9
 class VideoReward(Qwen):
     "VideoAlign's reward model: VQ, MQ and TA, standardised, and their sum (`inference.py`, `trainer.py`)."
     path, down, most = "KwaiVGI/VideoReward", False, 200704
@@ -250,7 +256,7 @@ class VideoReward(Qwen):
         judge.norm, judge.most = facts.get("inference_config") or {}, facts["data_config"]["max_frame_pixels"]
         return judge
 
-# %% ../nbs/19_baselines.ipynb #b29fab70
+# %% ../nbs/19_baselines.ipynb #a52bf10f
 @patch
 @torch.no_grad()
 def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3] VQ, MQ, TA
@@ -262,7 +268,7 @@ def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3]
     ends = (x["input_ids"][0] == ids[:, None]).nonzero()[:, 1]
     return self.model.rm_head(hidden[0, ends]).float().diagonal().cpu()
 
-# %% ../nbs/19_baselines.ipynb #f272b939
+# %% ../nbs/19_baselines.ipynb #d59197ea
 @patch
 def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "(x − mean)/std of each, and their sum."
@@ -272,10 +278,11 @@ def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = (x - mean)/std
     return dict(zip(REWARDS, x.T)) | dict(total=x.sum(1))
 
-# %% ../nbs/19_baselines.ipynb #707aae38
+# %% ../nbs/19_baselines.ipynb #644ef556
 ASPECTS = {"visual quality": r"visual\s+quality", "text-to-video alignment": r"text-to-video\s+alignment",
            "physical consistency": r"physical(?:\s*/?\s*common-sense)?\s+consistency"}
 
+# %% ../nbs/19_baselines.ipynb #ef1da349
 def places(
     text: str,   # an answer
 ) -> dict[str, int | None]:   # aspect → where its digit stands; None: it can't be read
@@ -286,7 +293,7 @@ def places(
         found[name] = begin + said[-1].start(1) if said else None
     return found
 
-# %% ../nbs/19_baselines.ipynb #377d986c
+# %% ../nbs/19_baselines.ipynb #ed492936
 def token_at(
     tokenizer, ids: list[int],   # of an answer
     place: int,                  # in its text
@@ -299,7 +306,7 @@ def token_at(
         else: low = middle + 1
     return low
 
-# %% ../nbs/19_baselines.ipynb #1c25984b
+# %% ../nbs/19_baselines.ipynb #123296c0
 @patch
 @torch.no_grad()
 def write(self: Qwen,
@@ -315,7 +322,7 @@ def write(self: Qwen,
     ids = out.sequences[0, x["input_ids"].shape[1]:].tolist()
     return ids, [logits[0].float().cpu() for logits in out.logits]
 
-# %% ../nbs/19_baselines.ipynb #518e1c60
+# %% ../nbs/19_baselines.ipynb #37ce762b
 def open_qwen(cls, path):
     "A Qwen2.5-VL or Qwen2-VL with its tokenizer."
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -323,7 +330,7 @@ def open_qwen(cls, path):
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     return cls(model, AutoTokenizer.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #be8e5b37
+# %% ../nbs/19_baselines.ipynb #0ed2ed9e
 class VideoScore2(Qwen):
     "VideoScore2: reasons, then three grades from 1 to 5 (model card of TIGER-Lab/VideoScore2)."
     path = "TIGER-Lab/VideoScore2"
@@ -331,7 +338,7 @@ class VideoScore2(Qwen):
     @classmethod
     def load(cls, path=None): return opened("videoscore2", path or cls.path, lambda at: open_qwen(cls, at))
 
-# %% ../nbs/19_baselines.ipynb #12856742
+# %% ../nbs/19_baselines.ipynb #78039d23
 def expected(
     logits: Tensor,      # float32 [V] before a digit
     digits: list[int],   # tokens of 1 to 5
@@ -339,7 +346,7 @@ def expected(
     r"$\sum_s s\,p_s$ over the digits alone."
     return (logits[digits].softmax(-1) @ torch.arange(1., 6.)).item()
 
-# %% ../nbs/19_baselines.ipynb #cc10ecd8
+# %% ../nbs/19_baselines.ipynb #819fcaa6
 @patch
 def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, float]:
     "The grades of an answer; NaN where one can't be read."
@@ -350,7 +357,7 @@ def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, f
         found[name] = math.nan if at is None else expected(logits[at], digits)
     return found
 
-# %% ../nbs/19_baselines.ipynb #f7863f5f
+# %% ../nbs/19_baselines.ipynb #0f40173e
 @patch
 def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Expected grades and their mean."
@@ -361,16 +368,17 @@ def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = torch.tensor([list(row.values()) for row in rows])
     return dict(zip(ASPECTS, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #36792950
+# %% ../nbs/19_baselines.ipynb #631a1a3b
 @patch(as_prop=True)
 def rate(self: Qwen) -> dict[str, Tensor]:
     "What Qwen2.5-VL's positions are told: a second between two steps of time."
     is_2_5 = self.model.config.model_type.startswith("qwen2_5")
     return dict(second_per_grid_ts=torch.ones(2, device=self.model.device)) if is_2_5 else {}
 
-# %% ../nbs/19_baselines.ipynb #83b20e47
+# %% ../nbs/19_baselines.ipynb #f6a6f00c
 VERDICTS = {"video 1 is better": "1", "video 2 is better": "2", "both videos are equally good": "tie"}
 
+# %% ../nbs/19_baselines.ipynb #2fd05acd
 def verdict(
     text: str,   # an answer
 ) -> str | None:   # "1", "2", "tie"; None: it can't be read
@@ -379,7 +387,7 @@ def verdict(
     said = re.findall("|".join(VERDICTS), (block[-1] if block else text[text.rfind("</think>") + 1:]).lower())
     return VERDICTS[said[-1]] if said else None
 
-# %% ../nbs/19_baselines.ipynb #a926058e
+# %% ../nbs/19_baselines.ipynb #d373bc2c
 def of_orders(
     ab: str | None, ba: str | None,   # of `verdict`, A first and B first
 ) -> Preferred:
@@ -389,7 +397,7 @@ def of_orders(
     if ba: said.append(1 - worth[ba])
     return Preferred(sum(said)/len(said) if said else math.nan, said[0] == said[1] if len(said) == 2 else None)
 
-# %% ../nbs/19_baselines.ipynb #045f011e
+# %% ../nbs/19_baselines.ipynb #83523a8c
 class UnifiedReward(Qwen):
     "UnifiedReward on Qwen2.5-VL: `prefer` by two videos in one message, `grades` of one (its repository's examples)."
     path, asked = "CodeGoat24/UnifiedReward-qwen-7b", "unifiedreward"
@@ -407,14 +415,16 @@ class UnifiedReward(Qwen):
     def prefer(self, pairs: list[Pair]) -> list[Preferred]:
         return [of_orders(self.compared(p.prompt, p.a, p.b), self.compared(p.prompt, p.b, p.a)) for p in pairs]
 
+# %% ../nbs/19_baselines.ipynb #692c3463
 class UnifiedRewardThink(UnifiedReward):
     "UnifiedReward-Think: the same with reasons."
     path, asked = "CodeGoat24/UnifiedReward-Think-qwen-7b", "unifiedreward_think"
 
-# %% ../nbs/19_baselines.ipynb #5c083ad2
+# %% ../nbs/19_baselines.ipynb #597630fe
 SCORED = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency",
           "final score")
 
+# %% ../nbs/19_baselines.ipynb #b6f09220
 def scores_in(
     text: str,   # an answer
 ) -> list[float]:   # of `SCORED`; NaN where one can't be read
@@ -425,6 +435,7 @@ def scores_in(
         found.append(float(said[-1]) if said else math.nan)
     return found
 
+# %% ../nbs/19_baselines.ipynb #1d1a0f36
 @patch
 def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Five grades from 1 to 4, and as the total the final score from 1 to 10."
@@ -435,7 +446,7 @@ def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Ten
     x = torch.tensor(rows)
     return dict(zip((*SCORED[:-1], "total"), x.T))
 
-# %% ../nbs/19_baselines.ipynb #f454963b
+# %% ../nbs/19_baselines.ipynb #44ace4c2
 class Framed(Baseline):
     "UnifiedReward-Think on Qwen3-VL, served: 8 + 8 frames in one message."
     def __init__(self,
@@ -454,12 +465,12 @@ class Framed(Baseline):
 
     prefer = UnifiedReward.prefer
 
-# %% ../nbs/19_baselines.ipynb #2e2384c4
+# %% ../nbs/19_baselines.ipynb #d140a0ab
 def eight(total: int) -> list[int]:
     "Numbers of frames: `linspace(0, total − 1, 8)`, cut to whole numbers."
     return [int(i*(total - 1)/7 + 1e-9) for i in range(8)]
 
-# %% ../nbs/19_baselines.ipynb #27cb7efa
+# %% ../nbs/19_baselines.ipynb #0fb22227
 class Clip(Baseline):
     "CLIPScore of frames (Hessel et al., 2104.08718, with 100 for 2.5)."
     path = "openai/clip-vit-large-patch14"
@@ -475,7 +486,7 @@ class Clip(Baseline):
         model = CLIPModel.from_pretrained(path, dtype=arithmetic()).to(device())
         return cls(model, AutoProcessor.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #e6b5a25d
+# %% ../nbs/19_baselines.ipynb #ceef0d0d
 @patch
 @torch.no_grad()
 def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
@@ -488,10 +499,11 @@ def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
         totals.append((found.image_embeds.float() @ found.text_embeds.float().T).clamp(min=0).mean()*100)
     return dict(total=torch.stack(totals).cpu())
 
-# %% ../nbs/19_baselines.ipynb #b4ce150a
+# %% ../nbs/19_baselines.ipynb #acb427d6
 class VisionReward(Baseline):
     "VisionReward-Video (`inference-video.py` of its repository); its model's code is fetched and run."
     path = "THUDM/VisionReward-Video"
+    needs = dict(pip=["transformers==4.42.4", "einops", "xformers", "decord", "pytorchvideo"])   # its requirements.txt
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -507,7 +519,7 @@ class VisionReward(Baseline):
         model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=arithmetic(), **own).to(device())
         return cls(model, AutoTokenizer.from_pretrained(path, **own))
 
-# %% ../nbs/19_baselines.ipynb #95d6b082
+# %% ../nbs/19_baselines.ipynb #2a88b528
 def each_second(
     seconds: list[float],   # when each frame comes
 ) -> list[int]:             # at most 24 numbers of frames
@@ -515,7 +527,7 @@ def each_second(
     def nearest(moment): return min(range(len(seconds)), key=lambda i: abs(seconds[i] - moment))
     return [nearest(second) for second in range(min(round(seconds[-1]) + 1, 24))]
 
-# %% ../nbs/19_baselines.ipynb #ba1700fa
+# %% ../nbs/19_baselines.ipynb #255f3192
 @patch
 @torch.no_grad()
 def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames uint8 [3, T, H, W]
@@ -529,7 +541,7 @@ def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames
     def best(words): return max(logits[self.tokenizer.encode(word, add_special_tokens=False)[0]] for word in words)
     return bool(best(("yes", "Yes")) > best(("no", "No")))
 
-# %% ../nbs/19_baselines.ipynb #b10c28c1
+# %% ../nbs/19_baselines.ipynb #f6987ef8
 @patch
 def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "The mean of ±weight."
@@ -541,7 +553,7 @@ def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tens
         totals.append((signs*self.weights).mean())
     return dict(total=torch.stack(totals))
 
-# %% ../nbs/19_baselines.ipynb #9cabb3ee
+# %% ../nbs/19_baselines.ipynb #cfbd8229
 class Asked(Baseline):
     "A `Judge`: zero-shot, or a run's."
     path = "Qwen/Qwen3-VL-8B-Instruct"
@@ -559,7 +571,7 @@ class Asked(Baseline):
         x = self.judge.grades(clips, self.names).cpu()
         return dict(zip(self.names, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #7818fe22
+# %% ../nbs/19_baselines.ipynb #bdbf8f89
 @patch
 def prefer(self: Asked, pairs: list[Pair]) -> list[Preferred]:
     "σ of the log-odds, averaged over both orders, as `Judge.verdict_probs`; by dimension from grades."
@@ -571,10 +583,11 @@ def prefer(self: Asked, pairs: list[Pair]) -> list[Preferred]:
         found.append(Preferred(torch.sigmoid((ab - ba)/2).item(), bool((ab > 0) != (ba > 0)), graded.dimensions))
     return found
 
-# %% ../nbs/19_baselines.ipynb #6285b74f
+# %% ../nbs/19_baselines.ipynb #a78af33d
 BASELINES = dict(videoscore2=VideoScore2, videoreward=VideoReward, unifiedreward=UnifiedReward,
                  **{"unifiedreward-think": UnifiedRewardThink}, visionreward=VisionReward, clip=Clip, qwen3vl=Asked)
 
+# %% ../nbs/19_baselines.ipynb #bfcf44a7
 def open_baseline(
     name: str,   # one of `BASELINES`, NAME=PATH, or the folder of a judge
 ) -> Baseline:
@@ -585,7 +598,7 @@ def open_baseline(
     raise UserError(f"--with {name}: is neither {', '.join(BASELINES)} (each may be NAME=PATH), "
                     "nor the folder of a judge or a run; name one of them")
 
-# %% ../nbs/19_baselines.ipynb #5ae44151
+# %% ../nbs/19_baselines.ipynb #0b9f7784
 def scorer(
     name: str,              # one of `BASELINES`
     path=None,              # of its weights; None: the hub's
@@ -598,20 +611,22 @@ def scorer(
         return load().grades([(prompt, Video(frames, fps)) for prompt, frames in zip(prompts, videos)])
     return score
 
+# %% ../nbs/19_baselines.ipynb #6e172fe5
 videoscore2, videoreward, unifiedreward, visionreward, clip, qwen3vl = map(
     scorer, ("videoscore2", "videoreward", "unifiedreward", "visionreward", "clip", "qwen3vl"))
 
-# %% ../nbs/19_baselines.ipynb #a5ed8ca3
+# %% ../nbs/19_baselines.ipynb #cc921032
 ALIKE = ({"vq", "visual quality", "visual_quality", "quality", "fineness", "aesthetic"},
          {"mq", "motion quality", "motion"}, {"ta", "text-to-video alignment", "alignment", "prompt_adherence"},
          {"coherence & consistency", "coherence", "physical consistency", "consistency"})   # names of one thing
 
+# %% ../nbs/19_baselines.ipynb #16206a5f
 def same_dimension(a: str, b: str) -> bool:
     "Whether two names mean the same."
     a, b = a.lower(), b.lower()
     return a == b or any(a in names and b in names for names in ALIKE)
 
-# %% ../nbs/19_baselines.ipynb #44075d07
+# %% ../nbs/19_baselines.ipynb #efdc2ced
 @dataclass
 class Labelled:
     "What people said of a pair."
@@ -620,7 +635,7 @@ class Labelled:
     p_a: float | None = None      # share of the people for A, ties half; None: not told
     dimensions: dict[str, str] = field(default_factory=dict)   # name → label
 
-# %% ../nbs/19_baselines.ipynb #4782f03c
+# %% ../nbs/19_baselines.ipynb #e39b1e92
 def own_half(
     p_a: Tensor, truth: list[str], prompts: list[str],   # [B]
 ) -> list[float]:   # [B] 1 where the answer with ties is right, else 0
@@ -633,7 +648,7 @@ def own_half(
         for i in here: points[i] = float(accuracy_with_ties(p_a[[i]], [truth[i]], epsilon))
     return points
 
-# %% ../nbs/19_baselines.ipynb #cfe00522
+# %% ../nbs/19_baselines.ipynb #64ada183
 def right_of(
     p_a: list[float], truth: list[str], prompts: list[str],
 ) -> dict[str, float] | None:   # of `mean_ci`; None: nothing was decided
@@ -642,7 +657,7 @@ def right_of(
             for p, label, prompt in zip(p_a, truth, prompts) if label != "tie"]
     return mean_ci(*map(list, zip(*rows))) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #16d43f0e
+# %% ../nbs/19_baselines.ipynb #a508d591
 def calibration(
     p_a: list[float], truth: list[str],
 ) -> float | None:
@@ -651,7 +666,7 @@ def calibration(
     rows = [(p, label == "A") for p, label in zip(p_a, truth) if label != "tie" and not math.isnan(p)]
     return verdict_ece(torch.tensor([p for p, _ in rows]), torch.tensor([a for _, a in rows])) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #66065e5f
+# %% ../nbs/19_baselines.ipynb #46012423
 def measured(
     said: list[Preferred],
     people: list[Labelled],
@@ -671,7 +686,7 @@ def measured(
             [each.dimensions[name] for _, each in rows], [each.prompt for _, each in rows])
     return found
 
-# %% ../nbs/19_baselines.ipynb #facaf195
+# %% ../nbs/19_baselines.ipynb #e61fdb24
 def ceiling(
     people: list[Labelled],
 ) -> dict[str, float] | None:
@@ -680,13 +695,13 @@ def ceiling(
     if not rows: return None
     return mean_ci([max(each.p_a, 1 - each.p_a) for each in rows], [each.prompt for each in rows])
 
-# %% ../nbs/19_baselines.ipynb #e6e10f1d
+# %% ../nbs/19_baselines.ipynb #671bdc2e
 def memory() -> float:
     "Gigabytes that were in use at most: of the GPU, or of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
 
-# %% ../nbs/19_baselines.ipynb #0499baf7
+# %% ../nbs/19_baselines.ipynb #43576214
 def shown_labels(
     cells: dict[str, str],   # a row of pairs.csv, or of VideoGen-RewardBench
 ) -> dict[str, str]:         # dimension → "A", "B" or "tie"
@@ -696,7 +711,7 @@ def shown_labels(
     plain = {name: "tie" if said == "same" or said.startswith("both ") else said for name, said in own.items()}
     return {name: label for name, label in plain.items() if label in ("A", "B", "tie")}
 
-# %% ../nbs/19_baselines.ipynb #08acce27
+# %% ../nbs/19_baselines.ipynb #3cc8e9e2
 def people_of(
     path,   # of the pairs, as `read_pairs` takes it
 ) -> tuple[list[Pair], list[Labelled]]:
@@ -714,24 +729,55 @@ def people_of(
             f"{at}: row {line}: p_a is no share from 0 to 1, or dimensions_json no labels; correct it") from None
     return list(table), people
 
-# %% ../nbs/19_baselines.ipynb #6db2ec09
+# %% ../nbs/19_baselines.ipynb #1aa4bc06
+def timed(
+    load: Callable,   # opens a judge
+    pairs: list[Pair],
+) -> tuple[list[Preferred], float, float]:   # (what it says, seconds a pair, gigabytes)
+    "Preferences and what they cost, without the opening."
+    judge = load()
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    said = judge.prefer(pairs)
+    return said, (time.perf_counter() - begin)/len(pairs), memory()
+
+# %% ../nbs/19_baselines.ipynb #ecf77d57
+def apart(
+    name: str,                # of `open_baseline`
+    needs: dict[str, object], # Ray's `runtime_env`
+    pairs: list[Pair],
+) -> tuple[list[Preferred], float, float]:
+    "`timed` in an environment of its own; UserError where there can be none."
+    from dual_ipo.cluster import cause_of, join, no_environment
+    ray = join()
+    try:
+        work = ray.remote(num_gpus=min(torch.cuda.device_count(), 1), runtime_env=needs)(timed)
+        return ray.get(work.remote(partial(open_baseline, name), pairs))
+    except ray.exceptions.RuntimeEnvSetupError as error: raise no_environment(error) from error
+    except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
+    finally: ray.shutdown()
+
+# %% ../nbs/19_baselines.ipynb #ff3da8ad
+def asker(
+    name: str,   # of `open_baseline`
+) -> Callable:   # pairs → (what it says, seconds a pair, gigabytes)
+    "How a judge is asked: here, or apart where it needs an environment of its own."
+    needs = getattr(BASELINES.get(name.partition("=")[0]), "needs", None)
+    return partial(apart, name, needs) if needs else partial(timed, partial(open_baseline, name))
+
+# %% ../nbs/19_baselines.ipynb #22cd5aac
 def compare_judges(
-    path,               # of the pairs
-    judges: dict[str, Callable],   # name → what opens it; one is in memory at a time
-) -> dict[str, object]:            # {"judges": {name: facts}, "people": their agreement}
+    path,                          # of the pairs
+    judges: dict[str, Callable],   # name → of `asker`; one is in memory at a time
+) -> dict[str, object]:            # {"pairs", "judges": {name: facts}, "people": their agreement}
     "The paper's table of judges on a user's own pairs."
     (pairs, people), found = people_of(path), {}
-    for name, load in judges.items():
-        judge = load()
-        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        said = judge.prefer(pairs)
-        seconds = (time.perf_counter() - begin)/len(pairs)
-        found[name] = measured(said, people) | dict(seconds=seconds, gb=memory())
-        del judge
+    for name, ask in judges.items():
+        said, seconds, gb = ask(pairs)
+        found[name] = measured(said, people) | dict(seconds=seconds, gb=gb)
     return dict(pairs=len(pairs), judges=found, people=ceiling(people))
 
-# %% ../nbs/19_baselines.ipynb #8788c0c2
+# %% ../nbs/19_baselines.ipynb #f0fd08f0
 def cell(
     found: dict[str, float] | None,   # of `mean_ci`
 ) -> str:
@@ -739,6 +785,7 @@ def cell(
     if found is None: return "–"
     return "{:.1f} ({:.1f}–{:.1f})".format(*(100*found[key] for key in ("mean", "lo", "hi")))
 
+# %% ../nbs/19_baselines.ipynb #228dc2bf
 def judge_lines(
     found: dict[str, object],   # of `compare_judges`
 ) -> tuple[list[str], list[list[str]]]:   # (head, rows)

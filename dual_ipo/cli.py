@@ -6,7 +6,8 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
            'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
-           'exported', 'cleaned', 'imported', 'reported', 'branched', 'check_ray', 'finished', 'command']
+           'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'reported', 'branched', 'check_ray',
+           'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -360,6 +361,33 @@ def imported(args: argparse.Namespace) -> str:
     brought = bring(args.format, args.path, args.out, args.clips, dict(args.column or []))
     return json.dumps(brought.told()) if args.json else f"{brought}\n{args.out}"
 
+# %% ../nbs/60_cli.ipynb #8c1df88c
+def newest_judge(run: Run) -> Path:
+    "The judge that a run has come to; UserError where it has none yet."
+    done = [at for k in range(run.config["rounds"] + 1) if is_done(at := run.round(k) / "judge")]
+    if not done: raise UserError(f"{run.path}: has no judge yet; run it first, or name the folder of a judge")
+    return done[-1]
+
+# %% ../nbs/60_cli.ipynb #7007b936
+def asker_of(
+    name: str,   # of `--with`
+) -> Callable:   # see `baselines.asker`
+    "How a judge is asked; that of a run as its config says."
+    from dual_ipo.baselines import Asked, asker, timed
+    if not (Path(name) / "run.yaml").is_file(): return asker(name)
+    from dual_ipo.rounds import config_of, load_judge
+    run = Run.load(name)
+    config, path = config_of(run), newest_judge(run)
+    return lambda pairs: timed(lambda: Asked(load_judge(config, path), config.judge.dimensions), pairs)
+
+# %% ../nbs/60_cli.ipynb #ddc02390
+def judged(args: argparse.Namespace) -> str:
+    from dual_ipo.baselines import compare_judges, judge_lines
+    names = [name.strip() for name in args.judges.split(",") if name.strip()]
+    if not names: raise UserError("--with: names no judge; give some, such as videoreward,RUN")
+    found = compare_judges(args.pairs, {name: asker_of(name) for name in names})
+    return json.dumps(found) if args.json else table_text(*judge_lines(found))
+
 # %% ../nbs/60_cli.ipynb #26136e16
 def reported(args: argparse.Namespace) -> Path:
     from dual_ipo.report import make_report
@@ -402,4 +430,5 @@ def command(args: argparse.Namespace):
         case "clean": said = cleaned(args)
         case "report": said = reported(args)
         case "import": said = imported(args)
+        case "judges": said = judged(args)
     print(said)

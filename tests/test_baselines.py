@@ -12,7 +12,7 @@ from transformers import (AutoModelForImageTextToText, CLIPConfig, CLIPModel, Qw
                           Qwen2VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from dual_ipo import baselines
+from dual_ipo import baselines, options
 from dual_ipo.baselines import (ASKED, BASELINES, Baseline, Clip, Framed, Labelled, Preferred, UnifiedReward,
                                 UnifiedRewardThink, VideoReward, VideoScore2, VisionReward, compare_judges, each_second,
                                 judge_lines, measured, merged, open_baseline, patches, people_of, question, sampled,
@@ -460,8 +460,41 @@ def test_people_in_the_table(labelled):
 def test_judges_stand_in_one_table(labelled):
     columns(labelled, p_a=["0.9", "0.1", "0.9", "0.1"], VQ=["A", "B", "A", "B"])
     right = Planted([Preferred(p, True, dict(VQ=p)) for p in (.9, .1, .9, .1)])
-    found = compare_judges(labelled, dict(right=lambda: right, blind=lambda: Planted([Preferred(.5)]*4)))
+    def asked(judge): return lambda pairs: baselines.timed(lambda: judge, pairs)
+    found = compare_judges(labelled, dict(right=asked(right), blind=asked(Planted([Preferred(.5)]*4))))
     head, rows = judge_lines(found)
     assert head[-1] == "VQ" and [row[0] for row in rows] == ["right", "blind", "one person"]
     assert rows[0][1] == "100.0 (100.0–100.0)" == rows[0][-1] and rows[1][1].startswith("50.0") and rows[1][3] == "–"
     assert rows[2][1] == "90.0 (90.0–90.0)" and json.dumps(found)
+
+
+def test_a_judge_with_pins_of_its_own_is_asked_apart(labelled, monkeypatch):
+    "In `apart`, which tests/test_cluster.py tries with Ray."
+    asked, pairs = [], people_of(labelled)[0]
+    monkeypatch.setattr(baselines, "apart", lambda *given: asked.append(given))
+    baselines.asker("visionreward=/somewhere")(pairs)
+    assert asked == [("visionreward=/somewhere", VisionReward.needs, pairs)]
+    assert "transformers==4.42.4" in VisionReward.needs["pip"] and options.JUDGES == tuple(BASELINES)
+
+
+def test_the_command(labelled, tmp_path_factory, capsys, qwen2_5):
+    "A run's newest judge, and one by its folder, in the order in which they are named."
+    import shutil
+
+    from dual_ipo.cli import command
+    from dual_ipo.demo import demo_config
+    from dual_ipo.options import parser
+    from dual_ipo.store import Run, mark_done
+    from dual_ipo.toyworld import CHECKPOINTS
+    run = Run.open(tmp_path_factory.mktemp("run")/"demo", demo_config("wan", "dpo", 1, 0).model_dump())
+    words_ = ["judges", str(labelled), "--with", f"{run.path},{CHECKPOINTS/'judge'}"]
+    with pytest.raises(UserError, match="has no judge yet"): command(parser().parse_args(words_))
+    shutil.copytree(CHECKPOINTS/"judge", run.round(0)/"judge")
+    mark_done(run.round(0)/"judge")
+    command(parser().parse_args([*words_, "--json"]))
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["judges"]) == [str(run.path), str(CHECKPOINTS/"judge")] and found["people"] is None
+    for facts in found["judges"].values():
+        assert facts["accuracy"]["n"] == 4 and 0 <= facts["ece"] <= 1 and facts["consistency"] is not None
+    command(parser().parse_args(words_))
+    assert "without ties" in capsys.readouterr().out.splitlines()[0]
