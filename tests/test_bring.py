@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tables
 from dual_ipo import options
 from dual_ipo.bring import CLIPS, FORMATS, bring
 from dual_ipo.cli import command
@@ -372,6 +373,7 @@ def test_imported_thumbs_are_read(at):
     bring("trl-kto", write(at/"kto.jsonl", rows), at/"out")
     assert [(prompt, path.read_text(), good) for prompt, path, good in read_thumbs(at/"out")] == [
         ("a kite", "clip 0.mp4", True), ("a boat", "clip 1.mp4", False)]
+    assert tables.undescribed(at/"out") == []   # by the page of tables
 
 
 @pytest.mark.parametrize("text, why", [
@@ -382,3 +384,36 @@ def test_bad_thumbs(at, text, why):
     from dual_ipo.data import read_thumbs
     (at/"thumbs.csv").write_text(text, "utf-8")
     with pytest.raises(UserError, match=why): read_thumbs(at)
+
+
+def test_a_run_checks_thumbs_and_remembers_them(tmp_path):
+    "Bad clips are set aside; a change is told; an objective of pairs refuses them first of all."
+    import tiny
+    from dual_ipo.config import parse_config
+    from dual_ipo.demo import demo_config, write_toy_input
+    from dual_ipo.rounds import Round, check_input, check_same, clip_names, content_of, read_files, read_input
+    from dual_ipo.store import Run
+    from dual_ipo.toyworld import CHECKPOINTS
+    demo = demo_config("wan", "kto", 1, 0)
+    write_toy_input(tmp_path/"input", demo, pairs=6, real=4)
+    tiny.wan().save_pretrained(tmp_path/"wan")
+    clips, config = sorted((tmp_path/"input").rglob("real/*.mp4")), demo.model_dump()
+    lines = ["clip,prompt,good", *(f"{path.relative_to(tmp_path/'input')},a red circle moves up,{str(i > 1).lower()}"
+                                   for i, path in enumerate(clips))]
+    table = tmp_path/"input/thumbs.csv"
+    table.write_text("\n".join(lines) + "\n", "utf-8")
+    config["generator"]["path"], config["judge"]["path"] = str(tmp_path/"wan"), str(CHECKPOINTS/"judge")
+    for key in ("prompts", "eval_prompts", "pairs", "real_clips"):
+        config["data"][key] = str(tmp_path/config["data"][key])
+    config["data"] |= dict(thumbs=str(table), max_bad_share=.5)
+    with pytest.raises(UserError, match="data.thumbs: dpo compares two clips .* use kto"):
+        check_input(parse_config(config | dict(align=config["align"] | dict(objective="dpo")), "test"))
+    clips[0].write_bytes(b"")
+    r = Round(Run.open(tmp_path/"run", config), 0)
+    assert [good for *_, good in read_input(r).thumbs] == [False, True, True]
+    def content():
+        given = read_files(r.config, r.run.path)
+        return json.loads(json.dumps(content_of(given, clip_names(r, given))))
+    was = content()
+    table.write_text("\n".join(lines[:-1]) + "\n", "utf-8")
+    with pytest.raises(UserError, match="data.thumbs: .*has changed"): check_same(r, was, content())
