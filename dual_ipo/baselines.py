@@ -12,7 +12,7 @@ __all__ = ['ASKED', 'FACTOR', 'BOUNDS', 'MEAN', 'STD', 'REWARDS', 'ASPECTS', 'VE
            'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'timed', 'apart', 'asker',
            'compare_judges', 'cell', 'judge_lines']
 
-# %% ../nbs/19_baselines.ipynb #c491b21b
+# %% ../nbs/19_baselines.ipynb #84da1b72
 import json
 import math
 import os
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from .core import Pair, UserError, Video, seed_of
 from .stats import accuracy_with_ties, mean_ci, right, tie_threshold
 
-# %% ../nbs/19_baselines.ipynb #38074088
+# %% ../nbs/19_baselines.ipynb #b978d7dd
 ASKED = Path(__file__).parent/"asked" if "__file__" in globals() else Path("../dual_ipo/asked")
 
-# %% ../nbs/19_baselines.ipynb #bd41efa2
+# %% ../nbs/19_baselines.ipynb #da3f4241
 def question(
     name: str,      # of a file in asked/
     prompt: str,    # what the video was made from
@@ -46,7 +46,7 @@ def question(
     for word in sorted(filter(str.strip, control), key=len, reverse=True): prompt = prompt.replace(word, " ")
     return (ASKED/f"{name}.txt").read_bytes().decode().replace("{prompt}", prompt)
 
-# %% ../nbs/19_baselines.ipynb #9086775f
+# %% ../nbs/19_baselines.ipynb #ea3ef29e
 def sampled(
     total: int, fps: float,   # frames of the clip, and how many a second
     down: bool = True,        # to an even number: down, or to the nearest
@@ -57,11 +57,11 @@ def sampled(
     else: n = min(round(min(max(total/fps*2, 4), most//2*2)/2)*2, total)
     return torch.linspace(0, total - 1, max(n, 1)).round().long().tolist()
 
-# %% ../nbs/19_baselines.ipynb #7bdc4db6
+# %% ../nbs/19_baselines.ipynb #13de29e0
 FACTOR = 28                                    # px: a token is a square of patches
 BOUNDS = 128*FACTOR**2, 768*FACTOR**2          # pixels of a frame, where nothing else is said
 
-# %% ../nbs/19_baselines.ipynb #04b93e03
+# %% ../nbs/19_baselines.ipynb #70d50369
 def scaled(
     frames: Tensor,   # uint8 [T, 3, H, W]
     least: int, most: int,   # pixels of a frame
@@ -75,10 +75,10 @@ def scaled(
     sides = [max(side, FACTOR) for side in sides]
     return F.interpolate(frames.float(), sides, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/19_baselines.ipynb #dfdad664
+# %% ../nbs/19_baselines.ipynb #d6f263ee
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]   # CLIP's
 
-# %% ../nbs/19_baselines.ipynb #8c7d98a2
+# %% ../nbs/19_baselines.ipynb #abc1a510
 def patches(
     frames: Tensor,   # uint8 [T, 3, H, W], sides in multiples of `FACTOR`
 ) -> tuple[Tensor, Tensor]:   # (float32 [n, 1176] pixel values, int64 [1, 3] grid: time, height, width)
@@ -89,7 +89,7 @@ def patches(
     x = x.view(T, 2, 3, H//2, 2, 14, W//2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(T*H*W, -1), torch.tensor([[T, H, W]])
 
-# %% ../nbs/19_baselines.ipynb #d01807c5
+# %% ../nbs/19_baselines.ipynb #a3ddeab5
 @dataclass
 class Preferred:
     "What a judge says of a pair."
@@ -97,7 +97,7 @@ class Preferred:
     consistent: bool | None = None # do both orders agree; None: there is no order
     dimensions: dict[str, float] = field(default_factory=dict)   # p_a of each
 
-# %% ../nbs/19_baselines.ipynb #1481868a
+# %% ../nbs/19_baselines.ipynb #f4d84c25
 class Baseline:
     "A judge beside ours: `grades` or `prefer`, or both."
     def grades(self,
@@ -106,7 +106,10 @@ class Baseline:
         "Grades of each clip by itself."
         raise UserError(f"{type(self).__name__.lower()}: compares pairs and grades no clips")
 
-    def prefer(self, pairs: list[Pair]) -> list[Preferred]:
+    def prefer(self,
+        pairs: list[Pair],
+        graded: bool = True,   # whether dimensions are wanted, where they cost something
+    ) -> list[Preferred]:
         "Pairs by the difference of grades; every clip is graded once."
         sides = {}
         for pair in pairs:
@@ -119,13 +122,13 @@ class Baseline:
             preferred.append(Preferred(p.pop("total"), None, p))
         return preferred
 
-# %% ../nbs/19_baselines.ipynb #22ddccb1
+# %% ../nbs/19_baselines.ipynb #6477e9b6
 def device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/19_baselines.ipynb #25bd8f9a
+# %% ../nbs/19_baselines.ipynb #4a4224b7
 def arithmetic() -> torch.dtype: return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
-# %% ../nbs/19_baselines.ipynb #53f1b4ac
+# %% ../nbs/19_baselines.ipynb #56f21d17
 def opened(
     name: str,        # of the judge, for the message
     path,             # folder or hub id
@@ -139,7 +142,7 @@ def opened(
         raise UserError(f"{name} {path}: cannot be opened ({why:.200}); check the path or hub id, or run "
                         f"`hf download {path}` where there is a network") from error
 
-# %% ../nbs/19_baselines.ipynb #4105ce99
+# %% ../nbs/19_baselines.ipynb #2fc602e9
 class Qwen(Baseline):
     "A Qwen2-VL or Qwen2.5-VL and how it is asked about videos."
     down, most = True, BOUNDS[1]   # see `sampled` and `scaled`
@@ -155,7 +158,7 @@ class Qwen(Baseline):
         "Words that must not stand in a prompt."
         return [token.content for token in self.tokenizer.added_tokens_decoder.values()]
 
-# %% ../nbs/19_baselines.ipynb #4c8ce0ba
+# %% ../nbs/19_baselines.ipynb #2645aba3
 @patch
 def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     "The frames of a clip that it sees."
@@ -164,7 +167,7 @@ def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     most = max(min(self.most, 24576*FACTOR**2/even*2), int(BOUNDS[0]*1.05)) if self.down else self.most
     return patches(scaled(frames, BOUNDS[0], most))
 
-# %% ../nbs/19_baselines.ipynb #0d7d000a
+# %% ../nbs/19_baselines.ipynb #64617115
 @patch
 @torch.no_grad()
 def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
@@ -180,10 +183,10 @@ def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
              pixel_values_videos=torch.cat(values).to(self.model.dtype), video_grid_thw=torch.cat(grids))
     return {name: value.to(self.model.device) for name, value in x.items()}
 
-# %% ../nbs/19_baselines.ipynb #f380b3a0
+# %% ../nbs/19_baselines.ipynb #4d686f7e
 REWARDS = {name: f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")}
 
-# %% ../nbs/19_baselines.ipynb #5086f64b
+# %% ../nbs/19_baselines.ipynb #7a0b3b34
 def merged(
     state: dict[str, Tensor],   # of a PEFT model, as transformers 4.45 named it
     scale: float,               # of the adapters: alpha/r
@@ -201,7 +204,7 @@ def merged(
     for name, own in adapters.items(): found[f"{name}.weight"] = found[f"{name}.weight"] + scale*own["B"]@own["A"]
     return found
 
-# %% ../nbs/19_baselines.ipynb #35ecc8f4
+# %% ../nbs/19_baselines.ipynb #6a927fb9
 def fill(
     model: nn.Module,           # changed in place; has `rm_head`
     state: dict[str, Tensor],   # of `merged`
@@ -214,7 +217,7 @@ def fill(
                             "is it VideoAlign's checkpoint?")
     model.load_state_dict(state)
 
-# %% ../nbs/19_baselines.ipynb #d96ef7bf
+# %% ../nbs/19_baselines.ipynb #792fb0c7
 def latest(
     path: Path,   # of VideoAlign's checkpoints
 ) -> Path:        # of the newest state
@@ -223,13 +226,13 @@ def latest(
     if not found: raise UserError(f"videoreward {path}: holds no checkpoint-N/model.pth; give VideoAlign's folder")
     return max(found)[1]
 
-# %% ../nbs/19_baselines.ipynb #ed3ff8e6
+# %% ../nbs/19_baselines.ipynb #cbf2d4a8
 def on_this_machine(path) -> Path:
     "A folder, or the files that a hub id names."
     from huggingface_hub import snapshot_download
     return Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path)))
 
-# %% ../nbs/19_baselines.ipynb #00536da9
+# %% ../nbs/19_baselines.ipynb #eb97edfb
 class VideoReward(Qwen):
     "VideoAlign's reward model: VQ, MQ and TA, standardised, and their sum (`inference.py`, `trainer.py`)."
     path, down, most = "KwaiVGI/VideoReward", False, 200704
@@ -256,7 +259,7 @@ class VideoReward(Qwen):
         judge.norm, judge.most = facts.get("inference_config") or {}, facts["data_config"]["max_frame_pixels"]
         return judge
 
-# %% ../nbs/19_baselines.ipynb #a52bf10f
+# %% ../nbs/19_baselines.ipynb #cc459260
 @patch
 @torch.no_grad()
 def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3] VQ, MQ, TA
@@ -268,7 +271,7 @@ def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3]
     ends = (x["input_ids"][0] == ids[:, None]).nonzero()[:, 1]
     return self.model.rm_head(hidden[0, ends]).float().diagonal().cpu()
 
-# %% ../nbs/19_baselines.ipynb #d59197ea
+# %% ../nbs/19_baselines.ipynb #8d03bd25
 @patch
 def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "(x − mean)/std of each, and their sum."
@@ -278,11 +281,11 @@ def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = (x - mean)/std
     return dict(zip(REWARDS, x.T)) | dict(total=x.sum(1))
 
-# %% ../nbs/19_baselines.ipynb #644ef556
+# %% ../nbs/19_baselines.ipynb #f1b4e764
 ASPECTS = {"visual quality": r"visual\s+quality", "text-to-video alignment": r"text-to-video\s+alignment",
            "physical consistency": r"physical(?:\s*/?\s*common-sense)?\s+consistency"}
 
-# %% ../nbs/19_baselines.ipynb #ef1da349
+# %% ../nbs/19_baselines.ipynb #bc7e5e50
 def places(
     text: str,   # an answer
 ) -> dict[str, int | None]:   # aspect → where its digit stands; None: it can't be read
@@ -293,7 +296,7 @@ def places(
         found[name] = begin + said[-1].start(1) if said else None
     return found
 
-# %% ../nbs/19_baselines.ipynb #ed492936
+# %% ../nbs/19_baselines.ipynb #74d42427
 def token_at(
     tokenizer, ids: list[int],   # of an answer
     place: int,                  # in its text
@@ -306,7 +309,7 @@ def token_at(
         else: low = middle + 1
     return low
 
-# %% ../nbs/19_baselines.ipynb #123296c0
+# %% ../nbs/19_baselines.ipynb #24ca58dc
 @patch
 @torch.no_grad()
 def write(self: Qwen,
@@ -322,7 +325,7 @@ def write(self: Qwen,
     ids = out.sequences[0, x["input_ids"].shape[1]:].tolist()
     return ids, [logits[0].float().cpu() for logits in out.logits]
 
-# %% ../nbs/19_baselines.ipynb #37ce762b
+# %% ../nbs/19_baselines.ipynb #a4551202
 def open_qwen(cls, path):
     "A Qwen2.5-VL or Qwen2-VL with its tokenizer."
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -330,7 +333,7 @@ def open_qwen(cls, path):
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     return cls(model, AutoTokenizer.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #0ed2ed9e
+# %% ../nbs/19_baselines.ipynb #a864c13a
 class VideoScore2(Qwen):
     "VideoScore2: reasons, then three grades from 1 to 5 (model card of TIGER-Lab/VideoScore2)."
     path = "TIGER-Lab/VideoScore2"
@@ -338,7 +341,7 @@ class VideoScore2(Qwen):
     @classmethod
     def load(cls, path=None): return opened("videoscore2", path or cls.path, lambda at: open_qwen(cls, at))
 
-# %% ../nbs/19_baselines.ipynb #78039d23
+# %% ../nbs/19_baselines.ipynb #b13baaa5
 def expected(
     logits: Tensor,      # float32 [V] before a digit
     digits: list[int],   # tokens of 1 to 5
@@ -346,7 +349,7 @@ def expected(
     r"$\sum_s s\,p_s$ over the digits alone."
     return (logits[digits].softmax(-1) @ torch.arange(1., 6.)).item()
 
-# %% ../nbs/19_baselines.ipynb #819fcaa6
+# %% ../nbs/19_baselines.ipynb #ad2dfa75
 @patch
 def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, float]:
     "The grades of an answer; NaN where one can't be read."
@@ -357,7 +360,7 @@ def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, f
         found[name] = math.nan if at is None else expected(logits[at], digits)
     return found
 
-# %% ../nbs/19_baselines.ipynb #0f40173e
+# %% ../nbs/19_baselines.ipynb #bed4303d
 @patch
 def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Expected grades and their mean."
@@ -368,17 +371,17 @@ def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = torch.tensor([list(row.values()) for row in rows])
     return dict(zip(ASPECTS, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #631a1a3b
+# %% ../nbs/19_baselines.ipynb #8a595f32
 @patch(as_prop=True)
 def rate(self: Qwen) -> dict[str, Tensor]:
     "What Qwen2.5-VL's positions are told: a second between two steps of time."
     is_2_5 = self.model.config.model_type.startswith("qwen2_5")
     return dict(second_per_grid_ts=torch.ones(2, device=self.model.device)) if is_2_5 else {}
 
-# %% ../nbs/19_baselines.ipynb #f6a6f00c
+# %% ../nbs/19_baselines.ipynb #87baa73a
 VERDICTS = {"video 1 is better": "1", "video 2 is better": "2", "both videos are equally good": "tie"}
 
-# %% ../nbs/19_baselines.ipynb #2fd05acd
+# %% ../nbs/19_baselines.ipynb #8c1372c4
 def verdict(
     text: str,   # an answer
 ) -> str | None:   # "1", "2", "tie"; None: it can't be read
@@ -387,7 +390,7 @@ def verdict(
     said = re.findall("|".join(VERDICTS), (block[-1] if block else text[text.rfind("</think>") + 1:]).lower())
     return VERDICTS[said[-1]] if said else None
 
-# %% ../nbs/19_baselines.ipynb #d373bc2c
+# %% ../nbs/19_baselines.ipynb #ddfdd51e
 def of_orders(
     ab: str | None, ba: str | None,   # of `verdict`, A first and B first
 ) -> Preferred:
@@ -397,7 +400,7 @@ def of_orders(
     if ba: said.append(1 - worth[ba])
     return Preferred(sum(said)/len(said) if said else math.nan, said[0] == said[1] if len(said) == 2 else None)
 
-# %% ../nbs/19_baselines.ipynb #83523a8c
+# %% ../nbs/19_baselines.ipynb #cc501ba3
 class UnifiedReward(Qwen):
     "UnifiedReward on Qwen2.5-VL: `prefer` by two videos in one message, `grades` of one (its repository's examples)."
     path, asked = "CodeGoat24/UnifiedReward-qwen-7b", "unifiedreward"
@@ -412,19 +415,19 @@ class UnifiedReward(Qwen):
         ids, _ = self.write([first, second], question(self.asked, prompt, self.control), **self.rate)
         return verdict(self.tokenizer.decode(ids))
 
-    def prefer(self, pairs: list[Pair]) -> list[Preferred]:
+    def prefer(self, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
         return [of_orders(self.compared(p.prompt, p.a, p.b), self.compared(p.prompt, p.b, p.a)) for p in pairs]
 
-# %% ../nbs/19_baselines.ipynb #692c3463
+# %% ../nbs/19_baselines.ipynb #a433ef8e
 class UnifiedRewardThink(UnifiedReward):
     "UnifiedReward-Think: the same with reasons."
     path, asked = "CodeGoat24/UnifiedReward-Think-qwen-7b", "unifiedreward_think"
 
-# %% ../nbs/19_baselines.ipynb #597630fe
+# %% ../nbs/19_baselines.ipynb #cd3e623a
 SCORED = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency",
           "final score")
 
-# %% ../nbs/19_baselines.ipynb #b6f09220
+# %% ../nbs/19_baselines.ipynb #bbec7941
 def scores_in(
     text: str,   # an answer
 ) -> list[float]:   # of `SCORED`; NaN where one can't be read
@@ -435,7 +438,7 @@ def scores_in(
         found.append(float(said[-1]) if said else math.nan)
     return found
 
-# %% ../nbs/19_baselines.ipynb #1d1a0f36
+# %% ../nbs/19_baselines.ipynb #bd3b34c5
 @patch
 def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Five grades from 1 to 4, and as the total the final score from 1 to 10."
@@ -446,7 +449,7 @@ def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Ten
     x = torch.tensor(rows)
     return dict(zip((*SCORED[:-1], "total"), x.T))
 
-# %% ../nbs/19_baselines.ipynb #44ace4c2
+# %% ../nbs/19_baselines.ipynb #94d4ed7a
 class Framed(Baseline):
     "UnifiedReward-Think on Qwen3-VL, served: 8 + 8 frames in one message."
     def __init__(self,
@@ -465,12 +468,12 @@ class Framed(Baseline):
 
     prefer = UnifiedReward.prefer
 
-# %% ../nbs/19_baselines.ipynb #d140a0ab
+# %% ../nbs/19_baselines.ipynb #8a24e165
 def eight(total: int) -> list[int]:
     "Numbers of frames: `linspace(0, total − 1, 8)`, cut to whole numbers."
     return [int(i*(total - 1)/7 + 1e-9) for i in range(8)]
 
-# %% ../nbs/19_baselines.ipynb #0fb22227
+# %% ../nbs/19_baselines.ipynb #c1ac05f7
 class Clip(Baseline):
     "CLIPScore of frames (Hessel et al., 2104.08718, with 100 for 2.5)."
     path = "openai/clip-vit-large-patch14"
@@ -486,7 +489,7 @@ class Clip(Baseline):
         model = CLIPModel.from_pretrained(path, dtype=arithmetic()).to(device())
         return cls(model, AutoProcessor.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #ceef0d0d
+# %% ../nbs/19_baselines.ipynb #cbcb4252
 @patch
 @torch.no_grad()
 def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
@@ -499,7 +502,7 @@ def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
         totals.append((found.image_embeds.float() @ found.text_embeds.float().T).clamp(min=0).mean()*100)
     return dict(total=torch.stack(totals).cpu())
 
-# %% ../nbs/19_baselines.ipynb #acb427d6
+# %% ../nbs/19_baselines.ipynb #29be6a57
 class VisionReward(Baseline):
     "VisionReward-Video (`inference-video.py` of its repository); its model's code is fetched and run."
     path = "THUDM/VisionReward-Video"
@@ -519,7 +522,7 @@ class VisionReward(Baseline):
         model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=arithmetic(), **own).to(device())
         return cls(model, AutoTokenizer.from_pretrained(path, **own))
 
-# %% ../nbs/19_baselines.ipynb #2a88b528
+# %% ../nbs/19_baselines.ipynb #ee690996
 def each_second(
     seconds: list[float],   # when each frame comes
 ) -> list[int]:             # at most 24 numbers of frames
@@ -527,7 +530,7 @@ def each_second(
     def nearest(moment): return min(range(len(seconds)), key=lambda i: abs(seconds[i] - moment))
     return [nearest(second) for second in range(min(round(seconds[-1]) + 1, 24))]
 
-# %% ../nbs/19_baselines.ipynb #255f3192
+# %% ../nbs/19_baselines.ipynb #8a83bfcc
 @patch
 @torch.no_grad()
 def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames uint8 [3, T, H, W]
@@ -541,7 +544,7 @@ def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames
     def best(words): return max(logits[self.tokenizer.encode(word, add_special_tokens=False)[0]] for word in words)
     return bool(best(("yes", "Yes")) > best(("no", "No")))
 
-# %% ../nbs/19_baselines.ipynb #f6987ef8
+# %% ../nbs/19_baselines.ipynb #85223b94
 @patch
 def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "The mean of ±weight."
@@ -553,7 +556,7 @@ def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tens
         totals.append((signs*self.weights).mean())
     return dict(total=torch.stack(totals))
 
-# %% ../nbs/19_baselines.ipynb #cfbd8229
+# %% ../nbs/19_baselines.ipynb #fddcd3f4
 class Asked(Baseline):
     "A `Judge`: zero-shot, or a run's."
     path = "Qwen/Qwen3-VL-8B-Instruct"
@@ -571,23 +574,23 @@ class Asked(Baseline):
         x = self.judge.grades(clips, self.names).cpu()
         return dict(zip(self.names, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #bdbf8f89
+# %% ../nbs/19_baselines.ipynb #ea06f728
 @patch
-def prefer(self: Asked, pairs: list[Pair]) -> list[Preferred]:
+def prefer(self: Asked, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
     "σ of the log-odds, averaged over both orders, as `Judge.verdict_probs`; by dimension from grades."
     from dual_ipo.cot import pair_item
-    own, found = Baseline.prefer(self, pairs), []
-    for pair, graded in zip(pairs, own):
+    own, found = Baseline.prefer(self, pairs) if graded else [Preferred(math.nan)]*len(pairs), []
+    for pair, grades in zip(pairs, own):
         logp = self.judge.choose([pair_item(pair, order, []) for order in ("ab", "ba")], ["1", "2"])[:, 0].cpu()
         ab, ba = (logp[:, 0] - logp[:, 1]).double()
-        found.append(Preferred(torch.sigmoid((ab - ba)/2).item(), bool((ab > 0) != (ba > 0)), graded.dimensions))
+        found.append(Preferred(torch.sigmoid((ab - ba)/2).item(), bool((ab > 0) != (ba > 0)), grades.dimensions))
     return found
 
-# %% ../nbs/19_baselines.ipynb #a78af33d
+# %% ../nbs/19_baselines.ipynb #10807cae
 BASELINES = dict(videoscore2=VideoScore2, videoreward=VideoReward, unifiedreward=UnifiedReward,
                  **{"unifiedreward-think": UnifiedRewardThink}, visionreward=VisionReward, clip=Clip, qwen3vl=Asked)
 
-# %% ../nbs/19_baselines.ipynb #bfcf44a7
+# %% ../nbs/19_baselines.ipynb #5e373872
 def open_baseline(
     name: str,   # one of `BASELINES`, NAME=PATH, or the folder of a judge
 ) -> Baseline:
@@ -598,7 +601,7 @@ def open_baseline(
     raise UserError(f"--with {name}: is neither {', '.join(BASELINES)} (each may be NAME=PATH), "
                     "nor the folder of a judge or a run; name one of them")
 
-# %% ../nbs/19_baselines.ipynb #0b9f7784
+# %% ../nbs/19_baselines.ipynb #ce157e85
 def scorer(
     name: str,              # one of `BASELINES`
     path=None,              # of its weights; None: the hub's
@@ -611,22 +614,22 @@ def scorer(
         return load().grades([(prompt, Video(frames, fps)) for prompt, frames in zip(prompts, videos)])
     return score
 
-# %% ../nbs/19_baselines.ipynb #6e172fe5
+# %% ../nbs/19_baselines.ipynb #f360bf9f
 videoscore2, videoreward, unifiedreward, visionreward, clip, qwen3vl = map(
     scorer, ("videoscore2", "videoreward", "unifiedreward", "visionreward", "clip", "qwen3vl"))
 
-# %% ../nbs/19_baselines.ipynb #cc921032
+# %% ../nbs/19_baselines.ipynb #234ababa
 ALIKE = ({"vq", "visual quality", "visual_quality", "quality", "fineness", "aesthetic"},
          {"mq", "motion quality", "motion"}, {"ta", "text-to-video alignment", "alignment", "prompt_adherence"},
          {"coherence & consistency", "coherence", "physical consistency", "consistency"})   # names of one thing
 
-# %% ../nbs/19_baselines.ipynb #16206a5f
+# %% ../nbs/19_baselines.ipynb #b4db4915
 def same_dimension(a: str, b: str) -> bool:
     "Whether two names mean the same."
     a, b = a.lower(), b.lower()
     return a == b or any(a in names and b in names for names in ALIKE)
 
-# %% ../nbs/19_baselines.ipynb #efdc2ced
+# %% ../nbs/19_baselines.ipynb #77f7dd7e
 @dataclass
 class Labelled:
     "What people said of a pair."
@@ -635,7 +638,7 @@ class Labelled:
     p_a: float | None = None      # share of the people for A, ties half; None: not told
     dimensions: dict[str, str] = field(default_factory=dict)   # name → label
 
-# %% ../nbs/19_baselines.ipynb #e39b1e92
+# %% ../nbs/19_baselines.ipynb #279e6de3
 def own_half(
     p_a: Tensor, truth: list[str], prompts: list[str],   # [B]
 ) -> list[float]:   # [B] 1 where the answer with ties is right, else 0
@@ -648,7 +651,7 @@ def own_half(
         for i in here: points[i] = float(accuracy_with_ties(p_a[[i]], [truth[i]], epsilon))
     return points
 
-# %% ../nbs/19_baselines.ipynb #64ada183
+# %% ../nbs/19_baselines.ipynb #ffd54384
 def right_of(
     p_a: list[float], truth: list[str], prompts: list[str],
 ) -> dict[str, float] | None:   # of `mean_ci`; None: nothing was decided
@@ -657,7 +660,7 @@ def right_of(
             for p, label, prompt in zip(p_a, truth, prompts) if label != "tie"]
     return mean_ci(*map(list, zip(*rows))) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #a508d591
+# %% ../nbs/19_baselines.ipynb #c3378e4d
 def calibration(
     p_a: list[float], truth: list[str],
 ) -> float | None:
@@ -666,7 +669,7 @@ def calibration(
     rows = [(p, label == "A") for p, label in zip(p_a, truth) if label != "tie" and not math.isnan(p)]
     return verdict_ece(torch.tensor([p for p, _ in rows]), torch.tensor([a for _, a in rows])) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #46012423
+# %% ../nbs/19_baselines.ipynb #00b513eb
 def measured(
     said: list[Preferred],
     people: list[Labelled],
@@ -686,7 +689,7 @@ def measured(
             [each.dimensions[name] for _, each in rows], [each.prompt for _, each in rows])
     return found
 
-# %% ../nbs/19_baselines.ipynb #e61fdb24
+# %% ../nbs/19_baselines.ipynb #6ffa3b6b
 def ceiling(
     people: list[Labelled],
 ) -> dict[str, float] | None:
@@ -695,13 +698,13 @@ def ceiling(
     if not rows: return None
     return mean_ci([max(each.p_a, 1 - each.p_a) for each in rows], [each.prompt for each in rows])
 
-# %% ../nbs/19_baselines.ipynb #671bdc2e
+# %% ../nbs/19_baselines.ipynb #62383f17
 def memory() -> float:
     "Gigabytes that were in use at most: of the GPU, or of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
 
-# %% ../nbs/19_baselines.ipynb #43576214
+# %% ../nbs/19_baselines.ipynb #ad319d5c
 def shown_labels(
     cells: dict[str, str],   # a row of pairs.csv, or of VideoGen-RewardBench
 ) -> dict[str, str]:         # dimension → "A", "B" or "tie"
@@ -711,7 +714,7 @@ def shown_labels(
     plain = {name: "tie" if said == "same" or said.startswith("both ") else said for name, said in own.items()}
     return {name: label for name, label in plain.items() if label in ("A", "B", "tie")}
 
-# %% ../nbs/19_baselines.ipynb #3cc8e9e2
+# %% ../nbs/19_baselines.ipynb #de3d8b4a
 def people_of(
     path,   # of the pairs, as `read_pairs` takes it
 ) -> tuple[list[Pair], list[Labelled]]:
@@ -729,43 +732,45 @@ def people_of(
             f"{at}: row {line}: p_a is no share from 0 to 1, or dimensions_json no labels; correct it") from None
     return list(table), people
 
-# %% ../nbs/19_baselines.ipynb #1aa4bc06
+# %% ../nbs/19_baselines.ipynb #d9f32080
 def timed(
     load: Callable,   # opens a judge
     pairs: list[Pair],
+    graded: bool = True,   # as of `Baseline.prefer`
 ) -> tuple[list[Preferred], float, float]:   # (what it says, seconds a pair, gigabytes)
     "Preferences and what they cost, without the opening."
     judge = load()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    said = judge.prefer(pairs)
+    said = judge.prefer(pairs, graded)
     return said, (time.perf_counter() - begin)/len(pairs), memory()
 
-# %% ../nbs/19_baselines.ipynb #ecf77d57
+# %% ../nbs/19_baselines.ipynb #a8329fe0
 def apart(
     name: str,                # of `open_baseline`
     needs: dict[str, object], # Ray's `runtime_env`
     pairs: list[Pair],
+    graded: bool = True,
 ) -> tuple[list[Preferred], float, float]:
     "`timed` in an environment of its own; UserError where there can be none."
     from dual_ipo.cluster import cause_of, join, no_environment
     ray = join()
     try:
         work = ray.remote(num_gpus=min(torch.cuda.device_count(), 1), runtime_env=needs)(timed)
-        return ray.get(work.remote(partial(open_baseline, name), pairs))
+        return ray.get(work.remote(partial(open_baseline, name), pairs, graded))
     except ray.exceptions.RuntimeEnvSetupError as error: raise no_environment(error) from error
     except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
     finally: ray.shutdown()
 
-# %% ../nbs/19_baselines.ipynb #ff3da8ad
+# %% ../nbs/19_baselines.ipynb #15b7672c
 def asker(
     name: str,   # of `open_baseline`
-) -> Callable:   # pairs → (what it says, seconds a pair, gigabytes)
+) -> Callable:   # (pairs, whether dimensions are wanted) → (what it says, seconds a pair, gigabytes)
     "How a judge is asked: here, or apart where it needs an environment of its own."
     needs = getattr(BASELINES.get(name.partition("=")[0]), "needs", None)
     return partial(apart, name, needs) if needs else partial(timed, partial(open_baseline, name))
 
-# %% ../nbs/19_baselines.ipynb #22cd5aac
+# %% ../nbs/19_baselines.ipynb #3df7fba9
 def compare_judges(
     path,                          # of the pairs
     judges: dict[str, Callable],   # name → of `asker`; one is in memory at a time
@@ -773,11 +778,11 @@ def compare_judges(
     "The paper's table of judges on a user's own pairs."
     (pairs, people), found = people_of(path), {}
     for name, ask in judges.items():
-        said, seconds, gb = ask(pairs)
+        said, seconds, gb = ask(pairs, any(each.dimensions for each in people))
         found[name] = measured(said, people) | dict(seconds=seconds, gb=gb)
     return dict(pairs=len(pairs), judges=found, people=ceiling(people))
 
-# %% ../nbs/19_baselines.ipynb #f0fd08f0
+# %% ../nbs/19_baselines.ipynb #6adacea5
 def cell(
     found: dict[str, float] | None,   # of `mean_ci`
 ) -> str:
@@ -785,7 +790,7 @@ def cell(
     if found is None: return "–"
     return "{:.1f} ({:.1f}–{:.1f})".format(*(100*found[key] for key in ("mean", "lo", "hi")))
 
-# %% ../nbs/19_baselines.ipynb #228dc2bf
+# %% ../nbs/19_baselines.ipynb #c430a939
 def judge_lines(
     found: dict[str, object],   # of `compare_judges`
 ) -> tuple[list[str], list[list[str]]]:   # (head, rows)

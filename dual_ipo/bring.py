@@ -13,7 +13,7 @@ __all__ = ['ANSWERS', 'WORDS', 'BENCH', 'GENAI', 'VISION', 'MJ', 'CLIPS', 'FEEDB
            'collected', 'agreed', 'located', 'compared', 'thumbed', 'dominance', 'graded', 'write_csv', 'nothing_kept',
            'sort_out', 'bring']
 
-# %% ../nbs/17_bring.ipynb #e63d37c3
+# %% ../nbs/17_bring.ipynb #cb1c3b10
 import csv
 import hashlib
 import io
@@ -24,7 +24,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
@@ -39,13 +39,13 @@ from .data import PAIR_COLUMNS, inside
 from .prompts import clean_prompt, lines_of, parse_json, read_csv, read_text
 from .store import whole_folder, write_json
 
-# %% ../nbs/17_bring.ipynb #798525b5
+# %% ../nbs/17_bring.ipynb #3e2c8807
 class LeftOut(Exception): "Why a row is not taken."
 
-# %% ../nbs/17_bring.ipynb #7eb3739d
+# %% ../nbs/17_bring.ipynb #f5b469cc
 ANSWERS = ("A", "B", "tie", "both good", "both bad")
 
-# %% ../nbs/17_bring.ipynb #d7986cc9
+# %% ../nbs/17_bring.ipynb #91c7cc7e
 @dataclass
 class Compared:
     "Two clips that somebody compared."
@@ -57,7 +57,7 @@ class Compared:
     dimensions: dict[str, str] = field(default_factory=dict)   # name → one of `ANSWERS`
     pair_id: str = ""
 
-# %% ../nbs/17_bring.ipynb #e8e8ba5d
+# %% ../nbs/17_bring.ipynb #78cdde88
 @dataclass
 class Alone:
     "A clip that somebody judged by itself."
@@ -67,7 +67,7 @@ class Alone:
     grades: dict[str, float] = field(default_factory=dict)
     ordered: bool = False     # more is better in every dimension, so that clips of a prompt may be compared
 
-# %% ../nbs/17_bring.ipynb #c5af2db0
+# %% ../nbs/17_bring.ipynb #b396b17c
 @dataclass
 class Cells:
     "A row of an export, asked by our names."
@@ -84,7 +84,7 @@ class Cells:
         if value is None: raise LeftOut(f"no {self.columns.get(name, name).replace('|', ' or ')}")
         return value
 
-# %% ../nbs/17_bring.ipynb #aa4c72d4
+# %% ../nbs/17_bring.ipynb #60d7ff6e
 def known(
     said,                     # a label as it stands there
     words: dict[str, str],    # theirs, in small letters → one of `ANSWERS`
@@ -94,11 +94,11 @@ def known(
     if text.lower() not in words: raise LeftOut(f"label {text!r:.40} is not known")
     return words[text.lower()]
 
-# %% ../nbs/17_bring.ipynb #cdd9999c
+# %% ../nbs/17_bring.ipynb #1ae734bd
 WORDS = {"a": "A", "left": "A", "b": "B", "right": "B", "tie": "tie", "same": "tie", "equal": "tie",
          "both good": "both good", "both bad": "both bad"}   # what people call their own choices
 
-# %% ../nbs/17_bring.ipynb #22181e53
+# %% ../nbs/17_bring.ipynb #8dd91d9c
 def shuffled(
     prompt: str,
     winner, loser,    # as in `Compared`
@@ -108,7 +108,7 @@ def shuffled(
     swap = seed_of("side", prompt, str(winner)[:200], str(loser)[:200]) % 2
     return Compared(prompt, *((loser, winner) if swap else (winner, loser)), "B" if swap else "A", pair_id=pair_id)
 
-# %% ../nbs/17_bring.ipynb #7b5adc04
+# %% ../nbs/17_bring.ipynb #708a2214
 def majority_of(
     answers: list[str],   # of several people, each one of `ANSWERS`
 ) -> tuple[str, float]:   # (answer, share for A with ties half)
@@ -119,7 +119,7 @@ def majority_of(
     if len(top) == 2 and top[0][1] == top[1][1]: raise LeftOut("people are divided evenly")
     return top[0][0], p_a
 
-# %% ../nbs/17_bring.ipynb #7e17d2e4
+# %% ../nbs/17_bring.ipynb #280e4ca7
 def common(
     own: dict[str, str],   # dimension → answer
 ) -> str:
@@ -128,10 +128,10 @@ def common(
     if len(set(own.values())) > 1: raise LeftOut("no overall label, and the dimensions disagree")
     return next(iter(own.values()))
 
-# %% ../nbs/17_bring.ipynb #e93dc414
+# %% ../nbs/17_bring.ipynb #08d30cec
 BENCH = dict(prompt="prompt", a="path_A", b="path_B", label="Overall")
 
-# %% ../nbs/17_bring.ipynb #4fed0d22
+# %% ../nbs/17_bring.ipynb #cf0cbf19
 def of_videogen_rewardbench(cells: Cells) -> Iterator[Compared]:
     "VideoGen-RewardBench (dataset card; `datasets/train/README.md` of VideoAlign)."
     words = {"a": "A", "b": "B", "same": "tie"}
@@ -141,10 +141,10 @@ def of_videogen_rewardbench(cells: Cells) -> Iterator[Compared]:
     answer = known(label, words) if label else common(own)
     yield Compared(cells["prompt"], cells["a"], cells["b"], answer, dimensions=own)
 
-# %% ../nbs/17_bring.ipynb #7fd9d6e2
+# %% ../nbs/17_bring.ipynb #fa024ef9
 GENAI = dict(prompt="prompt", a="left_video|video_left", b="right_video|video_right", label="vote_type", pair_id="id")
 
-# %% ../nbs/17_bring.ipynb #0262bfd2
+# %% ../nbs/17_bring.ipynb #8005c0a2
 def of_genai_bench(cells: Cells) -> Iterator[Compared]:
     "GenAI-Bench, videos (dataset card; `vote_type` as its `genaibench` scripts read it)."
     words = {"leftvote": "A", "rightvote": "B", "tievote": "both good", "bothbad_vote": "both bad",
@@ -152,11 +152,11 @@ def of_genai_bench(cells: Cells) -> Iterator[Compared]:
     yield Compared(cells["prompt"], cells["a"], cells["b"], known(cells["label"], words),
                    pair_id=str(cells.get("pair_id") or ""))
 
-# %% ../nbs/17_bring.ipynb #e6dde0d1
+# %% ../nbs/17_bring.ipynb #6cd39c3f
 VISION = dict(prompt="prompt", a="video1_path", b="video2_path", label="standard_answer", clip="video_path",
               grades="annotation", pair_id="internal_id")
 
-# %% ../nbs/17_bring.ipynb #92086c60
+# %% ../nbs/17_bring.ipynb #236b8959
 def of_visionreward(cells: Cells) -> Iterator[Compared | Alone]:
     "VisionRewardDB-Video (dataset card of zai-org/VisionRewardDB-Video)."
     if grades := cells.get("grades"):
@@ -165,23 +165,23 @@ def of_visionreward(cells: Cells) -> Iterator[Compared | Alone]:
         answer = known(cells["label"], {"video1": "A", "video2": "B", "tie": "tie"})
         yield Compared(cells["prompt"], cells["a"], cells["b"], answer, pair_id=str(cells.get("pair_id") or ""))
 
-# %% ../nbs/17_bring.ipynb #14c11489
+# %% ../nbs/17_bring.ipynb #f50c301f
 MJ = dict(prompt="caption", a="video_0_path", b="video_1_path", label="overall_preference", own="category_preference")
 
-# %% ../nbs/17_bring.ipynb #21b82342
+# %% ../nbs/17_bring.ipynb #984a2999
 def of_mj_bench_video(cells: Cells) -> Iterator[Compared]:
     "MJ-Bench-Video (evaluation scripts of MJ-Bench-2.0); what is \"Hard to judge\" is left out."
     words = {"video 1 better": "A", "video 2 better": "B", "same": "tie"}
     own = {name: words[said.lower()] for name, said in (cells.get("own") or {}).items() if said.lower() in words}
     yield Compared(cells["prompt"], cells["a"], cells["b"], known(cells["label"], words), dimensions=own)
 
-# %% ../nbs/17_bring.ipynb #0cdfc2b6
+# %% ../nbs/17_bring.ipynb #cf9d7222
 CLIPS = ".mp4", ".mov", ".mkv", ".webm", ".avi"   # what `data` reads
 
-# %% ../nbs/17_bring.ipynb #cd246430
+# %% ../nbs/17_bring.ipynb #d53ca5ec
 FEEDBACK = dict(clip="id", said="conversations")
 
-# %% ../nbs/17_bring.ipynb #5fc609ea
+# %% ../nbs/17_bring.ipynb #55b4a63c
 def of_videofeedback(cells: Cells) -> Iterator[Alone]:
     "VideoFeedback, the data of VideoScore (dataset card)."
     turns = {turn.get("from"): turn.get("value", "") for turn in cells["said"]}
@@ -193,10 +193,10 @@ def of_videofeedback(cells: Cells) -> Iterator[Alone]:
     yield Alone(prompt[1], name if Path(name).suffix in CLIPS else f"{name}.mp4", ordered=True,
                 grades={dimension.strip(): float(grade) for dimension, grade in grades})
 
-# %% ../nbs/17_bring.ipynb #936d4d24
+# %% ../nbs/17_bring.ipynb #a8c159e5
 RAPIDATA = dict(prompt="prompt", a="video1|file_name1", b="video2|file_name2")
 
-# %% ../nbs/17_bring.ipynb #1b15d274
+# %% ../nbs/17_bring.ipynb #30b71773
 def preferred(
     row: dict[str, object],
 ) -> dict[str, float]:   # dimension → share for the first clip
@@ -209,7 +209,7 @@ def preferred(
         if min(first, second) >= 0 and first + second > 0: found[key.split("_", 2)[2]] = first/(first + second)
     return found
 
-# %% ../nbs/17_bring.ipynb #f03e416c
+# %% ../nbs/17_bring.ipynb #5d67c2f4
 def of_rapidata(cells: Cells) -> Iterator[Compared]:
     "Rapidata's text-2-video-human-preferences (dataset cards)."
     shares = preferred(cells.row)
@@ -218,11 +218,11 @@ def of_rapidata(cells: Cells) -> Iterator[Compared]:
     answer = own.pop("Preference", None) or common(own)
     yield Compared(cells["prompt"], cells["a"], cells["b"], answer, shares.get("Preference"), own)
 
-# %% ../nbs/17_bring.ipynb #f1c7597b
+# %% ../nbs/17_bring.ipynb #1ffbaa12
 PICK = dict(prompt="caption|prompt", a="video_0|mp4_0|video_0_path", b="video_1|mp4_1|video_1_path",
             first="label_0", second="label_1")
 
-# %% ../nbs/17_bring.ipynb #93c5efeb
+# %% ../nbs/17_bring.ipynb #648e77dd
 def of_pick_a_vid(cells: Cells) -> Iterator[Compared]:
     "Pick-a-Pic's shape (dataset card of yuvalkirstain/pickapic_v2), its images replaced by clips."
     if cells.get("has_label") in (False, "False", 0): raise LeftOut("has no label")
@@ -231,18 +231,18 @@ def of_pick_a_vid(cells: Cells) -> Iterator[Compared]:
     if labels not in answers: raise LeftOut(f"labels {labels[0]:g} and {labels[1]:g} are not known")
     yield Compared(cells["prompt"], cells["a"], cells["b"], answers[labels])
 
-# %% ../nbs/17_bring.ipynb #4f9afe42
+# %% ../nbs/17_bring.ipynb #6379d818
 DPO = dict(prompt="prompt", chosen="chosen", rejected="rejected", pair_id="pair_id")
 
-# %% ../nbs/17_bring.ipynb #dee2f947
+# %% ../nbs/17_bring.ipynb #a4adcfbd
 def of_videodpo(cells: Cells) -> Iterator[Compared]:
     "VideoDPO's pairs (its `readme.md`; `metadata.json` and `pair.json` of vidpro-vc2-dataset)."
     yield shuffled(cells["prompt"], cells["chosen"], cells["rejected"])
 
-# %% ../nbs/17_bring.ipynb #b50d70e1
+# %% ../nbs/17_bring.ipynb #2a5ebfe1
 FLOW = dict(version="schema_version", given="input", said="supervision")
 
-# %% ../nbs/17_bring.ipynb #c7125286
+# %% ../nbs/17_bring.ipynb #83e87406
 def video_of(
     candidate: dict,   # {"media": [{"type", "path"}]}
 ) -> str:
@@ -251,7 +251,7 @@ def video_of(
     if len(paths) != 1: raise LeftOut(f"a candidate has {len(paths)} videos")
     return paths[0]
 
-# %% ../nbs/17_bring.ipynb #ff1af695
+# %% ../nbs/17_bring.ipynb #2918be9e
 def of_flow_factory(cells: Cells) -> Iterator[Compared]:
     "Flow-Factory's JSONL, schema_version 2 (`guidance/datasets.md`)."
     if cells["version"] != 2: raise LeftOut(f"schema_version {cells['version']!r:.20} is not 2")
@@ -260,10 +260,10 @@ def of_flow_factory(cells: Cells) -> Iterator[Compared]:
     if given.get("media"): raise LeftOut("starts from an image or a video, not from text alone")
     yield shuffled(given.get("prompt"), video_of(said["chosen"]), video_of(said["rejected"]))
 
-# %% ../nbs/17_bring.ipynb #a3afa8c1
+# %% ../nbs/17_bring.ipynb #5e6983b0
 TRL = dict(prompt="prompt", chosen="chosen", rejected="rejected", clip="completion", good="label")
 
-# %% ../nbs/17_bring.ipynb #26454bfc
+# %% ../nbs/17_bring.ipynb #8cb8dc99
 def parts_of(
     said,   # text, a part, a turn, or lists of them
 ) -> Iterator[dict]:
@@ -274,7 +274,7 @@ def parts_of(
     elif isinstance(said, dict) and "content" in said: yield from parts_of(said["content"])
     elif isinstance(said, dict): yield said
 
-# %% ../nbs/17_bring.ipynb #3144c493
+# %% ../nbs/17_bring.ipynb #db0020fd
 def clip_of(
     said,   # a completion
 ):          # as in `Compared`
@@ -287,14 +287,14 @@ def clip_of(
     if len(found) != 1 or not found[0]: raise LeftOut(f"a completion has {len(found)} clips")
     return found[0]
 
-# %% ../nbs/17_bring.ipynb #ae2c1c60
+# %% ../nbs/17_bring.ipynb #2bed9f14
 def words_of(
     said,   # a prompt
 ) -> str:
     "The text of a prompt's turns."
     return " ".join(part["text"] for part in parts_of(said) if part.get("type") == "text" and part.get("text"))
 
-# %% ../nbs/17_bring.ipynb #40d003bd
+# %% ../nbs/17_bring.ipynb #8947bc48
 def of_trl(cells: Cells) -> Iterator[Compared]:
     "TRL's preferences, explicit and implicit prompts (TRL documentation, \"Dataset formats and types\")."
     chosen, rejected = cells["chosen"], cells["rejected"]
@@ -303,17 +303,17 @@ def of_trl(cells: Cells) -> Iterator[Compared]:
         prompt, chosen, rejected = shared, chosen[len(shared):], rejected[len(shared):]
     yield shuffled(words_of(prompt), clip_of(chosen), clip_of(rejected))
 
-# %% ../nbs/17_bring.ipynb #b7a06690
+# %% ../nbs/17_bring.ipynb #b14000e6
 def of_trl_kto(cells: Cells) -> Iterator[Alone]:
     "TRL's unpaired preferences, as its KTO trainer reads them (TRL documentation)."
     good = cells["good"]
     if str(good).lower() not in ("true", "false"): raise LeftOut(f"label {good!r:.40} is neither true nor false")
     yield Alone(words_of(cells["prompt"]), clip_of(cells["clip"]), str(good).lower() == "true")
 
-# %% ../nbs/17_bring.ipynb #34c361fa
+# %% ../nbs/17_bring.ipynb #6b7d4590
 STUDIO = dict(prompt="prompt", a="video_a|video1", b="video_b|video2", label="label")
 
-# %% ../nbs/17_bring.ipynb #9bc10bef
+# %% ../nbs/17_bring.ipynb #ff9c52ae
 def selections(
     annotation: dict,
 ) -> dict[str, tuple[str, str]]:   # name of the question → (what was said, names it is about)
@@ -326,7 +326,7 @@ def selections(
         if said: found[one.get("from_name", "")] = said, one.get("to_name", "")
     return found
 
-# %% ../nbs/17_bring.ipynb #343f93b4
+# %% ../nbs/17_bring.ipynb #bab51506
 def overall(
     questions: list[str],
     wanted: str,   # what the columns call `label`
@@ -338,7 +338,7 @@ def overall(
     if len(names) > 1: raise LeftOut(f"{len(names)} questions, none called {wanted!r}: name one with --column label=…")
     return names[0]
 
-# %% ../nbs/17_bring.ipynb #01556270
+# %% ../nbs/17_bring.ipynb #a5effbb8
 def votes_of(
     said: dict[str, list],    # question → what each person said
     decides: str,             # which of them
@@ -351,7 +351,7 @@ def votes_of(
     own.pop(decides, None)
     return *majority_of(answers[decides]), own
 
-# %% ../nbs/17_bring.ipynb #933e8079
+# %% ../nbs/17_bring.ipynb #ef0055b9
 def of_label_studio(cells: Cells) -> Iterator[Compared]:
     "Label Studio's JSON export (its guide, \"Label Studio JSON format of annotated tasks\")."
     said, about = defaultdict(list), {}
@@ -366,7 +366,7 @@ def of_label_studio(cells: Cells) -> Iterator[Compared]:
     a, b = (data[name] for name in (names if len(names) == 2 and set(names) <= set(data.row) else "ab"))
     yield Compared(data["prompt"], a, b, answer, p_a, own, str(cells.get("id") or ""))
 
-# %% ../nbs/17_bring.ipynb #6a05cf0b
+# %% ../nbs/17_bring.ipynb #5887a203
 def ranked_as(
     said,   # an answer: a word, or a ranking of two
     names: tuple[str, str],   # what the clips may be called in a ranking
@@ -379,10 +379,10 @@ def ranked_as(
         said = [first["value"], second["value"]]
     return {tuple(names): "A", tuple(names[::-1]): "B"}.get(tuple(said), str(said))
 
-# %% ../nbs/17_bring.ipynb #182ab2fc
+# %% ../nbs/17_bring.ipynb #e46b6896
 ARGILLA = dict(prompt="prompt", a="video_a|video1", b="video_b|video2", label="label")
 
-# %% ../nbs/17_bring.ipynb #32d5fb76
+# %% ../nbs/17_bring.ipynb #f376d72f
 def of_argilla(cells: Cells) -> Iterator[Compared]:
     "Argilla 2's records, `to_list(flatten=True)` or pushed to the hub (its reference, \"Records\")."
     said, ends = {}, [next((n for n in cells.columns[side].split("|") if n in cells.row), side) for side in "ab"]
@@ -395,7 +395,7 @@ def of_argilla(cells: Cells) -> Iterator[Compared]:
     yield Compared(cells["prompt"], cells["a"], cells["b"], *votes_of(said, decides),
                    str(cells.get("id") or ""))
 
-# %% ../nbs/17_bring.ipynb #c1d742f0
+# %% ../nbs/17_bring.ipynb #de10373a
 def json_of(
     text: str,
     where: str,   # for the message
@@ -403,7 +403,7 @@ def json_of(
     try: return parse_json(text)
     except ValueError as error: raise UserError(f"{where} is no sound JSON ({error!s:.80}); export it again") from None
 
-# %% ../nbs/17_bring.ipynb #a37aa678
+# %% ../nbs/17_bring.ipynb #69511f6b
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     "The rows of a Parquet file, some in memory at a time: they may hold whole clips."
     line = 0
@@ -416,7 +416,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: can't be read ({in_a_line(error)}); fetch it again") from None
 
-# %% ../nbs/17_bring.ipynb #7a9a5f20
+# %% ../nbs/17_bring.ipynb #2241bf1c
 def table_rows(path: Path) -> Iterator[tuple[str, dict]]:   # (where, row)
     "The rows of a table of any kind; UserError where it can't be read."
     if path.suffix == ".parquet": yield from parquet_rows(path)
@@ -430,7 +430,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict]]:   # (where, row)
         for i, row in enumerate(rows, 1): yield f"{path}: row {i}", row
     else: raise UserError(f"{path}: is neither .csv, .jsonl, .json nor .parquet; name it so")
 
-# %% ../nbs/17_bring.ipynb #a0cdca01
+# %% ../nbs/17_bring.ipynb #521e3d38
 def videodpo_rows(path: Path) -> Iterator[tuple[str, dict]]:
     "The pairs of VideoDPO's `pair.json`, their numbers looked up in the `metadata.json` beside it."
     at = path.parent/"metadata.json"
@@ -445,7 +445,7 @@ def videodpo_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if isinstance(row["prompt"], list): row["prompt"] = row["prompt"][0]
         yield f"{path}: row {i}", row
 
-# %% ../nbs/17_bring.ipynb #91025722
+# %% ../nbs/17_bring.ipynb #bc94fb08
 @dataclass
 class Format:
     "A shape."
@@ -454,10 +454,10 @@ class Format:
     files: tuple[str, ...]      # which of a folder's files hold it, patterns; the first that matches any
     rows: Callable = table_rows # path → (where, row)
 
-# %% ../nbs/17_bring.ipynb #3b60300a
+# %% ../nbs/17_bring.ipynb #bb674b22
 ANY = "**/*.parquet", "**/*.jsonl", "**/*.json", "**/*.csv"
 
-# %% ../nbs/17_bring.ipynb #44641295
+# %% ../nbs/17_bring.ipynb #90f94aa8
 FORMATS = {
     "videogen-rewardbench": Format(of_videogen_rewardbench, BENCH, ("*.csv", *ANY)),
     "genai-bench": Format(of_genai_bench, GENAI, ("video_generation/*.parquet", *ANY)),
@@ -473,7 +473,7 @@ FORMATS = {
     "label-studio": Format(of_label_studio, STUDIO, ("**/*.json",)),
     "argilla": Format(of_argilla, ARGILLA, ANY)}
 
-# %% ../nbs/17_bring.ipynb #2c950bfc
+# %% ../nbs/17_bring.ipynb #6a051824
 def fetched(
     name: str,   # a dataset's id on the hub
 ) -> Path:
@@ -483,7 +483,7 @@ def fetched(
     raise UserError(f"{name}: no such file or folder, and no dataset of the hub that can be fetched ({why}); check it, "
                     f"or run `hf download {name} --repo-type dataset` where there is a network")
 
-# %% ../nbs/17_bring.ipynb #0bb3f1a0
+# %% ../nbs/17_bring.ipynb #7a7fef65
 def tables_in(
     path,            # a file, a folder, or a dataset's id on the hub
     format: Format,
@@ -495,19 +495,19 @@ def tables_in(
         if found := sorted(file for file in at.glob(pattern) if file.is_file()): return at, found
     raise UserError(f"{path}: holds none of {', '.join(format.files)}; give the table itself")
 
-# %% ../nbs/17_bring.ipynb #8e13f1c2
+# %% ../nbs/17_bring.ipynb #0faa464f
 def plain_name(name: str) -> str:
     "A path or an address without white space around it; of Label Studio's `/data/local-files/?d=PATH` the path."
     at = urlparse(name.strip())
     return parse_qs(at.query)["d"][0] if at.query.startswith("d=") and len(at.query) > 2 else name.strip()
 
-# %% ../nbs/17_bring.ipynb #b523d5ae
+# %% ../nbs/17_bring.ipynb #63030eb7
 def last_part(name: str) -> str:
     "The file name of a path or an address."
     at = urlparse(name)
     return Path(unquote(at.path) if at.scheme in ("http", "https") else name).name
 
-# %% ../nbs/17_bring.ipynb #d7be81af
+# %% ../nbs/17_bring.ipynb #8fd35c98
 @dataclass
 class Clips:
     "Finds clips, and puts them into a folder."
@@ -517,7 +517,7 @@ class Clips:
     placed: dict[Path, str] = field(default_factory=dict)   # file → what it is called in the new folder
     saved: set[Path] = field(default_factory=set)           # files that were written here
 
-# %% ../nbs/17_bring.ipynb #a05eaa72
+# %% ../nbs/17_bring.ipynb #7f292dcc
 @patch
 def taken(self: Clips,
     value,   # of a column: text, or {"bytes", "path"} as datasets of videos have them
@@ -534,7 +534,7 @@ def taken(self: Clips,
     self.names[last_part(name)].add(name)
     return name
 
-# %% ../nbs/17_bring.ipynb #5aa436be
+# %% ../nbs/17_bring.ipynb #7d27406a
 @patch
 def save(self: Clips, data: bytes, suffix: str) -> Path:
     "Write a clip that came as bytes; the same bytes once."
@@ -544,7 +544,7 @@ def save(self: Clips, data: bytes, suffix: str) -> Path:
     self.saved.add(path)
     return path
 
-# %% ../nbs/17_bring.ipynb #0c3fefca
+# %% ../nbs/17_bring.ipynb #2735c0a2
 @patch
 def found(self: Clips, name: str | Path) -> Path:
     "The file of a clip; `LeftOut` where it is not there, or not certain."
@@ -562,7 +562,7 @@ def found(self: Clips, name: str | Path) -> Path:
             return path
     raise LeftOut("a path leads out of the export" if outside else "a clip is not there")
 
-# %% ../nbs/17_bring.ipynb #3c2f10fb
+# %% ../nbs/17_bring.ipynb #7df07434
 @patch
 def place(self: Clips, path: Path) -> str:   # relative to the new folder
     "Put a clip into the new folder, once: a hard link, or a copy where there can be none."
@@ -577,7 +577,7 @@ def place(self: Clips, path: Path) -> str:   # relative to the new folder
     self.placed[real] = name
     return name
 
-# %% ../nbs/17_bring.ipynb #93bfb02e
+# %% ../nbs/17_bring.ipynb #49a6d31e
 @dataclass
 class Brought:
     "What an export held."
@@ -586,15 +586,16 @@ class Brought:
     grades: list[dict] = field(default_factory=list)   # rows of grades.csv
     left_out: Counter = field(default_factory=Counter)         # reason → rows
     first: dict[str, str] = field(default_factory=dict)        # reason → where it was met first
+    addresses: int = 0                                         # clips that are named by an address
 
-# %% ../nbs/17_bring.ipynb #ed047c93
+# %% ../nbs/17_bring.ipynb #28f0960d
 @patch
 def leave(self: Brought, why: str, where: str):
     "Count a row that is not taken."
     self.left_out[why] += 1
     self.first.setdefault(why, where)
 
-# %% ../nbs/17_bring.ipynb #3a3a718d
+# %% ../nbs/17_bring.ipynb #8bc7b3be
 def worded(
     prompt,   # as it stands there
 ) -> str:
@@ -602,7 +603,7 @@ def worded(
     try: return clean_prompt(prompt, "")
     except UserError: raise LeftOut("no prompt") from None
 
-# %% ../nbs/17_bring.ipynb #710802b2
+# %% ../nbs/17_bring.ipynb #486ee8b4
 def collected(
     tables: list[Path],
     format: Format,
@@ -624,7 +625,7 @@ def collected(
         except (TypeError, ValueError, AttributeError, LookupError): brought.leave("is not of this format", where)
     return found
 
-# %% ../nbs/17_bring.ipynb #4709a463
+# %% ../nbs/17_bring.ipynb #46a09c50
 def agreed(
     said: list[tuple[str, tuple, object]],   # (where, what it is about, what was said of it)
     brought: Brought,
@@ -638,7 +639,7 @@ def agreed(
         else: first[about] = i
     return first
 
-# %% ../nbs/17_bring.ipynb #00b8681c
+# %% ../nbs/17_bring.ipynb #28374e91
 def located(
     found: list[tuple[str, Compared | Alone]],   # of `collected`
     clips: Clips,
@@ -656,7 +657,7 @@ def located(
         except LeftOut as why: brought.leave(str(why), where)
     return there
 
-# %% ../nbs/17_bring.ipynb #159e58c7
+# %% ../nbs/17_bring.ipynb #9b6a650c
 def compared(
     there: list[tuple[str, Compared]],
     clips: Clips,
@@ -679,7 +680,7 @@ def compared(
             both=both, dimensions_json=json.dumps(pair.dimensions, ensure_ascii=False) if pair.dimensions else ""))
     return rows
 
-# %% ../nbs/17_bring.ipynb #c9f49eb2
+# %% ../nbs/17_bring.ipynb #83c1d17c
 def thumbed(
     there: list[tuple[str, Alone]],
     clips: Clips,
@@ -691,7 +692,7 @@ def thumbed(
     kept = [there[i][1] for i in agreed(said, brought).values()]
     return [dict(clip=clips.place(one.clip), prompt=one.prompt, good=str(one.good).lower()) for one in kept]
 
-# %% ../nbs/17_bring.ipynb #f23d7c9b
+# %% ../nbs/17_bring.ipynb #e2515443
 def dominance(
     a: dict[str, float], b: dict[str, float],   # dimension → grade
 ) -> str | None:   # None: each is better in something, or they were not graded alike
@@ -700,7 +701,7 @@ def dominance(
     better, worse = any(a[name] > b[name] for name in a), any(a[name] < b[name] for name in a)
     return None if better and worse else "A" if better else "B" if worse else "tie"
 
-# %% ../nbs/17_bring.ipynb #6eff832d
+# %% ../nbs/17_bring.ipynb #8b3f87f7
 def graded(
     there: list[tuple[str, Alone]],
     clips: Clips,
@@ -720,10 +721,10 @@ def graded(
             else: brought.leave("two graded clips, each better in something", where)
     return rows, pairs
 
-# %% ../nbs/17_bring.ipynb #224831f8
+# %% ../nbs/17_bring.ipynb #0ca354d3
 MORE = *PAIR_COLUMNS, "p_a", "both", "dimensions_json"   # the columns of pairs.csv: both is good, bad or empty
 
-# %% ../nbs/17_bring.ipynb #6968b593
+# %% ../nbs/17_bring.ipynb #3d12f5a3
 def write_csv(path: Path, rows: list[dict]):
     "A table, or nothing where there are no rows."
     if not rows: return
@@ -733,7 +734,7 @@ def write_csv(path: Path, rows: list[dict]):
     for row in rows: table.writerow({name: " ".join(value.split()) for name, value in row.items()})
     path.write_text(text.getvalue(), encoding="utf-8", newline="")
 
-# %% ../nbs/17_bring.ipynb #f11aeb2d
+# %% ../nbs/17_bring.ipynb #9b392103
 def nothing_kept(
     path,   # as the user gave it
     format: str,
@@ -745,11 +746,12 @@ def nothing_kept(
     why, n = brought.left_out.most_common(1)[0]
     packed = [zip.name for root in roots for zip in sorted(root.glob("*.zip"))]
     remedy = "give the clips' folder with --clips" if "clip" in why else "is it of that format?"
+    if brought.addresses: remedy = f"fetch the {brought.addresses} addresses of clips into a folder for --clips"
     if packed and "clip" in why: remedy = f"unpack {packed[0]} and give its folder with --clips"
     return UserError(f"{path}: nothing of {format} could be kept; {n} of {brought.left_out.total()} rows: {why} "
                      f"(first at {brought.first[why]}); {remedy}")
 
-# %% ../nbs/17_bring.ipynb #7e3948a1
+# %% ../nbs/17_bring.ipynb #e5f3de8d
 def sort_out(
     tables: list[Path],
     format: Format, columns: dict[str, str],
@@ -758,13 +760,14 @@ def sort_out(
     "Read, look for clips, agree."
     brought = Brought()
     there = located(collected(tables, format, columns, clips, brought), clips, brought)
+    brought.addresses = sum("://" in name for name in chain.from_iterable(clips.names.values()))
     alone = [each for each in there if isinstance(each[1], Alone)]
     brought.grades, more = graded(alone, clips, brought)
     brought.thumbs = thumbed(alone, clips, brought)
     brought.pairs = compared([each for each in there if isinstance(each[1], Compared)] + more, clips, brought)
     return brought
 
-# %% ../nbs/17_bring.ipynb #802d3cf1
+# %% ../nbs/17_bring.ipynb #96918d0f
 def bring(
     format: str,    # one of `FORMATS`
     path,           # a table, a folder, or a dataset's id on the hub
@@ -788,7 +791,7 @@ def bring(
         write_json(beside/"import.json", dict(format=format, of=str(path)) | brought.told())
     return brought
 
-# %% ../nbs/17_bring.ipynb #8b032ef7
+# %% ../nbs/17_bring.ipynb #bc1d1f67
 @patch
 def __str__(self: Brought):
     labels = Counter(row["both"] and f"both {row['both']}" or row["label"] for row in self.pairs)
@@ -799,7 +802,7 @@ def __str__(self: Brought):
     reasons = [f"  {n} {why} (first: {self.first[why]})" for why, n in self.left_out.most_common()]
     return "\n".join(["kept " + ", ".join(lines), f"left out {self.left_out.total()}", *reasons])
 
-# %% ../nbs/17_bring.ipynb #5c46a502
+# %% ../nbs/17_bring.ipynb #2e9c339a
 @patch
 def told(self: Brought) -> dict[str, object]:
     "The same for programs."

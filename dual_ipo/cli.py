@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -378,7 +379,7 @@ def asker_of(
     from dual_ipo.rounds import config_of, load_judge
     run = Run.load(name)
     config, path = config_of(run), newest_judge(run)
-    return lambda pairs: timed(lambda: Asked(load_judge(config, path), config.judge.dimensions), pairs)
+    return partial(timed, lambda: Asked(load_judge(config, path), config.judge.dimensions))
 
 # %% ../nbs/60_cli.ipynb #ddc02390
 def judged(args: argparse.Namespace) -> str:

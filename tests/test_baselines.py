@@ -410,7 +410,7 @@ def test_a_scorer_ranks_candidates(videoalign):
 class Planted(Baseline):
     "Says what it is told to, pair by pair."
     def __init__(self, said): self.said = said
-    def prefer(self, pairs): return self.said
+    def prefer(self, pairs, graded=True): return self.said
 
 
 def test_the_table_finds_what_was_planted():
@@ -460,7 +460,7 @@ def test_people_in_the_table(labelled):
 def test_judges_stand_in_one_table(labelled):
     columns(labelled, p_a=["0.9", "0.1", "0.9", "0.1"], VQ=["A", "B", "A", "B"])
     right = Planted([Preferred(p, True, dict(VQ=p)) for p in (.9, .1, .9, .1)])
-    def asked(judge): return lambda pairs: baselines.timed(lambda: judge, pairs)
+    def asked(judge): return lambda pairs, graded: baselines.timed(lambda: judge, pairs, graded)
     found = compare_judges(labelled, dict(right=asked(right), blind=asked(Planted([Preferred(.5)]*4))))
     head, rows = judge_lines(found)
     assert head[-1] == "VQ" and [row[0] for row in rows] == ["right", "blind", "one person"]

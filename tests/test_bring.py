@@ -286,6 +286,8 @@ def test_bad_tables_end_in_one_line(at):
     assert "has no rows" in line_of("genai-bench", write(at/"e.json", []), at/"new")
     assert "--column promt" in line_of("genai-bench", at/"o.json", at/"new", columns=dict(promt="x"))
     assert "is no folder" in line_of("genai-bench", at/"o.json", at/"new", at/"nowhere")
+    addresses = write(at/"u.json", [pair(a="https://h/8.mp4", b="https://h/9.mp4")])
+    assert "fetch the 2 addresses" in line_of("genai-bench", addresses, at/"new")
     (at/"videos.zip").write_bytes(b"PK")
     assert "unpack videos.zip" in line_of("genai-bench", write(at/"z.json", [pair(a="9.mp4")]), at/"new")
 
