@@ -12,7 +12,7 @@ __all__ = ['ASKED', 'FACTOR', 'BOUNDS', 'MEAN', 'STD', 'REWARDS', 'ASPECTS', 'VE
            'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'timed', 'apart', 'asker',
            'compare_judges', 'cell', 'judge_lines']
 
-# %% ../nbs/19_baselines.ipynb #84da1b72
+# %% ../nbs/19_baselines.ipynb #64a09ba3
 import json
 import math
 import os
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from .core import Pair, UserError, Video, seed_of
 from .stats import accuracy_with_ties, mean_ci, right, tie_threshold
 
-# %% ../nbs/19_baselines.ipynb #b978d7dd
+# %% ../nbs/19_baselines.ipynb #74ca6514
 ASKED = Path(__file__).parent/"asked" if "__file__" in globals() else Path("../dual_ipo/asked")
 
-# %% ../nbs/19_baselines.ipynb #da3f4241
+# %% ../nbs/19_baselines.ipynb #3c577e14
 def question(
     name: str,      # of a file in asked/
     prompt: str,    # what the video was made from
@@ -46,7 +46,7 @@ def question(
     for word in sorted(filter(str.strip, control), key=len, reverse=True): prompt = prompt.replace(word, " ")
     return (ASKED/f"{name}.txt").read_bytes().decode().replace("{prompt}", prompt)
 
-# %% ../nbs/19_baselines.ipynb #ea3ef29e
+# %% ../nbs/19_baselines.ipynb #aedb2e4b
 def sampled(
     total: int, fps: float,   # frames of the clip, and how many a second
     down: bool = True,        # to an even number: down, or to the nearest
@@ -57,11 +57,11 @@ def sampled(
     else: n = min(round(min(max(total/fps*2, 4), most//2*2)/2)*2, total)
     return torch.linspace(0, total - 1, max(n, 1)).round().long().tolist()
 
-# %% ../nbs/19_baselines.ipynb #13de29e0
+# %% ../nbs/19_baselines.ipynb #5f6a090d
 FACTOR = 28                                    # px: a token is a square of patches
 BOUNDS = 128*FACTOR**2, 768*FACTOR**2          # pixels of a frame, where nothing else is said
 
-# %% ../nbs/19_baselines.ipynb #70d50369
+# %% ../nbs/19_baselines.ipynb #5a8e32ec
 def scaled(
     frames: Tensor,   # uint8 [T, 3, H, W]
     least: int, most: int,   # pixels of a frame
@@ -75,10 +75,10 @@ def scaled(
     sides = [max(side, FACTOR) for side in sides]
     return F.interpolate(frames.float(), sides, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/19_baselines.ipynb #d6f263ee
+# %% ../nbs/19_baselines.ipynb #47c689b6
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]   # CLIP's
 
-# %% ../nbs/19_baselines.ipynb #abc1a510
+# %% ../nbs/19_baselines.ipynb #25e23eff
 def patches(
     frames: Tensor,   # uint8 [T, 3, H, W], sides in multiples of `FACTOR`
 ) -> tuple[Tensor, Tensor]:   # (float32 [n, 1176] pixel values, int64 [1, 3] grid: time, height, width)
@@ -89,7 +89,7 @@ def patches(
     x = x.view(T, 2, 3, H//2, 2, 14, W//2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(T*H*W, -1), torch.tensor([[T, H, W]])
 
-# %% ../nbs/19_baselines.ipynb #a3ddeab5
+# %% ../nbs/19_baselines.ipynb #b2e83ab9
 @dataclass
 class Preferred:
     "What a judge says of a pair."
@@ -97,7 +97,7 @@ class Preferred:
     consistent: bool | None = None # do both orders agree; None: there is no order
     dimensions: dict[str, float] = field(default_factory=dict)   # p_a of each
 
-# %% ../nbs/19_baselines.ipynb #f4d84c25
+# %% ../nbs/19_baselines.ipynb #6fc64402
 class Baseline:
     "A judge beside ours: `grades` or `prefer`, or both."
     def grades(self,
@@ -122,13 +122,13 @@ class Baseline:
             preferred.append(Preferred(p.pop("total"), None, p))
         return preferred
 
-# %% ../nbs/19_baselines.ipynb #6477e9b6
+# %% ../nbs/19_baselines.ipynb #a8815222
 def device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/19_baselines.ipynb #4a4224b7
+# %% ../nbs/19_baselines.ipynb #15427025
 def arithmetic() -> torch.dtype: return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
-# %% ../nbs/19_baselines.ipynb #56f21d17
+# %% ../nbs/19_baselines.ipynb #000edb5a
 def opened(
     name: str,        # of the judge, for the message
     path,             # folder or hub id
@@ -142,10 +142,11 @@ def opened(
         raise UserError(f"{name} {path}: cannot be opened ({why:.200}); check the path or hub id, or run "
                         f"`hf download {path}` where there is a network") from error
 
-# %% ../nbs/19_baselines.ipynb #2fc602e9
+# %% ../nbs/19_baselines.ipynb #ecb9d0b2
 class Qwen(Baseline):
     "A Qwen2-VL or Qwen2.5-VL and how it is asked about videos."
     down, most = True, BOUNDS[1]   # see `sampled` and `scaled`
+    exact = False                  # see `rate`
 
     def __init__(self,
         model: nn.Module,
@@ -158,7 +159,7 @@ class Qwen(Baseline):
         "Words that must not stand in a prompt."
         return [token.content for token in self.tokenizer.added_tokens_decoder.values()]
 
-# %% ../nbs/19_baselines.ipynb #2645aba3
+# %% ../nbs/19_baselines.ipynb #4791eb2b
 @patch
 def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     "The frames of a clip that it sees."
@@ -167,7 +168,7 @@ def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     most = max(min(self.most, 24576*FACTOR**2/even*2), int(BOUNDS[0]*1.05)) if self.down else self.most
     return patches(scaled(frames, BOUNDS[0], most))
 
-# %% ../nbs/19_baselines.ipynb #64617115
+# %% ../nbs/19_baselines.ipynb #7aa83d8e
 @patch
 @torch.no_grad()
 def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
@@ -183,10 +184,19 @@ def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
              pixel_values_videos=torch.cat(values).to(self.model.dtype), video_grid_thw=torch.cat(grids))
     return {name: value.to(self.model.device) for name, value in x.items()}
 
-# %% ../nbs/19_baselines.ipynb #4d686f7e
+# %% ../nbs/19_baselines.ipynb #ff5793e5
+@patch
+def rate(self: Qwen, videos: list[Video]) -> dict[str, Tensor]:
+    "Seconds between two steps of time, for a Qwen2.5-VL; nothing for a Qwen2-VL."
+    if not self.model.config.model_type.startswith("qwen2_5"): return {}
+    clocks = [(*video.timing(), len(sampled(*video.timing(), self.down))) for video in videos]
+    steps = [2*total/(n*fps) if self.exact else 1. for total, fps, n in clocks]
+    return dict(second_per_grid_ts=torch.tensor(steps, device=self.model.device))
+
+# %% ../nbs/19_baselines.ipynb #bff7c38d
 REWARDS = {name: f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")}
 
-# %% ../nbs/19_baselines.ipynb #7a0b3b34
+# %% ../nbs/19_baselines.ipynb #2244003e
 def merged(
     state: dict[str, Tensor],   # of a PEFT model, as transformers 4.45 named it
     scale: float,               # of the adapters: alpha/r
@@ -204,7 +214,7 @@ def merged(
     for name, own in adapters.items(): found[f"{name}.weight"] = found[f"{name}.weight"] + scale*own["B"]@own["A"]
     return found
 
-# %% ../nbs/19_baselines.ipynb #6a927fb9
+# %% ../nbs/19_baselines.ipynb #83a827a3
 def fill(
     model: nn.Module,           # changed in place; has `rm_head`
     state: dict[str, Tensor],   # of `merged`
@@ -217,7 +227,7 @@ def fill(
                             "is it VideoAlign's checkpoint?")
     model.load_state_dict(state)
 
-# %% ../nbs/19_baselines.ipynb #792fb0c7
+# %% ../nbs/19_baselines.ipynb #97d403ef
 def latest(
     path: Path,   # of VideoAlign's checkpoints
 ) -> Path:        # of the newest state
@@ -226,13 +236,13 @@ def latest(
     if not found: raise UserError(f"videoreward {path}: holds no checkpoint-N/model.pth; give VideoAlign's folder")
     return max(found)[1]
 
-# %% ../nbs/19_baselines.ipynb #cbf2d4a8
+# %% ../nbs/19_baselines.ipynb #503def06
 def on_this_machine(path) -> Path:
     "A folder, or the files that a hub id names."
     from huggingface_hub import snapshot_download
     return Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path)))
 
-# %% ../nbs/19_baselines.ipynb #eb97edfb
+# %% ../nbs/19_baselines.ipynb #f44afc2b
 class VideoReward(Qwen):
     "VideoAlign's reward model: VQ, MQ and TA, standardised, and their sum (`inference.py`, `trainer.py`)."
     path, down, most = "KwaiVGI/VideoReward", False, 200704
@@ -259,7 +269,7 @@ class VideoReward(Qwen):
         judge.norm, judge.most = facts.get("inference_config") or {}, facts["data_config"]["max_frame_pixels"]
         return judge
 
-# %% ../nbs/19_baselines.ipynb #cc459260
+# %% ../nbs/19_baselines.ipynb #2454189a
 @patch
 @torch.no_grad()
 def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3] VQ, MQ, TA
@@ -271,7 +281,7 @@ def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3]
     ends = (x["input_ids"][0] == ids[:, None]).nonzero()[:, 1]
     return self.model.rm_head(hidden[0, ends]).float().diagonal().cpu()
 
-# %% ../nbs/19_baselines.ipynb #8d03bd25
+# %% ../nbs/19_baselines.ipynb #e97205e2
 @patch
 def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "(x − mean)/std of each, and their sum."
@@ -281,11 +291,11 @@ def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = (x - mean)/std
     return dict(zip(REWARDS, x.T)) | dict(total=x.sum(1))
 
-# %% ../nbs/19_baselines.ipynb #f1b4e764
+# %% ../nbs/19_baselines.ipynb #a75e5f12
 ASPECTS = {"visual quality": r"visual\s+quality", "text-to-video alignment": r"text-to-video\s+alignment",
            "physical consistency": r"physical(?:\s*/?\s*common-sense)?\s+consistency"}
 
-# %% ../nbs/19_baselines.ipynb #bc7e5e50
+# %% ../nbs/19_baselines.ipynb #e4dccced
 def places(
     text: str,   # an answer
 ) -> dict[str, int | None]:   # aspect → where its digit stands; None: it can't be read
@@ -296,7 +306,7 @@ def places(
         found[name] = begin + said[-1].start(1) if said else None
     return found
 
-# %% ../nbs/19_baselines.ipynb #74d42427
+# %% ../nbs/19_baselines.ipynb #725edb87
 def token_at(
     tokenizer, ids: list[int],   # of an answer
     place: int,                  # in its text
@@ -309,23 +319,21 @@ def token_at(
         else: low = middle + 1
     return low
 
-# %% ../nbs/19_baselines.ipynb #24ca58dc
+# %% ../nbs/19_baselines.ipynb #873e9432
 @patch
 @torch.no_grad()
 def write(self: Qwen,
     videos: list[Video], text: str,
     tokens: int = 1024,   # at most
-    **more,               # of `generate`
 ) -> tuple[list[int], list[Tensor]]:   # (tokens, float32 [V] logits before each)
     "The likeliest answer."
     x = self.inputs(videos, text)
-    if "second_per_grid_ts" in more: x["second_per_grid_ts"] = more.pop("second_per_grid_ts")
-    out = self.model.generate(**x, max_new_tokens=tokens, do_sample=False, output_logits=True,
-                              return_dict_in_generate=True, **more)
+    out = self.model.generate(**x, **self.rate(videos), max_new_tokens=tokens, do_sample=False, output_logits=True,
+                              return_dict_in_generate=True)
     ids = out.sequences[0, x["input_ids"].shape[1]:].tolist()
     return ids, [logits[0].float().cpu() for logits in out.logits]
 
-# %% ../nbs/19_baselines.ipynb #a4551202
+# %% ../nbs/19_baselines.ipynb #dc207ed6
 def open_qwen(cls, path):
     "A Qwen2.5-VL or Qwen2-VL with its tokenizer."
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -333,7 +341,7 @@ def open_qwen(cls, path):
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     return cls(model, AutoTokenizer.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #a864c13a
+# %% ../nbs/19_baselines.ipynb #b2a87f7d
 class VideoScore2(Qwen):
     "VideoScore2: reasons, then three grades from 1 to 5 (model card of TIGER-Lab/VideoScore2)."
     path = "TIGER-Lab/VideoScore2"
@@ -341,7 +349,7 @@ class VideoScore2(Qwen):
     @classmethod
     def load(cls, path=None): return opened("videoscore2", path or cls.path, lambda at: open_qwen(cls, at))
 
-# %% ../nbs/19_baselines.ipynb #b13baaa5
+# %% ../nbs/19_baselines.ipynb #fa897e8b
 def expected(
     logits: Tensor,      # float32 [V] before a digit
     digits: list[int],   # tokens of 1 to 5
@@ -349,7 +357,7 @@ def expected(
     r"$\sum_s s\,p_s$ over the digits alone."
     return (logits[digits].softmax(-1) @ torch.arange(1., 6.)).item()
 
-# %% ../nbs/19_baselines.ipynb #ad2dfa75
+# %% ../nbs/19_baselines.ipynb #37637f6b
 @patch
 def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, float]:
     "The grades of an answer; NaN where one can't be read."
@@ -360,28 +368,21 @@ def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, f
         found[name] = math.nan if at is None else expected(logits[at], digits)
     return found
 
-# %% ../nbs/19_baselines.ipynb #bed4303d
+# %% ../nbs/19_baselines.ipynb #66ee2ecf
 @patch
 def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Expected grades and their mean."
     rows = []
     for prompt, video in clips:
-        said = self.write([video], question("videoscore2", prompt, self.control), **self.rate)
+        said = self.write([video], question("videoscore2", prompt, self.control))
         rows.append(self.read(*said))
     x = torch.tensor([list(row.values()) for row in rows])
     return dict(zip(ASPECTS, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #8a595f32
-@patch(as_prop=True)
-def rate(self: Qwen) -> dict[str, Tensor]:
-    "What Qwen2.5-VL's positions are told: a second between two steps of time."
-    is_2_5 = self.model.config.model_type.startswith("qwen2_5")
-    return dict(second_per_grid_ts=torch.ones(2, device=self.model.device)) if is_2_5 else {}
-
-# %% ../nbs/19_baselines.ipynb #87baa73a
+# %% ../nbs/19_baselines.ipynb #06630992
 VERDICTS = {"video 1 is better": "1", "video 2 is better": "2", "both videos are equally good": "tie"}
 
-# %% ../nbs/19_baselines.ipynb #8c1372c4
+# %% ../nbs/19_baselines.ipynb #2d8046cb
 def verdict(
     text: str,   # an answer
 ) -> str | None:   # "1", "2", "tie"; None: it can't be read
@@ -390,7 +391,7 @@ def verdict(
     said = re.findall("|".join(VERDICTS), (block[-1] if block else text[text.rfind("</think>") + 1:]).lower())
     return VERDICTS[said[-1]] if said else None
 
-# %% ../nbs/19_baselines.ipynb #ddfdd51e
+# %% ../nbs/19_baselines.ipynb #1fedd3ba
 def of_orders(
     ab: str | None, ba: str | None,   # of `verdict`, A first and B first
 ) -> Preferred:
@@ -400,10 +401,10 @@ def of_orders(
     if ba: said.append(1 - worth[ba])
     return Preferred(sum(said)/len(said) if said else math.nan, said[0] == said[1] if len(said) == 2 else None)
 
-# %% ../nbs/19_baselines.ipynb #cc501ba3
+# %% ../nbs/19_baselines.ipynb #5ccc42e8
 class UnifiedReward(Qwen):
     "UnifiedReward on Qwen2.5-VL: `prefer` by two videos in one message, `grades` of one (its repository's examples)."
-    path, asked = "CodeGoat24/UnifiedReward-qwen-7b", "unifiedreward"
+    path, asked, exact = "CodeGoat24/UnifiedReward-qwen-7b", "unifiedreward", True
 
     @classmethod
     def load(cls, path=None):
@@ -412,22 +413,22 @@ class UnifiedReward(Qwen):
         return opened("unifiedreward", path, lambda at: open_qwen(cls, at))
 
     def compared(self, prompt: str, first: Video, second: Video) -> str | None:
-        ids, _ = self.write([first, second], question(self.asked, prompt, self.control), **self.rate)
+        ids, _ = self.write([first, second], question(self.asked, prompt, self.control))
         return verdict(self.tokenizer.decode(ids))
 
     def prefer(self, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
         return [of_orders(self.compared(p.prompt, p.a, p.b), self.compared(p.prompt, p.b, p.a)) for p in pairs]
 
-# %% ../nbs/19_baselines.ipynb #a433ef8e
+# %% ../nbs/19_baselines.ipynb #539303ed
 class UnifiedRewardThink(UnifiedReward):
     "UnifiedReward-Think: the same with reasons."
     path, asked = "CodeGoat24/UnifiedReward-Think-qwen-7b", "unifiedreward_think"
 
-# %% ../nbs/19_baselines.ipynb #cd3e623a
+# %% ../nbs/19_baselines.ipynb #2e0c192d
 SCORED = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency",
           "final score")
 
-# %% ../nbs/19_baselines.ipynb #bbec7941
+# %% ../nbs/19_baselines.ipynb #94d416d3
 def scores_in(
     text: str,   # an answer
 ) -> list[float]:   # of `SCORED`; NaN where one can't be read
@@ -438,18 +439,18 @@ def scores_in(
         found.append(float(said[-1]) if said else math.nan)
     return found
 
-# %% ../nbs/19_baselines.ipynb #bd3b34c5
+# %% ../nbs/19_baselines.ipynb #1c449574
 @patch
 def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Five grades from 1 to 4, and as the total the final score from 1 to 10."
     rows = []
     for prompt, video in clips:
-        ids, _ = self.write([video], question("unifiedreward_score", prompt, self.control), **self.rate)
+        ids, _ = self.write([video], question("unifiedreward_score", prompt, self.control))
         rows.append(scores_in(self.tokenizer.decode(ids)))
     x = torch.tensor(rows)
     return dict(zip((*SCORED[:-1], "total"), x.T))
 
-# %% ../nbs/19_baselines.ipynb #94d4ed7a
+# %% ../nbs/19_baselines.ipynb #ad2d1f7f
 class Framed(Baseline):
     "UnifiedReward-Think on Qwen3-VL, served: 8 + 8 frames in one message."
     def __init__(self,
@@ -468,12 +469,12 @@ class Framed(Baseline):
 
     prefer = UnifiedReward.prefer
 
-# %% ../nbs/19_baselines.ipynb #8a24e165
+# %% ../nbs/19_baselines.ipynb #88e2a08a
 def eight(total: int) -> list[int]:
     "Numbers of frames: `linspace(0, total − 1, 8)`, cut to whole numbers."
     return [int(i*(total - 1)/7 + 1e-9) for i in range(8)]
 
-# %% ../nbs/19_baselines.ipynb #c1ac05f7
+# %% ../nbs/19_baselines.ipynb #9bf9a90a
 class Clip(Baseline):
     "CLIPScore of frames (Hessel et al., 2104.08718, with 100 for 2.5)."
     path = "openai/clip-vit-large-patch14"
@@ -489,7 +490,7 @@ class Clip(Baseline):
         model = CLIPModel.from_pretrained(path, dtype=arithmetic()).to(device())
         return cls(model, AutoProcessor.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #cbcb4252
+# %% ../nbs/19_baselines.ipynb #45e8f76a
 @patch
 @torch.no_grad()
 def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
@@ -502,7 +503,7 @@ def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
         totals.append((found.image_embeds.float() @ found.text_embeds.float().T).clamp(min=0).mean()*100)
     return dict(total=torch.stack(totals).cpu())
 
-# %% ../nbs/19_baselines.ipynb #29be6a57
+# %% ../nbs/19_baselines.ipynb #bfa3d4d2
 class VisionReward(Baseline):
     "VisionReward-Video (`inference-video.py` of its repository); its model's code is fetched and run."
     path = "THUDM/VisionReward-Video"
@@ -522,7 +523,7 @@ class VisionReward(Baseline):
         model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=arithmetic(), **own).to(device())
         return cls(model, AutoTokenizer.from_pretrained(path, **own))
 
-# %% ../nbs/19_baselines.ipynb #ee690996
+# %% ../nbs/19_baselines.ipynb #ef01a4fe
 def each_second(
     seconds: list[float],   # when each frame comes
 ) -> list[int]:             # at most 24 numbers of frames
@@ -530,7 +531,7 @@ def each_second(
     def nearest(moment): return min(range(len(seconds)), key=lambda i: abs(seconds[i] - moment))
     return [nearest(second) for second in range(min(round(seconds[-1]) + 1, 24))]
 
-# %% ../nbs/19_baselines.ipynb #8a83bfcc
+# %% ../nbs/19_baselines.ipynb #60bb1b55
 @patch
 @torch.no_grad()
 def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames uint8 [3, T, H, W]
@@ -544,7 +545,7 @@ def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames
     def best(words): return max(logits[self.tokenizer.encode(word, add_special_tokens=False)[0]] for word in words)
     return bool(best(("yes", "Yes")) > best(("no", "No")))
 
-# %% ../nbs/19_baselines.ipynb #85223b94
+# %% ../nbs/19_baselines.ipynb #345c1fd8
 @patch
 def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "The mean of ±weight."
@@ -556,7 +557,7 @@ def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tens
         totals.append((signs*self.weights).mean())
     return dict(total=torch.stack(totals))
 
-# %% ../nbs/19_baselines.ipynb #fddcd3f4
+# %% ../nbs/19_baselines.ipynb #929b5010
 class Asked(Baseline):
     "A `Judge`: zero-shot, or a run's."
     path = "Qwen/Qwen3-VL-8B-Instruct"
@@ -574,7 +575,7 @@ class Asked(Baseline):
         x = self.judge.grades(clips, self.names).cpu()
         return dict(zip(self.names, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #ea06f728
+# %% ../nbs/19_baselines.ipynb #0dfa960b
 @patch
 def prefer(self: Asked, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
     "σ of the log-odds, averaged over both orders, as `Judge.verdict_probs`; by dimension from grades."
@@ -586,11 +587,11 @@ def prefer(self: Asked, pairs: list[Pair], graded: bool = True) -> list[Preferre
         found.append(Preferred(torch.sigmoid((ab - ba)/2).item(), bool((ab > 0) != (ba > 0)), grades.dimensions))
     return found
 
-# %% ../nbs/19_baselines.ipynb #10807cae
+# %% ../nbs/19_baselines.ipynb #10173b2b
 BASELINES = dict(videoscore2=VideoScore2, videoreward=VideoReward, unifiedreward=UnifiedReward,
                  **{"unifiedreward-think": UnifiedRewardThink}, visionreward=VisionReward, clip=Clip, qwen3vl=Asked)
 
-# %% ../nbs/19_baselines.ipynb #5e373872
+# %% ../nbs/19_baselines.ipynb #b5a2f4a9
 def open_baseline(
     name: str,   # one of `BASELINES`, NAME=PATH, or the folder of a judge
 ) -> Baseline:
@@ -601,7 +602,7 @@ def open_baseline(
     raise UserError(f"--with {name}: is neither {', '.join(BASELINES)} (each may be NAME=PATH), "
                     "nor the folder of a judge or a run; name one of them")
 
-# %% ../nbs/19_baselines.ipynb #ce157e85
+# %% ../nbs/19_baselines.ipynb #5386e2f8
 def scorer(
     name: str,              # one of `BASELINES`
     path=None,              # of its weights; None: the hub's
@@ -614,22 +615,22 @@ def scorer(
         return load().grades([(prompt, Video(frames, fps)) for prompt, frames in zip(prompts, videos)])
     return score
 
-# %% ../nbs/19_baselines.ipynb #f360bf9f
+# %% ../nbs/19_baselines.ipynb #0d8dde63
 videoscore2, videoreward, unifiedreward, visionreward, clip, qwen3vl = map(
     scorer, ("videoscore2", "videoreward", "unifiedreward", "visionreward", "clip", "qwen3vl"))
 
-# %% ../nbs/19_baselines.ipynb #234ababa
+# %% ../nbs/19_baselines.ipynb #55d1be8a
 ALIKE = ({"vq", "visual quality", "visual_quality", "quality", "fineness", "aesthetic"},
          {"mq", "motion quality", "motion"}, {"ta", "text-to-video alignment", "alignment", "prompt_adherence"},
          {"coherence & consistency", "coherence", "physical consistency", "consistency"})   # names of one thing
 
-# %% ../nbs/19_baselines.ipynb #b4db4915
+# %% ../nbs/19_baselines.ipynb #ce6c3a79
 def same_dimension(a: str, b: str) -> bool:
     "Whether two names mean the same."
     a, b = a.lower(), b.lower()
     return a == b or any(a in names and b in names for names in ALIKE)
 
-# %% ../nbs/19_baselines.ipynb #77f7dd7e
+# %% ../nbs/19_baselines.ipynb #0ab3e3a2
 @dataclass
 class Labelled:
     "What people said of a pair."
@@ -638,7 +639,7 @@ class Labelled:
     p_a: float | None = None      # share of the people for A, ties half; None: not told
     dimensions: dict[str, str] = field(default_factory=dict)   # name → label
 
-# %% ../nbs/19_baselines.ipynb #279e6de3
+# %% ../nbs/19_baselines.ipynb #f4a17873
 def own_half(
     p_a: Tensor, truth: list[str], prompts: list[str],   # [B]
 ) -> list[float]:   # [B] 1 where the answer with ties is right, else 0
@@ -651,7 +652,7 @@ def own_half(
         for i in here: points[i] = float(accuracy_with_ties(p_a[[i]], [truth[i]], epsilon))
     return points
 
-# %% ../nbs/19_baselines.ipynb #ffd54384
+# %% ../nbs/19_baselines.ipynb #430bcee2
 def right_of(
     p_a: list[float], truth: list[str], prompts: list[str],
 ) -> dict[str, float] | None:   # of `mean_ci`; None: nothing was decided
@@ -660,7 +661,7 @@ def right_of(
             for p, label, prompt in zip(p_a, truth, prompts) if label != "tie"]
     return mean_ci(*map(list, zip(*rows))) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #c3378e4d
+# %% ../nbs/19_baselines.ipynb #e0fb3b14
 def calibration(
     p_a: list[float], truth: list[str],
 ) -> float | None:
@@ -669,7 +670,7 @@ def calibration(
     rows = [(p, label == "A") for p, label in zip(p_a, truth) if label != "tie" and not math.isnan(p)]
     return verdict_ece(torch.tensor([p for p, _ in rows]), torch.tensor([a for _, a in rows])) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #00b513eb
+# %% ../nbs/19_baselines.ipynb #dd387a41
 def measured(
     said: list[Preferred],
     people: list[Labelled],
@@ -689,7 +690,7 @@ def measured(
             [each.dimensions[name] for _, each in rows], [each.prompt for _, each in rows])
     return found
 
-# %% ../nbs/19_baselines.ipynb #6ffa3b6b
+# %% ../nbs/19_baselines.ipynb #54c18470
 def ceiling(
     people: list[Labelled],
 ) -> dict[str, float] | None:
@@ -698,13 +699,13 @@ def ceiling(
     if not rows: return None
     return mean_ci([max(each.p_a, 1 - each.p_a) for each in rows], [each.prompt for each in rows])
 
-# %% ../nbs/19_baselines.ipynb #62383f17
+# %% ../nbs/19_baselines.ipynb #ea63c34f
 def memory() -> float:
     "Gigabytes that were in use at most: of the GPU, or of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
 
-# %% ../nbs/19_baselines.ipynb #ad319d5c
+# %% ../nbs/19_baselines.ipynb #91c78dac
 def shown_labels(
     cells: dict[str, str],   # a row of pairs.csv, or of VideoGen-RewardBench
 ) -> dict[str, str]:         # dimension → "A", "B" or "tie"
@@ -714,7 +715,7 @@ def shown_labels(
     plain = {name: "tie" if said == "same" or said.startswith("both ") else said for name, said in own.items()}
     return {name: label for name, label in plain.items() if label in ("A", "B", "tie")}
 
-# %% ../nbs/19_baselines.ipynb #de3d8b4a
+# %% ../nbs/19_baselines.ipynb #973dfa1b
 def people_of(
     path,   # of the pairs, as `read_pairs` takes it
 ) -> tuple[list[Pair], list[Labelled]]:
@@ -732,7 +733,7 @@ def people_of(
             f"{at}: row {line}: p_a is no share from 0 to 1, or dimensions_json no labels; correct it") from None
     return list(table), people
 
-# %% ../nbs/19_baselines.ipynb #d9f32080
+# %% ../nbs/19_baselines.ipynb #e15a9545
 def timed(
     load: Callable,   # opens a judge
     pairs: list[Pair],
@@ -745,7 +746,7 @@ def timed(
     said = judge.prefer(pairs, graded)
     return said, (time.perf_counter() - begin)/len(pairs), memory()
 
-# %% ../nbs/19_baselines.ipynb #a8329fe0
+# %% ../nbs/19_baselines.ipynb #7a12aa39
 def apart(
     name: str,                # of `open_baseline`
     needs: dict[str, object], # Ray's `runtime_env`
@@ -762,7 +763,7 @@ def apart(
     except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
     finally: ray.shutdown()
 
-# %% ../nbs/19_baselines.ipynb #15b7672c
+# %% ../nbs/19_baselines.ipynb #2d2e7526
 def asker(
     name: str,   # of `open_baseline`
 ) -> Callable:   # (pairs, whether dimensions are wanted) → (what it says, seconds a pair, gigabytes)
@@ -770,7 +771,7 @@ def asker(
     needs = getattr(BASELINES.get(name.partition("=")[0]), "needs", None)
     return partial(apart, name, needs) if needs else partial(timed, partial(open_baseline, name))
 
-# %% ../nbs/19_baselines.ipynb #3df7fba9
+# %% ../nbs/19_baselines.ipynb #bb27fafe
 def compare_judges(
     path,                          # of the pairs
     judges: dict[str, Callable],   # name → of `asker`; one is in memory at a time
@@ -782,7 +783,7 @@ def compare_judges(
         found[name] = measured(said, people) | dict(seconds=seconds, gb=gb)
     return dict(pairs=len(pairs), judges=found, people=ceiling(people))
 
-# %% ../nbs/19_baselines.ipynb #6adacea5
+# %% ../nbs/19_baselines.ipynb #b22b247c
 def cell(
     found: dict[str, float] | None,   # of `mean_ci`
 ) -> str:
@@ -790,7 +791,7 @@ def cell(
     if found is None: return "–"
     return "{:.1f} ({:.1f}–{:.1f})".format(*(100*found[key] for key in ("mean", "lo", "hi")))
 
-# %% ../nbs/19_baselines.ipynb #c430a939
+# %% ../nbs/19_baselines.ipynb #8f9f779a
 def judge_lines(
     found: dict[str, object],   # of `compare_judges`
 ) -> tuple[list[str], list[list[str]]]:   # (head, rows)

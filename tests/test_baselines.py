@@ -250,7 +250,7 @@ def test_videoscore2_writes_greedily_what_the_model_writes(qwen2_5):
     "Its logits are those of one pass over question and answer by the real class."
     judge, clip = VideoScore2.load(qwen2_5), video("v")
     asked = question("videoscore2", "a red kite", judge.control)
-    x, (ids, logits) = judge.inputs([clip], asked), judge.write([clip], asked, tokens=6, **judge.rate)
+    x, (ids, logits) = judge.inputs([clip], asked), judge.write([clip], asked, tokens=6)
     assert x["video_grid_thw"].tolist() == [[3, 20, 28]]   # 6 frames; 280 by 392, of 128 tokens or more
     whole = torch.cat([x["input_ids"], torch.tensor([ids])], 1)
     kinds = torch.cat([x["mm_token_type_ids"], torch.zeros(1, len(ids), dtype=torch.long)], 1)
@@ -301,7 +301,9 @@ def test_unifiedreward_sees_two_videos_and_reads_nothing_into_noise(qwen2_5):
     pads = (x["input_ids"] == judge.tokenizer.convert_tokens_to_ids("<|video_pad|>")).sum()
     assert pads == 7*10*14 and len(x["pixel_values_videos"]) == 7*20*28
     assert judge.tokenizer.decode(x["input_ids"][0]).count("<|vision_end|>") == 2
-    ids, _ = judge.write([video("a"), video("b")], "which?", tokens=4, second_per_grid_ts=torch.ones(2))
+    rates = judge.rate([video("a", frames=81, fps=16.), video("b", frames=48)])["second_per_grid_ts"]
+    assert rates.tolist() == pytest.approx([2/(10/81*16), 1.])   # 10 of 81 frames, 12 of 48
+    ids, _ = judge.write([video("a"), video("b")], "which?", tokens=4)
     assert verdict(judge.tokenizer.decode(ids)) is None
 
 
