@@ -12,7 +12,7 @@ __all__ = ['ASKED', 'FACTOR', 'BOUNDS', 'MEAN', 'STD', 'REWARDS', 'ASPECTS', 'VE
            'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'timed', 'apart', 'asker',
            'compare_judges', 'cell', 'judge_lines']
 
-# %% ../nbs/19_baselines.ipynb #64a09ba3
+# %% ../nbs/19_baselines.ipynb #b79d66a0
 import json
 import math
 import os
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from .core import Pair, UserError, Video, seed_of
 from .stats import accuracy_with_ties, mean_ci, right, tie_threshold
 
-# %% ../nbs/19_baselines.ipynb #74ca6514
+# %% ../nbs/19_baselines.ipynb #28175ee9
 ASKED = Path(__file__).parent/"asked" if "__file__" in globals() else Path("../dual_ipo/asked")
 
-# %% ../nbs/19_baselines.ipynb #3c577e14
+# %% ../nbs/19_baselines.ipynb #06f794cd
 def question(
     name: str,      # of a file in asked/
     prompt: str,    # what the video was made from
@@ -46,7 +46,7 @@ def question(
     for word in sorted(filter(str.strip, control), key=len, reverse=True): prompt = prompt.replace(word, " ")
     return (ASKED/f"{name}.txt").read_bytes().decode().replace("{prompt}", prompt)
 
-# %% ../nbs/19_baselines.ipynb #aedb2e4b
+# %% ../nbs/19_baselines.ipynb #0847221d
 def sampled(
     total: int, fps: float,   # frames of the clip, and how many a second
     down: bool = True,        # to an even number: down, or to the nearest
@@ -57,11 +57,11 @@ def sampled(
     else: n = min(round(min(max(total/fps*2, 4), most//2*2)/2)*2, total)
     return torch.linspace(0, total - 1, max(n, 1)).round().long().tolist()
 
-# %% ../nbs/19_baselines.ipynb #5f6a090d
+# %% ../nbs/19_baselines.ipynb #2fe220d1
 FACTOR = 28                                    # px: a token is a square of patches
 BOUNDS = 128*FACTOR**2, 768*FACTOR**2          # pixels of a frame, where nothing else is said
 
-# %% ../nbs/19_baselines.ipynb #5a8e32ec
+# %% ../nbs/19_baselines.ipynb #a0dc23a1
 def scaled(
     frames: Tensor,   # uint8 [T, 3, H, W]
     least: int, most: int,   # pixels of a frame
@@ -75,10 +75,10 @@ def scaled(
     sides = [max(side, FACTOR) for side in sides]
     return F.interpolate(frames.float(), sides, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/19_baselines.ipynb #47c689b6
+# %% ../nbs/19_baselines.ipynb #09f57f50
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]   # CLIP's
 
-# %% ../nbs/19_baselines.ipynb #25e23eff
+# %% ../nbs/19_baselines.ipynb #bfab97c5
 def patches(
     frames: Tensor,   # uint8 [T, 3, H, W], sides in multiples of `FACTOR`
 ) -> tuple[Tensor, Tensor]:   # (float32 [n, 1176] pixel values, int64 [1, 3] grid: time, height, width)
@@ -89,7 +89,7 @@ def patches(
     x = x.view(T, 2, 3, H//2, 2, 14, W//2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(T*H*W, -1), torch.tensor([[T, H, W]])
 
-# %% ../nbs/19_baselines.ipynb #b2e83ab9
+# %% ../nbs/19_baselines.ipynb #80b04410
 @dataclass
 class Preferred:
     "What a judge says of a pair."
@@ -97,7 +97,7 @@ class Preferred:
     consistent: bool | None = None # do both orders agree; None: there is no order
     dimensions: dict[str, float] = field(default_factory=dict)   # p_a of each
 
-# %% ../nbs/19_baselines.ipynb #6fc64402
+# %% ../nbs/19_baselines.ipynb #09e2ccb0
 class Baseline:
     "A judge beside ours: `grades` or `prefer`, or both."
     def grades(self,
@@ -122,13 +122,13 @@ class Baseline:
             preferred.append(Preferred(p.pop("total"), None, p))
         return preferred
 
-# %% ../nbs/19_baselines.ipynb #a8815222
+# %% ../nbs/19_baselines.ipynb #dabe4660
 def device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/19_baselines.ipynb #15427025
+# %% ../nbs/19_baselines.ipynb #2fd1f4a7
 def arithmetic() -> torch.dtype: return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
-# %% ../nbs/19_baselines.ipynb #000edb5a
+# %% ../nbs/19_baselines.ipynb #bfcadff2
 def opened(
     name: str,        # of the judge, for the message
     path,             # folder or hub id
@@ -142,7 +142,7 @@ def opened(
         raise UserError(f"{name} {path}: cannot be opened ({why:.200}); check the path or hub id, or run "
                         f"`hf download {path}` where there is a network") from error
 
-# %% ../nbs/19_baselines.ipynb #ecb9d0b2
+# %% ../nbs/19_baselines.ipynb #d85ae852
 class Qwen(Baseline):
     "A Qwen2-VL or Qwen2.5-VL and how it is asked about videos."
     down, most = True, BOUNDS[1]   # see `sampled` and `scaled`
@@ -159,7 +159,7 @@ class Qwen(Baseline):
         "Words that must not stand in a prompt."
         return [token.content for token in self.tokenizer.added_tokens_decoder.values()]
 
-# %% ../nbs/19_baselines.ipynb #4791eb2b
+# %% ../nbs/19_baselines.ipynb #0ad3a057
 @patch
 def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     "The frames of a clip that it sees."
@@ -168,7 +168,7 @@ def seen(self: Qwen, video: Video) -> tuple[Tensor, Tensor]:   # see `patches`
     most = max(min(self.most, 24576*FACTOR**2/even*2), int(BOUNDS[0]*1.05)) if self.down else self.most
     return patches(scaled(frames, BOUNDS[0], most))
 
-# %% ../nbs/19_baselines.ipynb #7aa83d8e
+# %% ../nbs/19_baselines.ipynb #0ed10673
 @patch
 @torch.no_grad()
 def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def inputs(self: Qwen, videos: list[Video], text: str) -> dict[str, Tensor]:
              pixel_values_videos=torch.cat(values).to(self.model.dtype), video_grid_thw=torch.cat(grids))
     return {name: value.to(self.model.device) for name, value in x.items()}
 
-# %% ../nbs/19_baselines.ipynb #ff5793e5
+# %% ../nbs/19_baselines.ipynb #08f9db27
 @patch
 def rate(self: Qwen, videos: list[Video]) -> dict[str, Tensor]:
     "Seconds between two steps of time, for a Qwen2.5-VL; nothing for a Qwen2-VL."
@@ -193,10 +193,10 @@ def rate(self: Qwen, videos: list[Video]) -> dict[str, Tensor]:
     steps = [2*total/(n*fps) if self.exact else 1. for total, fps, n in clocks]
     return dict(second_per_grid_ts=torch.tensor(steps, device=self.model.device))
 
-# %% ../nbs/19_baselines.ipynb #bff7c38d
+# %% ../nbs/19_baselines.ipynb #099a563f
 REWARDS = {name: f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")}
 
-# %% ../nbs/19_baselines.ipynb #2244003e
+# %% ../nbs/19_baselines.ipynb #4adb94ae
 def merged(
     state: dict[str, Tensor],   # of a PEFT model, as transformers 4.45 named it
     scale: float,               # of the adapters: alpha/r
@@ -214,7 +214,7 @@ def merged(
     for name, own in adapters.items(): found[f"{name}.weight"] = found[f"{name}.weight"] + scale*own["B"]@own["A"]
     return found
 
-# %% ../nbs/19_baselines.ipynb #83a827a3
+# %% ../nbs/19_baselines.ipynb #ee364069
 def fill(
     model: nn.Module,           # changed in place; has `rm_head`
     state: dict[str, Tensor],   # of `merged`
@@ -227,7 +227,7 @@ def fill(
                             "is it VideoAlign's checkpoint?")
     model.load_state_dict(state)
 
-# %% ../nbs/19_baselines.ipynb #97d403ef
+# %% ../nbs/19_baselines.ipynb #f339836f
 def latest(
     path: Path,   # of VideoAlign's checkpoints
 ) -> Path:        # of the newest state
@@ -236,13 +236,13 @@ def latest(
     if not found: raise UserError(f"videoreward {path}: holds no checkpoint-N/model.pth; give VideoAlign's folder")
     return max(found)[1]
 
-# %% ../nbs/19_baselines.ipynb #503def06
+# %% ../nbs/19_baselines.ipynb #e3c3b191
 def on_this_machine(path) -> Path:
     "A folder, or the files that a hub id names."
     from huggingface_hub import snapshot_download
     return Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path)))
 
-# %% ../nbs/19_baselines.ipynb #f44afc2b
+# %% ../nbs/19_baselines.ipynb #0e0c7af3
 class VideoReward(Qwen):
     "VideoAlign's reward model: VQ, MQ and TA, standardised, and their sum (`inference.py`, `trainer.py`)."
     path, down, most = "KwaiVGI/VideoReward", False, 200704
@@ -269,7 +269,7 @@ class VideoReward(Qwen):
         judge.norm, judge.most = facts.get("inference_config") or {}, facts["data_config"]["max_frame_pixels"]
         return judge
 
-# %% ../nbs/19_baselines.ipynb #2454189a
+# %% ../nbs/19_baselines.ipynb #597aef2c
 @patch
 @torch.no_grad()
 def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3] VQ, MQ, TA
@@ -281,7 +281,7 @@ def raw(self: VideoReward, prompt: str, video: Video) -> Tensor:   # float32 [3]
     ends = (x["input_ids"][0] == ids[:, None]).nonzero()[:, 1]
     return self.model.rm_head(hidden[0, ends]).float().diagonal().cpu()
 
-# %% ../nbs/19_baselines.ipynb #e97205e2
+# %% ../nbs/19_baselines.ipynb #be882221
 @patch
 def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "(x − mean)/std of each, and their sum."
@@ -291,11 +291,11 @@ def grades(self: VideoReward, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = (x - mean)/std
     return dict(zip(REWARDS, x.T)) | dict(total=x.sum(1))
 
-# %% ../nbs/19_baselines.ipynb #a75e5f12
+# %% ../nbs/19_baselines.ipynb #405c3b56
 ASPECTS = {"visual quality": r"visual\s+quality", "text-to-video alignment": r"text-to-video\s+alignment",
            "physical consistency": r"physical(?:\s*/?\s*common-sense)?\s+consistency"}
 
-# %% ../nbs/19_baselines.ipynb #e4dccced
+# %% ../nbs/19_baselines.ipynb #ea812f5c
 def places(
     text: str,   # an answer
 ) -> dict[str, int | None]:   # aspect → where its digit stands; None: it can't be read
@@ -306,7 +306,7 @@ def places(
         found[name] = begin + said[-1].start(1) if said else None
     return found
 
-# %% ../nbs/19_baselines.ipynb #725edb87
+# %% ../nbs/19_baselines.ipynb #4ad3de29
 def token_at(
     tokenizer, ids: list[int],   # of an answer
     place: int,                  # in its text
@@ -319,7 +319,7 @@ def token_at(
         else: low = middle + 1
     return low
 
-# %% ../nbs/19_baselines.ipynb #873e9432
+# %% ../nbs/19_baselines.ipynb #6059055a
 @patch
 @torch.no_grad()
 def write(self: Qwen,
@@ -333,7 +333,7 @@ def write(self: Qwen,
     ids = out.sequences[0, x["input_ids"].shape[1]:].tolist()
     return ids, [logits[0].float().cpu() for logits in out.logits]
 
-# %% ../nbs/19_baselines.ipynb #dc207ed6
+# %% ../nbs/19_baselines.ipynb #e6ae10cf
 def open_qwen(cls, path):
     "A Qwen2.5-VL or Qwen2-VL with its tokenizer."
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -341,7 +341,7 @@ def open_qwen(cls, path):
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     return cls(model, AutoTokenizer.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #b2a87f7d
+# %% ../nbs/19_baselines.ipynb #3f70a40a
 class VideoScore2(Qwen):
     "VideoScore2: reasons, then three grades from 1 to 5 (model card of TIGER-Lab/VideoScore2)."
     path = "TIGER-Lab/VideoScore2"
@@ -349,7 +349,7 @@ class VideoScore2(Qwen):
     @classmethod
     def load(cls, path=None): return opened("videoscore2", path or cls.path, lambda at: open_qwen(cls, at))
 
-# %% ../nbs/19_baselines.ipynb #fa897e8b
+# %% ../nbs/19_baselines.ipynb #c149188b
 def expected(
     logits: Tensor,      # float32 [V] before a digit
     digits: list[int],   # tokens of 1 to 5
@@ -357,7 +357,7 @@ def expected(
     r"$\sum_s s\,p_s$ over the digits alone."
     return (logits[digits].softmax(-1) @ torch.arange(1., 6.)).item()
 
-# %% ../nbs/19_baselines.ipynb #37637f6b
+# %% ../nbs/19_baselines.ipynb #1dbe20e5
 @patch
 def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, float]:
     "The grades of an answer; NaN where one can't be read."
@@ -368,7 +368,7 @@ def read(self: VideoScore2, ids: list[int], logits: list[Tensor]) -> dict[str, f
         found[name] = math.nan if at is None else expected(logits[at], digits)
     return found
 
-# %% ../nbs/19_baselines.ipynb #66ee2ecf
+# %% ../nbs/19_baselines.ipynb #6461cf08
 @patch
 def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Expected grades and their mean."
@@ -379,10 +379,10 @@ def grades(self: VideoScore2, clips: list[tuple[str, Video]]) -> dict[str, Tenso
     x = torch.tensor([list(row.values()) for row in rows])
     return dict(zip(ASPECTS, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #06630992
+# %% ../nbs/19_baselines.ipynb #07fba5df
 VERDICTS = {"video 1 is better": "1", "video 2 is better": "2", "both videos are equally good": "tie"}
 
-# %% ../nbs/19_baselines.ipynb #2d8046cb
+# %% ../nbs/19_baselines.ipynb #db5bbd04
 def verdict(
     text: str,   # an answer
 ) -> str | None:   # "1", "2", "tie"; None: it can't be read
@@ -391,7 +391,7 @@ def verdict(
     said = re.findall("|".join(VERDICTS), (block[-1] if block else text[text.rfind("</think>") + 1:]).lower())
     return VERDICTS[said[-1]] if said else None
 
-# %% ../nbs/19_baselines.ipynb #1fedd3ba
+# %% ../nbs/19_baselines.ipynb #6b68ca86
 def of_orders(
     ab: str | None, ba: str | None,   # of `verdict`, A first and B first
 ) -> Preferred:
@@ -401,7 +401,7 @@ def of_orders(
     if ba: said.append(1 - worth[ba])
     return Preferred(sum(said)/len(said) if said else math.nan, said[0] == said[1] if len(said) == 2 else None)
 
-# %% ../nbs/19_baselines.ipynb #5ccc42e8
+# %% ../nbs/19_baselines.ipynb #d27b25ef
 class UnifiedReward(Qwen):
     "UnifiedReward on Qwen2.5-VL: `prefer` by two videos in one message, `grades` of one (its repository's examples)."
     path, asked, exact = "CodeGoat24/UnifiedReward-qwen-7b", "unifiedreward", True
@@ -419,16 +419,16 @@ class UnifiedReward(Qwen):
     def prefer(self, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
         return [of_orders(self.compared(p.prompt, p.a, p.b), self.compared(p.prompt, p.b, p.a)) for p in pairs]
 
-# %% ../nbs/19_baselines.ipynb #539303ed
+# %% ../nbs/19_baselines.ipynb #2d93734f
 class UnifiedRewardThink(UnifiedReward):
     "UnifiedReward-Think: the same with reasons."
     path, asked = "CodeGoat24/UnifiedReward-Think-qwen-7b", "unifiedreward_think"
 
-# %% ../nbs/19_baselines.ipynb #2e0c192d
+# %% ../nbs/19_baselines.ipynb #8dc19cf6
 SCORED = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency",
           "final score")
 
-# %% ../nbs/19_baselines.ipynb #94d416d3
+# %% ../nbs/19_baselines.ipynb #f1335ed8
 def scores_in(
     text: str,   # an answer
 ) -> list[float]:   # of `SCORED`; NaN where one can't be read
@@ -439,7 +439,7 @@ def scores_in(
         found.append(float(said[-1]) if said else math.nan)
     return found
 
-# %% ../nbs/19_baselines.ipynb #1c449574
+# %% ../nbs/19_baselines.ipynb #627f2575
 @patch
 def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "Five grades from 1 to 4, and as the total the final score from 1 to 10."
@@ -450,7 +450,7 @@ def grades(self: UnifiedReward, clips: list[tuple[str, Video]]) -> dict[str, Ten
     x = torch.tensor(rows)
     return dict(zip((*SCORED[:-1], "total"), x.T))
 
-# %% ../nbs/19_baselines.ipynb #ad2d1f7f
+# %% ../nbs/19_baselines.ipynb #36f1e517
 class Framed(Baseline):
     "UnifiedReward-Think on Qwen3-VL, served: 8 + 8 frames in one message."
     def __init__(self,
@@ -469,12 +469,12 @@ class Framed(Baseline):
 
     prefer = UnifiedReward.prefer
 
-# %% ../nbs/19_baselines.ipynb #88e2a08a
+# %% ../nbs/19_baselines.ipynb #56e42bd7
 def eight(total: int) -> list[int]:
     "Numbers of frames: `linspace(0, total − 1, 8)`, cut to whole numbers."
     return [int(i*(total - 1)/7 + 1e-9) for i in range(8)]
 
-# %% ../nbs/19_baselines.ipynb #9bf9a90a
+# %% ../nbs/19_baselines.ipynb #b114cf4e
 class Clip(Baseline):
     "CLIPScore of frames (Hessel et al., 2104.08718, with 100 for 2.5)."
     path = "openai/clip-vit-large-patch14"
@@ -490,7 +490,7 @@ class Clip(Baseline):
         model = CLIPModel.from_pretrained(path, dtype=arithmetic()).to(device())
         return cls(model, AutoProcessor.from_pretrained(path))
 
-# %% ../nbs/19_baselines.ipynb #45e8f76a
+# %% ../nbs/19_baselines.ipynb #48d1e1fe
 @patch
 @torch.no_grad()
 def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
@@ -503,7 +503,7 @@ def grades(self: Clip, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
         totals.append((found.image_embeds.float() @ found.text_embeds.float().T).clamp(min=0).mean()*100)
     return dict(total=torch.stack(totals).cpu())
 
-# %% ../nbs/19_baselines.ipynb #bfa3d4d2
+# %% ../nbs/19_baselines.ipynb #c3dfb87c
 class VisionReward(Baseline):
     "VisionReward-Video (`inference-video.py` of its repository); its model's code is fetched and run."
     path = "THUDM/VisionReward-Video"
@@ -523,7 +523,7 @@ class VisionReward(Baseline):
         model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=arithmetic(), **own).to(device())
         return cls(model, AutoTokenizer.from_pretrained(path, **own))
 
-# %% ../nbs/19_baselines.ipynb #ef01a4fe
+# %% ../nbs/19_baselines.ipynb #6c74adb2
 def each_second(
     seconds: list[float],   # when each frame comes
 ) -> list[int]:             # at most 24 numbers of frames
@@ -531,7 +531,7 @@ def each_second(
     def nearest(moment): return min(range(len(seconds)), key=lambda i: abs(seconds[i] - moment))
     return [nearest(second) for second in range(min(round(seconds[-1]) + 1, 24))]
 
-# %% ../nbs/19_baselines.ipynb #60bb1b55
+# %% ../nbs/19_baselines.ipynb #90b414bf
 @patch
 @torch.no_grad()
 def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames uint8 [3, T, H, W]
@@ -545,7 +545,7 @@ def says_yes(self: VisionReward, frames: Tensor, query: str) -> bool:   # frames
     def best(words): return max(logits[self.tokenizer.encode(word, add_special_tokens=False)[0]] for word in words)
     return bool(best(("yes", "Yes")) > best(("no", "No")))
 
-# %% ../nbs/19_baselines.ipynb #345c1fd8
+# %% ../nbs/19_baselines.ipynb #3f6d822f
 @patch
 def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tensor]:
     "The mean of ±weight."
@@ -557,7 +557,7 @@ def grades(self: VisionReward, clips: list[tuple[str, Video]]) -> dict[str, Tens
         totals.append((signs*self.weights).mean())
     return dict(total=torch.stack(totals))
 
-# %% ../nbs/19_baselines.ipynb #929b5010
+# %% ../nbs/19_baselines.ipynb #2182d857
 class Asked(Baseline):
     "A `Judge`: zero-shot, or a run's."
     path = "Qwen/Qwen3-VL-8B-Instruct"
@@ -575,7 +575,7 @@ class Asked(Baseline):
         x = self.judge.grades(clips, self.names).cpu()
         return dict(zip(self.names, x.T)) | dict(total=x.mean(1))
 
-# %% ../nbs/19_baselines.ipynb #0dfa960b
+# %% ../nbs/19_baselines.ipynb #52872c8a
 @patch
 def prefer(self: Asked, pairs: list[Pair], graded: bool = True) -> list[Preferred]:
     "σ of the log-odds, averaged over both orders, as `Judge.verdict_probs`; by dimension from grades."
@@ -587,11 +587,11 @@ def prefer(self: Asked, pairs: list[Pair], graded: bool = True) -> list[Preferre
         found.append(Preferred(torch.sigmoid((ab - ba)/2).item(), bool((ab > 0) != (ba > 0)), grades.dimensions))
     return found
 
-# %% ../nbs/19_baselines.ipynb #10173b2b
+# %% ../nbs/19_baselines.ipynb #255174c4
 BASELINES = dict(videoscore2=VideoScore2, videoreward=VideoReward, unifiedreward=UnifiedReward,
                  **{"unifiedreward-think": UnifiedRewardThink}, visionreward=VisionReward, clip=Clip, qwen3vl=Asked)
 
-# %% ../nbs/19_baselines.ipynb #b5a2f4a9
+# %% ../nbs/19_baselines.ipynb #fdfaed04
 def open_baseline(
     name: str,   # one of `BASELINES`, NAME=PATH, or the folder of a judge
 ) -> Baseline:
@@ -602,35 +602,35 @@ def open_baseline(
     raise UserError(f"--with {name}: is neither {', '.join(BASELINES)} (each may be NAME=PATH), "
                     "nor the folder of a judge or a run; name one of them")
 
-# %% ../nbs/19_baselines.ipynb #5386e2f8
+# %% ../nbs/19_baselines.ipynb #4fab265f
 def scorer(
     name: str,              # one of `BASELINES`
     path=None,              # of its weights; None: the hub's
-    fps: float = 16.,       # of the clips
-) -> Callable:              # (videos, prompts) → {"total": …, dimension: …}
+) -> Callable:              # (videos, prompts, fps) → {"total": …, dimension: …}
     "A function for `candidates.scorer`, `votes.scorer`; the model is opened when it is called first."
     @lru_cache(1)
     def load(): return BASELINES[name].load(path)
-    def score(videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        return load().grades([(prompt, Video(frames, fps)) for prompt, frames in zip(prompts, videos)])
+    def score(videos: Tensor, prompts: list[str], fps: list[float]) -> dict[str, Tensor]:
+        clips = [Video(frames.cpu(), rate) for frames, rate in zip(videos, fps)]
+        return load().grades(list(zip(prompts, clips)))
     return score
 
-# %% ../nbs/19_baselines.ipynb #0d8dde63
+# %% ../nbs/19_baselines.ipynb #9805b399
 videoscore2, videoreward, unifiedreward, visionreward, clip, qwen3vl = map(
     scorer, ("videoscore2", "videoreward", "unifiedreward", "visionreward", "clip", "qwen3vl"))
 
-# %% ../nbs/19_baselines.ipynb #55d1be8a
+# %% ../nbs/19_baselines.ipynb #f491c982
 ALIKE = ({"vq", "visual quality", "visual_quality", "quality", "fineness", "aesthetic"},
          {"mq", "motion quality", "motion"}, {"ta", "text-to-video alignment", "alignment", "prompt_adherence"},
          {"coherence & consistency", "coherence", "physical consistency", "consistency"})   # names of one thing
 
-# %% ../nbs/19_baselines.ipynb #ce6c3a79
+# %% ../nbs/19_baselines.ipynb #9d4a114e
 def same_dimension(a: str, b: str) -> bool:
     "Whether two names mean the same."
     a, b = a.lower(), b.lower()
     return a == b or any(a in names and b in names for names in ALIKE)
 
-# %% ../nbs/19_baselines.ipynb #0ab3e3a2
+# %% ../nbs/19_baselines.ipynb #3fb0b352
 @dataclass
 class Labelled:
     "What people said of a pair."
@@ -639,7 +639,7 @@ class Labelled:
     p_a: float | None = None      # share of the people for A, ties half; None: not told
     dimensions: dict[str, str] = field(default_factory=dict)   # name → label
 
-# %% ../nbs/19_baselines.ipynb #f4a17873
+# %% ../nbs/19_baselines.ipynb #cc84bf96
 def own_half(
     p_a: Tensor, truth: list[str], prompts: list[str],   # [B]
 ) -> list[float]:   # [B] 1 where the answer with ties is right, else 0
@@ -652,7 +652,7 @@ def own_half(
         for i in here: points[i] = float(accuracy_with_ties(p_a[[i]], [truth[i]], epsilon))
     return points
 
-# %% ../nbs/19_baselines.ipynb #430bcee2
+# %% ../nbs/19_baselines.ipynb #42bf8cc1
 def right_of(
     p_a: list[float], truth: list[str], prompts: list[str],
 ) -> dict[str, float] | None:   # of `mean_ci`; None: nothing was decided
@@ -661,7 +661,7 @@ def right_of(
             for p, label, prompt in zip(p_a, truth, prompts) if label != "tie"]
     return mean_ci(*map(list, zip(*rows))) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #e0fb3b14
+# %% ../nbs/19_baselines.ipynb #3f042c2c
 def calibration(
     p_a: list[float], truth: list[str],
 ) -> float | None:
@@ -670,7 +670,7 @@ def calibration(
     rows = [(p, label == "A") for p, label in zip(p_a, truth) if label != "tie" and not math.isnan(p)]
     return verdict_ece(torch.tensor([p for p, _ in rows]), torch.tensor([a for _, a in rows])) if rows else None
 
-# %% ../nbs/19_baselines.ipynb #dd387a41
+# %% ../nbs/19_baselines.ipynb #0dd520ca
 def measured(
     said: list[Preferred],
     people: list[Labelled],
@@ -690,7 +690,7 @@ def measured(
             [each.dimensions[name] for _, each in rows], [each.prompt for _, each in rows])
     return found
 
-# %% ../nbs/19_baselines.ipynb #54c18470
+# %% ../nbs/19_baselines.ipynb #628345b0
 def ceiling(
     people: list[Labelled],
 ) -> dict[str, float] | None:
@@ -699,13 +699,13 @@ def ceiling(
     if not rows: return None
     return mean_ci([max(each.p_a, 1 - each.p_a) for each in rows], [each.prompt for each in rows])
 
-# %% ../nbs/19_baselines.ipynb #ea63c34f
+# %% ../nbs/19_baselines.ipynb #57651009
 def memory() -> float:
     "Gigabytes that were in use at most: of the GPU, or of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
 
-# %% ../nbs/19_baselines.ipynb #91c78dac
+# %% ../nbs/19_baselines.ipynb #d59a75df
 def shown_labels(
     cells: dict[str, str],   # a row of pairs.csv, or of VideoGen-RewardBench
 ) -> dict[str, str]:         # dimension → "A", "B" or "tie"
@@ -715,7 +715,7 @@ def shown_labels(
     plain = {name: "tie" if said == "same" or said.startswith("both ") else said for name, said in own.items()}
     return {name: label for name, label in plain.items() if label in ("A", "B", "tie")}
 
-# %% ../nbs/19_baselines.ipynb #973dfa1b
+# %% ../nbs/19_baselines.ipynb #817ff55a
 def people_of(
     path,   # of the pairs, as `read_pairs` takes it
 ) -> tuple[list[Pair], list[Labelled]]:
@@ -733,7 +733,7 @@ def people_of(
             f"{at}: row {line}: p_a is no share from 0 to 1, or dimensions_json no labels; correct it") from None
     return list(table), people
 
-# %% ../nbs/19_baselines.ipynb #e15a9545
+# %% ../nbs/19_baselines.ipynb #c5990738
 def timed(
     load: Callable,   # opens a judge
     pairs: list[Pair],
@@ -746,7 +746,7 @@ def timed(
     said = judge.prefer(pairs, graded)
     return said, (time.perf_counter() - begin)/len(pairs), memory()
 
-# %% ../nbs/19_baselines.ipynb #7a12aa39
+# %% ../nbs/19_baselines.ipynb #525908d2
 def apart(
     name: str,                # of `open_baseline`
     needs: dict[str, object], # Ray's `runtime_env`
@@ -763,7 +763,7 @@ def apart(
     except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
     finally: ray.shutdown()
 
-# %% ../nbs/19_baselines.ipynb #2d2e7526
+# %% ../nbs/19_baselines.ipynb #2df171a2
 def asker(
     name: str,   # of `open_baseline`
 ) -> Callable:   # (pairs, whether dimensions are wanted) → (what it says, seconds a pair, gigabytes)
@@ -771,7 +771,7 @@ def asker(
     needs = getattr(BASELINES.get(name.partition("=")[0]), "needs", None)
     return partial(apart, name, needs) if needs else partial(timed, partial(open_baseline, name))
 
-# %% ../nbs/19_baselines.ipynb #bb27fafe
+# %% ../nbs/19_baselines.ipynb #85a83bd4
 def compare_judges(
     path,                          # of the pairs
     judges: dict[str, Callable],   # name → of `asker`; one is in memory at a time
@@ -783,7 +783,7 @@ def compare_judges(
         found[name] = measured(said, people) | dict(seconds=seconds, gb=gb)
     return dict(pairs=len(pairs), judges=found, people=ceiling(people))
 
-# %% ../nbs/19_baselines.ipynb #b22b247c
+# %% ../nbs/19_baselines.ipynb #10003143
 def cell(
     found: dict[str, float] | None,   # of `mean_ci`
 ) -> str:
@@ -791,7 +791,7 @@ def cell(
     if found is None: return "–"
     return "{:.1f} ({:.1f}–{:.1f})".format(*(100*found[key] for key in ("mean", "lo", "hi")))
 
-# %% ../nbs/19_baselines.ipynb #8f9f779a
+# %% ../nbs/19_baselines.ipynb #42679d85
 def judge_lines(
     found: dict[str, object],   # of `compare_judges`
 ) -> tuple[list[str], list[list[str]]]:   # (head, rows)

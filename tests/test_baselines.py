@@ -399,12 +399,14 @@ def test_names():
     with pytest.raises(UserError, match="compares pairs"): Framed("http://127.0.0.1:9/v1").grades([])
 
 
-def test_a_scorer_ranks_candidates(videoalign):
+def test_a_scorer_ranks_candidates_at_their_own_rate(videoalign, tmp_path):
     from dual_ipo.evaluate import load_measure, score_videos
-    clips = torch.stack([video(i).frames for i in range(3)])
-    found = score_videos(scorer("videoreward", videoalign[0], fps=8), clips, ["a kite"]*3)
-    wanted = VideoReward.load(videoalign[0]).grades([("a kite", Video(frames, 8.)) for frames in clips])
-    assert found["total"].shape == (3,) and torch.allclose(found["total"], wanted["total"])
+    clips = [video(i, fps=fps).save(tmp_path/f"{i}.mp4") for i, fps in enumerate((8., 16., 8.))]
+    read = [("a kite", Video.load(clip.path)) for clip in clips]
+    found = score_videos(scorer("videoreward", videoalign[0]), [clip.path for clip in clips], ["a kite"]*3, batch=2)
+    wanted = VideoReward.load(videoalign[0]).grades(read)
+    assert found["total"].shape == (3,) and torch.allclose(found["total"], wanted["total"], atol=1e-5)
+    assert [clip.fps for _, clip in read] == [8., 16., 8.]
     for name in ("videoscore2", "videoreward", "unifiedreward", "visionreward", "clip", "qwen3vl"):
         assert callable(load_measure(f"dual_ipo.baselines:{name}"))
 
