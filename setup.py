@@ -17,7 +17,7 @@ setup(
     keywords=cfg["keywords"], license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["dual_ipo", "dual_ipo.*"]), include_package_data=True,
-    package_data={"dual_ipo": ["toy/**/*", "people/*", "notebooks/*.ipynb"]},
+    package_data={"dual_ipo": ["toy/**/*", "people/*", "asked/*", "notebooks/*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "flash", "judges", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["dual_ipo=dual_ipo._modidx:d"]},

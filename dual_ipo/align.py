@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BINS', 'named', 'encode_once', 'Batches', 'in_parts', 'part_of', 'errors', 'to_device', 'reference_errors', 'margins',
            'mean_margin', 'by_timestep', 'step_loss', 'share_out', 'check_pairs', 'encode_texts', 'encode_clips',
-           'remember', 'learn', 'learn_in_turn', 'align']
+           'check_thumbs', 'thumb_rows', 'remember', 'learn', 'learn_in_turn', 'align']
 
 # %% ../nbs/24_align.ipynb #c2bbb60b
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,12 +63,15 @@ class Batches:
     B: int; R: int                      # pairs and real clips of a batch, of all processes
     shared: bool                        # winner and loser share t and ε, as for DPO
     keys: tuple                         # name the draws
+    thumbs: Sequence[dict] = ()         # rows of `thumb_rows`, which are drawn as pairs are
 
 # %% ../nbs/24_align.ipynb #37157ade
 @patch
 def rows(self: Batches, index: int) -> tuple[list[dict], list[dict]]:
     "Pairs, and real clips."
-    pairs = [self.pairs[i] for i in take(len(self.pairs), self.B, index, *self.keys, "pairs")]
+    n = len(self.pairs)
+    drawn = take(n + len(self.thumbs), self.B, index, *self.keys, "pairs")
+    pairs = [self.pairs[i] if i < n else self.thumbs[i - n] for i in drawn]
     if not self.R: return pairs, []
     return pairs, [self.real[i] for i in take(len(self.real), self.R, index, *self.keys, "real")]
 
@@ -103,7 +106,8 @@ def __call__(self: Batches, index: int) -> tuple[Tensor, Tensor, Tensor, list[Te
     latents = [read_latents(self.candidates, pair["latents_w"], pair["name_w"]) for pair in pairs]
     latents += [read_latents(self.candidates, pair["latents_l"], pair["name_l"]) for pair in pairs]
     latents += [read_latents(self.folder/"real", clip["file"], clip["name"]) for clip in real]
-    texts = [self.text(row["prompt"]) for row in pairs + pairs + real]
+    prompts = [row["prompt"] for row in pairs] + [row.get("prompt_l", row["prompt"]) for row in pairs]
+    texts = [self.text(prompt) for prompt in prompts + [row["prompt"] for row in real]]
     return torch.stack(latents).float(), *self.draws(index), texts
 
 # %% ../nbs/24_align.ipynb #3a8455b6
@@ -263,6 +267,35 @@ def encode_clips(
         return torch.cat([model.encode_videos(torch.stack(list(map(read, part)))) for part in parts])
     return encode_once(paths, encode, folder, "real clips", made_with=[*model.shape_of(num_frames), model.fps])
 
+# %% ../nbs/24_align.ipynb #1bc67d5a
+def check_thumbs(model, objective: Objective, thumbs: list[tuple]):   # of `align`
+    "UserError for thumbs that can't be learned from."
+    if not thumbs: return
+    if objective.shared:
+        raise UserError(f"data.thumbs: {objective.name} compares two clips of one prompt; use kto, or set it to null")
+    if len({good for *_, good in thumbs}) < 2:
+        raise UserError("data.thumbs: all are alike; give clips that are good and clips that aren't")
+    model.check_prompts([prompt for prompt, *_ in thumbs], "data.thumbs: prompt")
+
+# %% ../nbs/24_align.ipynb #bce86b3e
+def thumb_rows(
+    model,
+    thumbs: list[tuple],   # of `align`
+    num_frames: int,
+    folder: Path,          # for the shards
+) -> list[dict]:           # as pairs, but for the loser's own prompt
+    "Good clips and others, encoded and dealt out two and two."
+    found = encode_clips(model, [Path(path) for _, path, _ in thumbs], num_frames, folder)
+    up, down = ([i for i, (*_, good) in enumerate(thumbs) if good == side] for side in (True, False))
+    rows = []
+    for k in range(max(len(up), len(down)) if thumbs else 0):
+        row, sides = {}, (("w", up[k % len(up)]), ("l", down[k % len(down)]))
+        for end, i in sides:
+            file, name = found[i]
+            row |= {f"latents_{end}": str(folder.resolve()/file), f"name_{end}": name, f"prompt_{end}": thumbs[i][0]}
+        rows.append(row | dict(prompt=row["prompt_w"]))
+    return rows
+
 # %% ../nbs/24_align.ipynb #5b16f2ac
 def remember(
     objective: Objective,
@@ -327,6 +360,7 @@ def align(
     folder,                       # for checkpoints, encodings, history.parquet
     *,
     real: list[tuple] = (),       # (caption, path of mp4) of the generator's size; resampled and cut to its length
+    thumbs: list[tuple] = (),     # (prompt, path of mp4, whether it is good) of such clips, for KTO
     steps: int,
     lambda_win: float,            # λ₁, NLL on winners
     lambda_real: float,           # λ₂, NLL on real clips
@@ -344,16 +378,19 @@ def align(
     R = (real_batch_size or -(-batch_size//2//ranks().num_processes)*ranks().num_processes) if lambda_real else 0
     real = [(caption, Path(path)) for caption, path in real] if R else []
     check_pairs(model, pairs, candidates, real, lambda_real, n, dict(batch_size=batch_size, real_batch_size=R))
+    check_thumbs(model, objective, thumbs)
     captions, paths = [caption for caption, _ in real], [path for _, path in real]
-    texts = encode_texts(model, [pair["prompt"] for pair in pairs] + captions, folder/"texts")
+    prompts = [pair["prompt"] for pair in pairs] + [prompt for prompt, *_ in thumbs]
+    texts = encode_texts(model, prompts + captions, folder/"texts")
     found = encode_clips(model, paths, n, folder/"real")
     clips = [dict(prompt=caption, file=file, name=name) for caption, (file, name) in zip(captions, found)]
     shape = model.shape_of(n)
     made_of = objective.settings | dict(
         lambda_win=lambda_win, lambda_real=lambda_real, batch_size=batch_size, real_batch_size=R, round=round,
         latent_shape=list(shape), pairs=digest(pairs), real_clips=digest(list(zip(captions, map(named, paths)))))
+    if thumbs: made_of["thumbs"] = digest([[prompt, named(Path(path)), good] for prompt, path, good in thumbs])
     batches = Batches(model, pairs, candidates, clips, texts, folder, shape, batch_size, R, objective.shared,
-                      (seed, round, "align"))
+                      (seed, round, "align"), thumb_rows(model, thumbs, n, folder/"thumbs"))
     return learn_in_turn(
         objective, model, batches, steps, folder, (lambda_win, lambda_real), checkpointing, fsdp, save_every,
         accumulate, seed=seed, stage=f"align ({objective.name})", made_of=made_of, **training)

@@ -6,8 +6,8 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
            'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
-           'gated', 'exported', 'cleaned', 'reported', 'branched', 'sampled', 'paired', 'compared', 'check_ray',
-           'finished', 'command']
+           'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'reported', 'branched',
+           'sampled', 'paired', 'compared', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -368,6 +369,39 @@ def cleaned(args: argparse.Namespace) -> str:
     from dual_ipo.clean import clean, in_words
     return in_words(clean(Run.load(args.run), args.yes), args.yes)
 
+# %% ../nbs/60_cli.ipynb #5b2025b9
+def imported(args: argparse.Namespace) -> str:
+    from dual_ipo.bring import bring
+    brought = bring(args.format, args.path, args.out, args.clips, dict(args.column or []))
+    return json.dumps(brought.told()) if args.json else f"{brought}\n{args.out}"
+
+# %% ../nbs/60_cli.ipynb #8c1df88c
+def newest_judge(run: Run) -> Path:
+    "The judge that a run has come to; UserError where it has none yet."
+    done = [at for k in range(run.config["rounds"] + 1) if is_done(at := run.round(k) / "judge")]
+    if not done: raise UserError(f"{run.path}: has no judge yet; run it first, or name the folder of a judge")
+    return done[-1]
+
+# %% ../nbs/60_cli.ipynb #7007b936
+def asker_of(
+    name: str,   # of `--with`
+) -> Callable:   # see `baselines.asker`
+    "How a judge is asked; that of a run as its config says."
+    from dual_ipo.baselines import Asked, asker, timed
+    if not (Path(name) / "run.yaml").is_file(): return asker(name)
+    from dual_ipo.rounds import config_of, load_judge
+    run = Run.load(name)
+    config, path = config_of(run), newest_judge(run)
+    return partial(timed, lambda: Asked(load_judge(config, path), config.judge.dimensions))
+
+# %% ../nbs/60_cli.ipynb #ddc02390
+def judged(args: argparse.Namespace) -> str:
+    from dual_ipo.baselines import compare_judges, judge_lines
+    names = [name.strip() for name in args.judges.split(",") if name.strip()]
+    if not names: raise UserError("--with: names no judge; give some, such as videoreward,RUN")
+    found = compare_judges(args.pairs, {name: asker_of(name) for name in names})
+    return json.dumps(found) if args.json else table_text(*judge_lines(found))
+
 # %% ../nbs/60_cli.ipynb #26136e16
 def reported(args: argparse.Namespace) -> Path:
     from dual_ipo.report import make_report
@@ -432,4 +466,6 @@ def command(args: argparse.Namespace):
         case "pairs": said = paired(args)
         case "compare": said = compared(args)
         case "report": said = reported(args)
+        case "import": said = imported(args)
+        case "judges": said = judged(args)
     print(said)

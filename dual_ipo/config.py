@@ -129,6 +129,7 @@ class DataPart(Part):
     pairs: str | None = key("pairs.csv",
         "human pairs: prompt, clip_a, clip_b, label (A, B, tie), or VideoGen-RewardBench's; null: none")
     real_clips: str | None = key(None, "real clips: a folder, or a csv of clip, prompt; for align.lambda_real > 0")
+    thumbs: str | None = key(None, "clips judged one by one: a csv of clip, prompt, good (true, false); for kto")
     held_out: float = key(.1,
         "share of the human pairs' prompts that measure the judge and never teach it", ge=0, le=.9)
     max_bad_share: float = key(.05, "stop if a larger share of the clips is unreadable", may="change", ge=0, le=1)
@@ -406,7 +407,7 @@ def read_config(
     def here(p):   # a file in a hub snapshot is a link to where its neighbours are not
         at = p and path.parent / p
         return at and str(at.parent.resolve() / at.name if at.is_file() else at.resolve())
-    for name in ("prompts", "eval_prompts", "pairs", "real_clips"):
+    for name in ("prompts", "eval_prompts", "pairs", "real_clips", "thumbs"):
         setattr(config.data, name, here(getattr(config.data, name)))
     for part in (config.generator, config.judge):
         if os.path.isdir(path.parent / part.path): part.path = here(part.path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'BENCH_COLUMNS', 'PAIR_COLUMNS', 'stays_in', 'inside', 'PairRow', 'are_reasons', 'parse_rationale',
            'PairTable', 'label_of', 'check_agreement', 'pair_row', 'read_pairs', 'save_videos', 'write_pairs',
-           'clip_rows', 'read_clips', 'clip_fault', 'clip_faults', 'check_clips']
+           'clip_rows', 'read_clips', 'read_thumbs', 'clip_fault', 'clip_faults', 'check_clips']
 
 # %% ../nbs/03_data.ipynb #0e0e8dfe
 import csv, io, json, os, re
@@ -243,6 +243,20 @@ def read_clips(
     clips = [(clean_prompt(prompt, where, "caption"), inside(root, name, where)) for where, prompt, name in rows]
     if not clips: raise UserError(f"{path}: holds no clips; give mp4 files with captions")
     return clips
+
+# %% ../nbs/03_data.ipynb #6d40c70e
+def read_thumbs(
+    path,                             # a CSV, or a folder that holds thumbs.csv
+) -> list[tuple[str, Path, bool]]:    # (prompt, path, whether it is good)
+    "Clips that were judged by themselves; UserError naming the row that can't be right."
+    path, thumbs = Path(path)/"thumbs.csv" if Path(path).is_dir() else Path(path), {}
+    for line, row in read_csv(path, ["clip", "prompt", "good"]):
+        where, good = f"{path}: row {line}", row["good"].strip().lower()
+        if good not in ("true", "false"): raise UserError(f"{where}: good is {row['good']!r:.40}; write true or false")
+        key = clean_prompt(row["prompt"], where), inside(path.parent, row["clip"], where)
+        if thumbs.setdefault(key, good) != good: raise UserError(f"{where}: contradicts an earlier row; keep one")
+    if not thumbs: raise UserError(f"{path}: holds no clips; write one a row")
+    return [(*key, good == "true") for key, good in thumbs.items()]
 
 # %% ../nbs/03_data.ipynb #dd832d9b
 def clip_fault(

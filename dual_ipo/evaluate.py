@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'MOST', 'AGGREGATES', 'HEADLINE', 'VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'at_fault', 'ask',
-           'load_measure', 'check_score', 'check_scores', 'check_names', 'in_batches', 'score_videos', 'written_in',
-           'measured', 'check_headline', 'summarise', 'vbench_scores', 'result_means', 'read_vbench', 'vbench_name',
-           'vbench_manifest', 'export_vbench', 'clear_accuracy', 'rounded', 'judge_accuracy', 'frame_change',
-           'frame_changes', 'graded']
+           'load_measure', 'check_score', 'check_scores', 'check_names', 'in_batches', 'rates_for', 'score_videos',
+           'written_in', 'measured', 'check_headline', 'summarise', 'vbench_scores', 'result_means', 'read_vbench',
+           'vbench_name', 'vbench_manifest', 'export_vbench', 'clear_accuracy', 'rounded', 'judge_accuracy',
+           'frame_change', 'frame_changes', 'graded']
 
 # %% ../nbs/31_evaluate.ipynb #6f4ec996
 import importlib.util, json, math, shutil, traceback
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 import torch
 from torch import Tensor
 from .cluster import place, rows_in_shards
-from .core import Judgement, UserError, read_mp4
+from .core import Judgement, UserError, VideoFile, read_mp4
 from .pce import verdict_ece
 from .prompts import read_text
 from .stats import accuracy, bootstrap_ci, paired_difference
@@ -35,9 +36,10 @@ def at_fault(
 def ask(
     measure: Callable,                    # see `load_measure`
     videos: Tensor, prompts: list[str],   # uint8 [B, T, C, H, W], [B]
+    **more,                               # `fps`, see `rates_for`
 ) -> dict[str, Tensor]:
     "What a measure says; UserError where it raises or exits."
-    try: return measure(videos, prompts)
+    try: return measure(videos, prompts, **more)
     except (UserError, torch.OutOfMemoryError): raise
     except (Exception, SystemExit) as error: raise UserError(f"measure: {at_fault(error)}; mend it") from error
 
@@ -115,6 +117,17 @@ def in_batches(
         held.append(clip)
     if held: yield torch.stack(held)
 
+# %% ../nbs/31_evaluate.ipynb #9ec57807
+def rates_for(
+    measure: Callable,
+    videos: Tensor | list[str],   # as of `score_videos`
+) -> list[float] | None:          # frames a second of each; None: it doesn't ask, or nobody knows
+    "What a measure is told about the clips' rates."
+    if isinstance(videos, Tensor) or not all(isinstance(video, str | Path) for video in videos): return None
+    try: asks = "fps" in signature(measure).parameters
+    except (TypeError, ValueError): return None   # written in another language
+    return [VideoFile(whole(video)).fps for video in videos] if asks else None
+
 # %% ../nbs/31_evaluate.ipynb #f85688e2
 BATCH, MOST = 32, 2**29   # clips that a measure sees together, and their bytes: five at 480p
 
@@ -127,10 +140,11 @@ def score_videos(
 ) -> dict[str, Tensor]:           # name -> [n], float32 on the CPU
     "Measure clips, a batch at a time."
     if len(videos) != len(prompts): raise ValueError(f"{len(videos)} videos, {len(prompts)} prompts")
-    parts, left = [], list(prompts)
+    parts, left, rates = [], list(prompts), rates_for(measure, videos)
     for clips in in_batches(videos, batch, most):
-        own, left = left[:len(clips)], left[len(clips):]
-        parts.append(check_scores(ask(measure, clips, own), len(clips)))
+        own, left, n = left[:len(clips)], left[len(clips):], len(prompts) - len(left)
+        more = dict(fps=rates[n:n + len(clips)]) if rates else {}
+        parts.append(check_scores(ask(measure, clips, own, **more), len(clips)))
         check_names(list(parts[0]), list(parts[-1]))
     def column(name): return torch.cat([part[name].float().cpu() for part in parts])
     return {name: column(name) for name in parts[0]}

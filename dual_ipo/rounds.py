@@ -38,13 +38,13 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/33_rounds.ipynb #f906ba30
-from .align import align
+from .align import align, check_thumbs
 from .candidates import both_ends, make_pairs, preview, sample_candidates
 from .cluster import place, rows_in_shards
 from .config import Config, JudgePart, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import Item, annotate, check_rationales, cold_start_items, label_of
-from .data import PairTable, check_clips, clip_faults, read_clips, read_pairs
+from .data import PairTable, check_clips, clip_faults, read_clips, read_pairs, read_thumbs
 from .evaluate import frame_changes, graded, judge_accuracy, load_measure, measured, summarise
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
@@ -321,6 +321,7 @@ class Input(NamedTuple):
     eval_prompts: list[str]
     pairs: PairTable               # of people; empty where nobody was asked
     real: list[tuple[str, Path]]   # (caption, clip)
+    thumbs: list[tuple] = []       # (prompt, clip, whether it is good)
 
 # %% ../nbs/33_rounds.ipynb #998ab3e1
 def read_files(
@@ -333,11 +334,12 @@ def read_files(
     check_prompts(config, prompts, eval_prompts)
     pairs = read_pairs(at / data.pairs) if data.pairs else PairTable([])
     check_rationales(pairs.rows, config.judge.dimensions)
-    return Input(prompts, eval_prompts, pairs, read_clips(at / data.real_clips) if data.real_clips else [])
+    real = read_clips(at / data.real_clips) if data.real_clips else []
+    return Input(prompts, eval_prompts, pairs, real, read_thumbs(at / data.thumbs) if data.thumbs else [])
 
 # %% ../nbs/33_rounds.ipynb #da25bcd6
 def root_of(r: RoundFolder, key: str) -> Path:
-    "Where the clips of `data.pairs` or `data.real_clips` are named from."
+    "Where the clips of `data.pairs`, `data.real_clips` or `data.thumbs` are named from."
     table = r.path(getattr(r.config.data, key))
     return table if table.is_dir() else table.parent
 
@@ -345,7 +347,8 @@ def root_of(r: RoundFolder, key: str) -> Path:
 def clip_names(r: RoundFolder, given: Input) -> dict[Path, str]:  # to "pairs/clips/0.mp4"
     "The clips' names from where their table lies: those stay when everything is moved."
     names = {}
-    for key, paths in (("pairs", given.pairs.paths()), ("real_clips", [path for _, path in given.real])):
+    real, thumbs = [path for _, path in given.real], [path for _, path, _ in given.thumbs]
+    for key, paths in (("thumbs", thumbs), ("pairs", given.pairs.paths()), ("real_clips", real)):
         for path in paths: names[path] = f"{key}/{os.path.relpath(path, root_of(r, key))}"
     return names
 
@@ -368,8 +371,9 @@ def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b]]
              for row in given.pairs.rows]
     real = [[caption, names[path]] for caption, path in given.real]
+    thumbs = [[prompt, names[path], good] for prompt, path, good in given.thumbs]
     return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
-                real_clips=digest(real), clips=content_digests(names))
+                real_clips=digest(real), thumbs=digest(thumbs), clips=content_digests(names))
 
 # %% ../nbs/33_rounds.ipynb #c3c35488
 def check_same(
@@ -382,7 +386,7 @@ def check_same(
         key, _, file = name.partition("/")
         if was["clips"].get(name, content) != content:
             raise UserError(f"{root_of(r, key) / file}: is another clip than when the run began; {remedy}")
-    for key in ("prompts", "eval_prompts", "pairs", "real_clips"):
+    for key in ("prompts", "eval_prompts", "pairs", "real_clips", "thumbs"):
         if was[key] == now[key]: continue
         table = r.path(getattr(r.config.data, key) or "")
         raise UserError(f"data.{key}: {table}: has changed since the run began; {remedy}")
@@ -406,7 +410,8 @@ def check_given_clips(r: RoundFolder, given: Input) -> list[dict]:  # the rows o
     share, model, real = r.config.data.max_bad_share, r.config.generator, [path for _, path in given.real]
     size = model.num_frames, model.height, model.width
     _, bad = check_clips(given.pairs.paths(), None, share, faults_of=faults_in_shards(r, "pairs"))
-    if real: bad = bad + check_clips(real, size, share, model.fps, faults_in_shards(r, "real_clips"))[1]
+    for key, paths in (("real_clips", real), ("thumbs", [path for _, path, _ in given.thumbs])):
+        if paths: bad = bad + check_clips(paths, size, share, model.fps, faults_in_shards(r, key))[1]
     if bad: write_table(r.run.path / "quarantine.parquet", bad)
     return bad
 
@@ -446,7 +451,8 @@ def read_input(r: RoundFolder) -> Input:
     bad = checked(r, given, names)
     good = [path for path in given.pairs.paths() if names[path] not in bad]
     real = [(caption, path) for caption, path in given.real if names[path] not in bad]
-    return given._replace(pairs=given.pairs.keep(good), real=real)
+    thumbs = [thumb for thumb in given.thumbs if names[thumb[1]] not in bad]
+    return given._replace(pairs=given.pairs.keep(good), real=real, thumbs=thumbs)
 
 # %% ../nbs/33_rounds.ipynb #84206d42
 def check_judge_of(config: Config, prompts: list[str]) -> Judge:   # without weights
@@ -464,7 +470,8 @@ def check_input(config: Config):
     given = read_files(config)
     if not config.cluster.runtime_env:   # else `check_measures` looks where they are
         for name in measures_of(config): load_measure(name)
-    objective_of(config.align.objective, config.align.model_dump())
+    objective = objective_of(config.align.objective, config.align.model_dump())
+    if given.thumbs: check_thumbs(meta_generator(config), objective, given.thumbs)
     check_model(config, given.prompts, given.eval_prompts, given.real)
     judge = check_judge_of(config, given.prompts)
     base, loras = read_checkpoint(config.generator.path)
@@ -937,8 +944,9 @@ def update_generator(
     r: Round,
     pairs: Rows,                   # of pairs.parquet
     real: list[tuple[str, Path]],  # (caption, path)
+    thumbs: list[tuple] = (),      # (prompt, path, whether it is good)
 ) -> list[dict]:                   # history, a row a step
-    "The objective of `align`, with NLL on winners and real clips."
+    "The objective of `align`, with NLL on winners and real clips, and thumbs of people among its pairs."
     part, folder, model = r.config.align, r.folder / "align", r.generator(r.before("generator"))
     if not part.lambda_real: real = []
     objective = objective_of(part.objective, part.model_dump())
@@ -947,7 +955,7 @@ def update_generator(
                      fsdp=r.config.cluster.fsdp)
     def learn():
         found = None
-        try: align(objective, model, pairs, r.folder / "candidates", folder, real=real, **settings)
+        try: align(objective, model, pairs, r.folder / "candidates", folder, real=real, thumbs=thumbs, **settings)
         except TrainingAnomaly as anomaly: found = dict(reason=str(anomaly))
         if not ranks().is_main_process: return
         if found: write_json(folder / "anomaly.json", found)
@@ -1089,13 +1097,13 @@ def stages(r: Round) -> Iterator[tuple[str, object]]:  # (what it is, what was l
     check_there(r.run)
     measure_late(r.run)
     yield "input", (given := read_input(r))
-    prompts, eval_prompts, human, real = given
+    prompts, eval_prompts, human, real, thumbs = given
     reasons = []
     if r.k == 0: yield "cold start", start_judge(r, human)
     else:
         yield "candidates", (candidates := sample(r, prompts))
         yield "pairs", (pairs := rank(r, candidates))
-        yield "the generator's update", (history := update_generator(r, pairs, real))
+        yield "the generator's update", (history := update_generator(r, pairs, real, thumbs))
         yield "fresh clips", (fresh := sample_fresh(r, prompts))
         yield "votes", label(r, fresh)
         yield "the judge's update", (reasons := update_judge(r, fresh, history, human))
@@ -1115,7 +1123,7 @@ def run_round(
 # %% ../nbs/33_rounds.ipynb #627a50c9
 def glance(r: RoundFolder, name: str, left):  # something that draws itself
     "What a notebook shows of a stage of `stages`."
-    kinds = ("prompts", "evaluation prompts", "human pairs", "real clips")
+    kinds = ("prompts", "evaluation prompts", "human pairs", "real clips", "thumbs")
     if name == "input": return dict(zip(kinds, map(len, left)))
     if name == "pairs" and left: return preview(max(left, key=lambda p: p["margin"]), r.folder / "candidates")
     if name == "fresh clips" and left: return left[0]

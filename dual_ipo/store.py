@@ -578,7 +578,7 @@ PATHS = [   # (part, key) of the config
     ("data", "prompts"),
     ("data", "eval_prompts"),
     ("data", "pairs"),
-    ("data", "real_clips"),
+    ("data", "real_clips"), ("data", "thumbs"),
     ("generator", "path"),
     ("judge", "path")]
 

@@ -17,7 +17,7 @@ from dual_ipo.cluster import Here, OnRay, at_place, chosen, own_folders, rows_in
 from dual_ipo.config import ClusterPart
 from dual_ipo.core import UserError, noise, write_mp4
 from dual_ipo.cot import cold_start_items, pair_response
-from dual_ipo.data import read_pairs
+from dual_ipo.data import read_pairs, write_pairs
 from dual_ipo.options import parser
 from dual_ipo.ending import main
 from dual_ipo.evaluate import measured
@@ -251,6 +251,17 @@ def test_an_environment_that_cannot_be_made_is_one_line(three, clips, tmp_path, 
     line = str(error.value)
     assert line.startswith("cluster.runtime_env: Ray cannot make it (") and re.search(why, line), line
     assert "\n" not in line and not three.actors
+
+
+def test_a_judge_beside_ours_has_an_environment_of_its_own(tmp_path):
+    "It says there what it says here."
+    from dual_ipo.baselines import apart, open_baseline, timed
+    from dual_ipo.toyworld import CHECKPOINTS, human_pairs
+    write_pairs(tmp_path, human_pairs(1, 0))
+    pairs, env = list(read_pairs(tmp_path)), dict(env_vars=dict(OMP_NUM_THREADS="1"))
+    (said,), seconds, gb = apart(f"qwen3vl={CHECKPOINTS/'judge'}", env, pairs)
+    (here,), _, _ = timed(lambda: open_baseline(str(CHECKPOINTS/"judge")), pairs)
+    assert said.p_a == pytest.approx(here.p_a, abs=1e-5) and seconds > 0 and gb > 0
 
 
 def test_an_environment_is_for_workers():
