@@ -362,7 +362,8 @@ def content_digests(
 # %% ../nbs/33_rounds.ipynb #34212ed0
 def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     "What the user's files contain: a digest of each table's rows, and of each clip."
-    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b]]
+    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b],
+              *[row.p_a] * (row.p_a is not None)]
              for row in given.pairs.rows]
     real = [[caption, names[path]] for caption, path in given.real]
     return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
@@ -714,7 +715,8 @@ def evaluate_judge(
     rows = [vote_row(*each) for each in zip(pairs, gaps or [None] * len(pairs), votes, static)]
     if pairs: write_table(r.folder / "evaluate/votes.parquet", rows)
     p_a, p_a_static = torch.tensor([vote.p_a for vote in votes]), torch.tensor([vote.p_a for vote in static])
-    accuracy = judge_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps)
+    people = [pair.p_a for pair in pairs]
+    accuracy = judge_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps, people=people)
     write_json(r.folder / "judge_check/judge.json", accuracy | dict(judged=follow_grades(r, cold)))
 
 # %% ../nbs/33_rounds.ipynb #c064b693

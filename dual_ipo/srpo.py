@@ -83,7 +83,7 @@ def contents(
         for video in item.videos:
             if id(video) not in digests: digests[id(video)] = clip_digest(video)
         clips = [digests[id(video)] for video in item.videos]
-        rows.append([item.kind, item.text, item.explained, item.response, clips])
+        rows.append([item.kind, item.text, item.explained, item.response, clips, *[item.weight]*(item.weight != 1)])
     return rows
 
 # %% ../nbs/14_srpo.ipynb #11d50cab
@@ -156,12 +156,13 @@ def human_nll(
     judge,               # a `Judge`
     items: list[Item],   # of one kind, with responses
     model=None,          # the model as a training loop wrapped it
-) -> Tensor:             # [B] nats per token
+) -> Tensor:             # [B] nats per token, weighted
     "NLL of what people said; of grades alone where one clip is graded."
     logp, mask = judge.token_log_probs(items, [item.response for item in items], model)
-    if items[0].kind == "grade": return mean_nll(logp, grade_mask(judge, items))
+    weight = torch.tensor([item.weight for item in items], device=logp.device)
+    if items[0].kind == "grade": return weight * mean_nll(logp, grade_mask(judge, items))
     reasons = [len(judge.ids(item.response[:item.response.rindex("<answer>")])) - 1 for item in items]
-    return response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
+    return weight * response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
 
 # %% ../nbs/14_srpo.ipynb #85f44bb2
 def cold_start(
