@@ -386,7 +386,8 @@ def items_of(
     "Everything that a human pair teaches: where people disagree, either verdict as much as there are who give it."
     items, share = [pair_item(pair, order, []) for order in ("ab", "ba")], 1.
     if pair.p_a is not None and pair.label != "tie":
-        share, other = max(pair.p_a, 1 - pair.p_a), replace(pair, label="B" if pair.label == "A" else "A", rationale=None)
+        share = max(pair.p_a, 1 - pair.p_a)
+        other = replace(pair, label="B" if pair.label == "A" else "A", rationale=None)
         against = [pair_item(other, order, []) for order in ("ab", "ba")] if share < 1 else []
         items = [replace(item, weight=share) for item in items] + [replace(item, weight=1 - share) for item in against]
     if not (pair.rationale and dimensions): return items

@@ -8,7 +8,7 @@ __all__ = ['ANSWERS', 'Grade', 'Words', 'NAME', 'GAP', 'JUDGED_COLUMNS', 'BUSY',
            'sides_for', 'verdict_of', 'side_of', 'rationale_of', 'write_csv', 'alpha_of', 'equal_share', 'agreement',
            'doubt_of', 'linked', 'ask_people']
 
-# %% ../nbs/18_people.ipynb #6f9995a1
+# %% ../nbs/18_people.ipynb #a375b2bd
 import csv, io, os, re, shutil, unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from .data import inside
 from .prompts import clean_prompt, read_csv
 from .store import atomic_write
 
-# %% ../nbs/18_people.ipynb #d1533cd1
+# %% ../nbs/18_people.ipynb #28d4ef46
 class ToJudge(NamedTuple):
     "A pair that people are asked about."
     pair_id: str
@@ -38,10 +38,10 @@ class ToJudge(NamedTuple):
     gold: str = ""        # the known answer, or none
     doubt: float = 0.     # 0..1: who asks for the doubtful pairs gets the largest first
 
-# %% ../nbs/18_people.ipynb #6ef9ef34
+# %% ../nbs/18_people.ipynb #f472eb24
 ANSWERS = "A", "B", "tie", "bad", "skip"   # bad: neither is any good
 
-# %% ../nbs/18_people.ipynb #cc2e870d
+# %% ../nbs/18_people.ipynb #0d3b8a39
 def to_judge_row(
     cells: dict[str, str],   # of a CSV
     where: str,              # for the message
@@ -55,9 +55,10 @@ def to_judge_row(
     try: doubt = float(cells.get("doubt") or 0)
     except ValueError: doubt = -1.
     if not 0 <= doubt <= 1: raise UserError(f"{where}: doubt is not a number from 0 to 1; correct it")
-    return ToJudge(cells.get("pair_id", "").strip() or f"{a} {b}", clean_prompt(cells["prompt"], where), a, b, gold, doubt)
+    pair_id = cells.get("pair_id", "").strip() or f"{a} {b}"
+    return ToJudge(pair_id, clean_prompt(cells["prompt"], where), a, b, gold, doubt)
 
-# %% ../nbs/18_people.ipynb #debd18b5
+# %% ../nbs/18_people.ipynb #2cc62e08
 def table_of(
     path,        # a CSV, or a folder that holds to_judge.csv or pairs.csv
 ) -> Path:
@@ -68,7 +69,7 @@ def table_of(
     if not found: raise UserError(f"{path}: has neither to_judge.csv nor pairs.csv; name the table of pairs to judge")
     return found[0]
 
-# %% ../nbs/18_people.ipynb #a3b154d0
+# %% ../nbs/18_people.ipynb #85dfa9f7
 def read_to_judge(
     path,        # of the CSV
 ) -> list[ToJudge]:
@@ -78,12 +79,13 @@ def read_to_judge(
         row = to_judge_row(cells, f"{path}: row {line}")
         both = row.prompt, *sorted((row.clip_a, row.clip_b))
         if (earlier := ids.setdefault(row.pair_id, line)) != line or (earlier := clips.setdefault(both, line)) != line:
-            raise UserError(f"{path}: rows {earlier} and {line} are the same pair; remove one, or give it its own pair_id")
+            raise UserError(f"{path}: rows {earlier} and {line} are the same pair; "
+                            "remove one, or give it its own pair_id")
         rows.append(row)
     if not rows: raise UserError(f"{path}: has no pairs; write one a row")
     return rows
 
-# %% ../nbs/18_people.ipynb #8f6dd8ce
+# %% ../nbs/18_people.ipynb #fc5e0dfb
 Grade = Annotated[int, Field(ge=1, le=5)]
 Words = Annotated[str, Field(max_length=20_000)]
 
@@ -100,7 +102,7 @@ class Answer(BaseModel):
     time: str = ""                                         # when, UTC
     again: bool = False                                    # asked a second time, sides swapped
 
-# %% ../nbs/18_people.ipynb #4d57cb0e
+# %% ../nbs/18_people.ipynb #a270a0eb
 NAME = re.compile(r"\w[\w.@-]*( [\w.@-]+)*")
 
 def check_person(
@@ -109,9 +111,10 @@ def check_person(
     "A person's name, which names a file; UserError where it can't."
     name = unicodedata.normalize("NFC", name.strip())
     if NAME.fullmatch(name) and len(name.encode()) <= 80: return name
-    raise UserError(f"{name!r:.60}: can't be a person's name here; use letters, digits, spaces and .@-_, 80 bytes at most")
+    raise UserError(f"{name!r:.60}: can't be a person's name here; "
+                    "use letters, digits, spaces and .@-_, 80 bytes at most")
 
-# %% ../nbs/18_people.ipynb #6cdc32d6
+# %% ../nbs/18_people.ipynb #dc745fd2
 def append(
     path: Path,      # of a person's file; its folder is made
     answer: Answer,
@@ -128,7 +131,7 @@ def append(
         os.fsync(file.fileno())
     if is_new: sync_folder(path.parent)
 
-# %% ../nbs/18_people.ipynb #1c3fa992
+# %% ../nbs/18_people.ipynb #e39d450e
 @dataclass
 class PersonFile:
     "What a person has said so far."
@@ -138,7 +141,7 @@ class PersonFile:
     read: int = 0                                          # bytes
     lines: int = 0
 
-# %% ../nbs/18_people.ipynb #c17da3ed
+# %% ../nbs/18_people.ipynb #56907ce1
 @patch
 def take(self: PersonFile,
     text: bytes,   # a line
@@ -155,7 +158,7 @@ def take(self: PersonFile,
     if said.answer != "undo": self.standing.append(said)
     elif self.standing: self.undone = self.standing.pop()
 
-# %% ../nbs/18_people.ipynb #8e1366dc
+# %% ../nbs/18_people.ipynb #ea689e4a
 @patch
 def refresh(self: PersonFile):
     "Read what is new; from the start where the file has shrunk."
@@ -169,7 +172,7 @@ def refresh(self: PersonFile):
     self.read += len(whole)
     for line in whole.split(b"\n")[:-1]: self.take(line)
 
-# %% ../nbs/18_people.ipynb #1b29c40a
+# %% ../nbs/18_people.ipynb #d9329074
 @dataclass
 class Survey:
     "Pairs in a folder, and what people say of them."
@@ -181,7 +184,7 @@ class Survey:
     rows: list[ToJudge] = field(default_factory=list)
     files: dict[str, PersonFile] = field(default_factory=dict)                # by person
 
-# %% ../nbs/18_people.ipynb #0cee55fd
+# %% ../nbs/18_people.ipynb #1ed6b0ea
 def open_survey(
     path,           # a table, or a folder that has one
     **settings,     # overlap, repeats, active, dimensions: see `Survey`
@@ -192,19 +195,19 @@ def open_survey(
     survey.refresh()
     return survey
 
-# %% ../nbs/18_people.ipynb #7bef0a04
+# %% ../nbs/18_people.ipynb #b10ea755
 @patch(as_prop=True)
 def folder(self: Survey) -> Path:
     "Of the answers, a file a person."
     return self.table.parent/("answers" if self.table.name == "to_judge.csv" else f"{self.table.stem}_answers")
 
-# %% ../nbs/18_people.ipynb #f79fe605
+# %% ../nbs/18_people.ipynb #5754b2e7
 @patch
 def refresh(self: Survey):
     "Read what everybody has said meanwhile."
     for path in sorted(self.folder.glob("*.jsonl")): self.files.setdefault(path.stem, PersonFile(path)).refresh()
 
-# %% ../nbs/18_people.ipynb #17a0e4f6
+# %% ../nbs/18_people.ipynb #d07945ae
 @patch
 def answers(self: Survey,
     person: str | None = None,   # None: everybody
@@ -214,7 +217,7 @@ def answers(self: Survey,
     files = self.files.values() if person is None else [self.files[person]] if person in self.files else []
     return [said for said in chain.from_iterable(file.standing for file in files) if said.pair_id in known]
 
-# %% ../nbs/18_people.ipynb #f516b75d
+# %% ../nbs/18_people.ipynb #72abe3cd
 @patch
 def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
     "The answers that count: no skips, nothing asked a second time, and the last one where two pages asked a person."
@@ -223,7 +226,7 @@ def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
         if said.answer != "skip" and not said.again: found.setdefault(said.pair_id, {})[said.person] = said
     return {pair_id: list(own.values()) for pair_id, own in found.items()}
 
-# %% ../nbs/18_people.ipynb #af01631d
+# %% ../nbs/18_people.ipynb #717ca349
 class Turn(NamedTuple):
     "A pair as a person is shown it."
     row: ToJudge
@@ -237,7 +240,7 @@ def sides_for(
     "At random for each person and pair, and the same after a restart."
     return ("ab", "ba")[seed_of("sides", person, pair_id) % 2]
 
-# %% ../nbs/18_people.ipynb #0b661b03
+# %% ../nbs/18_people.ipynb #fcda2d59
 GAP = 10   # answers after which a pair may come again, and between two with a known answer
 
 @patch
@@ -251,7 +254,7 @@ def again(self: Survey,
         if seed_of("again", said.person, said.pair_id) < self.repeats*2**63:
             return Turn(rows[said.pair_id], said.sides[::-1], True)
 
-# %% ../nbs/18_people.ipynb #a76fc527
+# %% ../nbs/18_people.ipynb #42632439
 @patch
 def least_judged(self: Survey,
     person: str,
@@ -266,7 +269,7 @@ def least_judged(self: Survey,
     best = nsmallest(place + 1, left, rank)
     return [row for row in best if rank(row)[0] == rank(best[0])[0]][-1] if best else None
 
-# %% ../nbs/18_people.ipynb #2788fcf6
+# %% ../nbs/18_people.ipynb #f8c8485e
 @patch
 def next_turn(self: Survey,
     person: str,
@@ -284,7 +287,7 @@ def next_turn(self: Survey,
     if gold and (row is None or len(own) >= (told + 1)*GAP): row = min(gold, key=lambda r: seed_of(person, r.pair_id))
     return row and Turn(row, sides_for(person, row.pair_id))
 
-# %% ../nbs/18_people.ipynb #39336ea6
+# %% ../nbs/18_people.ipynb #849080ac
 @patch
 def say(self: Survey,
     person: str,        # see `check_person`
@@ -304,7 +307,7 @@ def say(self: Survey,
     self.refresh()
     return said
 
-# %% ../nbs/18_people.ipynb #994cc300
+# %% ../nbs/18_people.ipynb #ca7f4f82
 @patch
 def file_of(self: Survey, person: str) -> Path:
     "A person's file; UserError for a name that can't be one, or that differs from another's in capitals alone."
@@ -314,7 +317,7 @@ def file_of(self: Survey, person: str) -> Path:
     self.folder.mkdir(parents=True, exist_ok=True)
     return inside(self.folder, f"{name}.jsonl", str(self.folder))
 
-# %% ../nbs/18_people.ipynb #903a6d45
+# %% ../nbs/18_people.ipynb #b4b0709c
 @patch
 def undo(self: Survey, person: str) -> bool:   # whether there was anything to take back
     "Take a person's last answer back; its pair comes next."
@@ -326,7 +329,7 @@ def undo(self: Survey, person: str) -> bool:   # whether there was anything to t
     self.refresh()
     return True
 
-# %% ../nbs/18_people.ipynb #e1d0b0a4
+# %% ../nbs/18_people.ipynb #6bddccf0
 def verdict_of(
     votes: list[str],          # of `ANSWERS`, without skip
 ) -> tuple[str, float]:        # (A, B, tie or bad; p(A))
@@ -336,7 +339,7 @@ def verdict_of(
     (most, count), *others = n.most_common()
     return most if not others or others[0][1] < count else "tie", p_a
 
-# %% ../nbs/18_people.ipynb #61f48fe5
+# %% ../nbs/18_people.ipynb #ecf4c41c
 def side_of(
     answers: list[Answer],
     dimension: str,
@@ -347,7 +350,7 @@ def side_of(
     words = [said.words[dimension][side] for said in answers if said.words.get(dimension, {}).get(side, "").strip()]
     return round(sum(grades)/len(grades)) if grades else None, " ".join(words[0].split()) if words else ""
 
-# %% ../nbs/18_people.ipynb #9670040d
+# %% ../nbs/18_people.ipynb #07fba136
 def rationale_of(
     answers: list[Answer],   # of those who agree with the label
     dimensions: list[str],
@@ -360,7 +363,7 @@ def rationale_of(
         found[dimension] = dict(a=a, b=b, grade_a=grade_a, grade_b=grade_b)
     return found or None
 
-# %% ../nbs/18_people.ipynb #0f66967a
+# %% ../nbs/18_people.ipynb #cae21ca7
 @patch
 def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, label, rationale_json, p_a, n_people
     "A row a pair that somebody has judged."
@@ -371,10 +374,11 @@ def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, lab
         label, p_a = verdict_of([said.answer for said in own])
         rationale = rationale_of([said for said in own if said.answer == label], self.dimensions)
         rows.append(dict(pair_id=row.pair_id, prompt=row.prompt, clip_a=row.clip_a, clip_b=row.clip_b, label=label,
-                         rationale_json=json.dumps(rationale) if rationale else "", p_a=round(p_a, 4), n_people=len(own)))
+                         rationale_json=json.dumps(rationale) if rationale else "", p_a=round(p_a, 4),
+                         n_people=len(own)))
     return rows
 
-# %% ../nbs/18_people.ipynb #06e5a541
+# %% ../nbs/18_people.ipynb #49156912
 JUDGED_COLUMNS = "pair_id", "prompt", "clip_a", "clip_b", "label", "rationale_json", "p_a", "n_people"
 
 def write_csv(
@@ -390,7 +394,7 @@ def write_csv(
     table.writerows(rows)
     with atomic_write(path) as file: file.write(text.getvalue().encode())
 
-# %% ../nbs/18_people.ipynb #95013135
+# %% ../nbs/18_people.ipynb #1c970e2b
 @patch
 def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     "Write down what all say together: pairs.csv, and both_bad.csv for the pairs of which neither clip is any good."
@@ -401,7 +405,7 @@ def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     write_csv(bad, [row for row in rows if row["label"] == "bad"])
     return path
 
-# %% ../nbs/18_people.ipynb #9ac7ea43
+# %% ../nbs/18_people.ipynb #14cfba7c
 def alpha_of(
     votes: dict[str, list[Answer]],   # {pair_id: one a person}
 ) -> float | None:                    # up to 1; None where it can't be told
@@ -414,7 +418,7 @@ def alpha_of(
     if len(np.unique(table[~np.isnan(table)])) < 2: return None
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
 
-# %% ../nbs/18_people.ipynb #0774af4f
+# %% ../nbs/18_people.ipynb #8b6ae40d
 def equal_share(
     pairs: Iterable[tuple[str, str]],   # answers that might be equal
 ) -> tuple[float | None, int]:          # (0..1, of how many); None of none
@@ -422,7 +426,7 @@ def equal_share(
     equal = [a == b for a, b in pairs]
     return (sum(equal)/len(equal) if equal else None), len(equal)
 
-# %% ../nbs/18_people.ipynb #4d674dea
+# %% ../nbs/18_people.ipynb #ace2a156
 def agreement(
     votes: dict[str, list[Answer]],
     answers: tuple[str, ...] = ANSWERS,   # that count; A and B alone: comparable with a judge's accuracy
@@ -432,7 +436,7 @@ def agreement(
     for own in votes.values(): found += combinations([said.answer for said in own if said.answer in answers], 2)
     return equal_share(found)
 
-# %% ../nbs/18_people.ipynb #eada83d4
+# %% ../nbs/18_people.ipynb #79ede61b
 @patch
 def person_facts(self: Survey, person: str) -> dict:
     "What a person's answers look like; None where there is nothing to tell from."
@@ -449,7 +453,7 @@ def person_facts(self: Survey, person: str) -> dict:
                 n_others=n_others, itself=itself, n_again=n_again, gold=known, n_gold=n_gold,
                 left=sum(left)/len(left) if left else None, seconds=median([said.seconds for said in own] or [0.]))
 
-# %% ../nbs/18_people.ipynb #7f4c55e4
+# %% ../nbs/18_people.ipynb #fc271540
 BUSY = 600   # s without an answer, after which somebody has gone
 
 @patch
@@ -459,7 +463,7 @@ def busy(self: Survey) -> int:
     last = [file.standing[-1].time for file in self.files.values() if file.standing and file.standing[-1].time]
     return max(1, sum(now - datetime.fromisoformat(time).timestamp() < BUSY for time in last))
 
-# %% ../nbs/18_people.ipynb #c8d5c787
+# %% ../nbs/18_people.ipynb #5f2e78b8
 @patch
 def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, wanted, seconds left)
     "How far everybody together has come, and when they will be there."
@@ -468,7 +472,7 @@ def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, w
     total, seconds = self.overlap*len(wanted), [said.seconds for said in self.answers() if said.seconds]
     return given, total, median(seconds)*(total - given)/self.busy() if seconds else None
 
-# %% ../nbs/18_people.ipynb #d32d41a7
+# %% ../nbs/18_people.ipynb #f2e886bf
 @patch
 def facts(self: Survey) -> dict:
     "All in all, and a row a person."
@@ -478,7 +482,7 @@ def facts(self: Survey) -> dict:
     return dict(given=given, wanted=wanted, seconds_left=left, alpha=alpha_of(votes), agrees=agrees, n_agrees=n_agrees,
                 ceiling=ceiling, n_ceiling=n_ceiling, people=[self.person_facts(name) for name in sorted(self.files)])
 
-# %% ../nbs/18_people.ipynb #a0fbabd1
+# %% ../nbs/18_people.ipynb #00f4a300
 def doubt_of(
     row: dict,       # of votes.parquet
 ) -> float:          # 0..1
@@ -486,7 +490,7 @@ def doubt_of(
     split = 1 - abs(2*row["p_a"] - 1)
     return (split + 1 - (0. if row.get("pce") is None else min(max(row["pce"], 0.), 1.)))/2
 
-# %% ../nbs/18_people.ipynb #276b4a46
+# %% ../nbs/18_people.ipynb #1dfe8933
 def linked(
     source: Path,
     target: Path,   # its folder is made
@@ -497,7 +501,7 @@ def linked(
     try: os.link(os.path.realpath(source), target)
     except OSError: shutil.copyfile(source, target)
 
-# %% ../nbs/18_people.ipynb #b7666ed7
+# %% ../nbs/18_people.ipynb #58b61d93
 def ask_people(
     folder: Path,        # gets to_judge.csv and clips/
     rows: list[dict],    # with pair_id, prompt, clip_a, clip_b (paths) and p_a

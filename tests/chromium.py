@@ -1,5 +1,5 @@
 "A headless Chromium driven over the DevTools protocol: one class, no npm. The websocket client comes with JupyterLab."
-import json, os, shutil, signal, subprocess, tempfile, time
+import base64, json, os, shutil, signal, subprocess, tempfile, time
 from itertools import count
 from pathlib import Path
 from urllib.request import urlopen
@@ -71,6 +71,19 @@ class Page:
         return answer["result"].get("value")
 
     def until(self, expression, seconds=180): return self.wait(lambda: self.evaluate(expression), expression, seconds)
+
+    def press(self, key):
+        "A key, as a keyboard sends it: what has the focus hears it."
+        code = {"ArrowLeft": 37, "ArrowRight": 39, "Enter": 13, "Tab": 9}.get(key) or ord(key.upper())
+        own = dict(key=key, windowsVirtualKeyCode=code, **({"text": key} if len(key) == 1 else {}))
+        self.send("Input.dispatchKeyEvent", type="keyDown", **own)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def shot(self, path, **clip):
+        "A picture of the page, or of a part of it: x, y, width, height."
+        part = dict(clip=dict(clip, scale=1)) if clip else {}
+        data = self.send("Page.captureScreenshot", format="png", **part)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
 
     def of(self, *methods): return [e["params"] for e in self.events if e.get("method") in methods]
 

@@ -21,7 +21,7 @@ from dual_ipo.people import ANSWERS, Answer, PersonFile, append, ask_people, ope
 from dual_ipo.stats import accuracy
 from dual_ipo.store import pair_digest
 
-HOSTILE = {"script": "<script>alert(1)</script>", "end": "</script>`${1}`", "markdown": "# [x](javascript:1) **b** | c |",
+HOSTILE = {"script": "<script>alert(1)</script>", "end": "</script>`${1}`", "markdown": "# [x](javascript:1) **b** |",
            "right to left": "\u202eabc שלום", "long": "x"*10_000, "lines": "a\r\nb\u2028c", "quotes": '",\'"\\'}
 
 
@@ -210,8 +210,8 @@ def test_hostile_words_come_back_as_they_were(tmp_path, text):
     assert read_pairs(survey.write()).rows[0].rationale["motion"]["a"] == " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", "a\nb", " ", "x"*81, "<b>", "-rf", ".hidden",
-                                  "a..b/../c", "\u202eabc"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", "a\nb", " ", "x"*81, "<b>", "-rf",
+                                  ".hidden", "a..b/../c", "\u202eabc"])
 def test_a_name_is_a_file_name(tmp_path, name):
     survey = open_survey(task(tmp_path))
     assert "can't be a person's name" in line_of(survey.say, name, survey.next_turn("x"), "A")
@@ -251,7 +251,8 @@ def test_an_edited_line_is_told(tmp_path):
     path.write_text(path.read_text("utf-8").replace('"A"', '"C"'), "utf-8")
     line = line_of(open_survey, tmp_path)
     assert f"{path}: row 1: answer" in line
-    with pytest.raises(UserError): PersonFile(path).take(b'{"pair_id": "p0", "person": "x", "sides": "ab", "answer": "A", "seconds": NaN}')
+    with pytest.raises(UserError):
+        PersonFile(path).take(b'{"pair_id": "p0", "person": "x", "sides": "ab", "answer": "A", "seconds": NaN}')
 
 
 def test_somebody_elses_table_stays(tmp_path):
