@@ -7,7 +7,7 @@ __all__ = ['MOST', 'ANSWER_BUTTONS', 'STUDIO', 'GRADES', 'RENDER', 'SHOW', 'ESM'
            'voted_rows', 'table_for', 'shown_clip', 'clips_of', 'by_clip', 'Studio', 'percent', 'facts_html',
            'judge_in_words', 'studio', 'page_notebook', 'serve_command', 'check_page', 'free_port', 'served', 'serve']
 
-# %% ../nbs/53_annotate.ipynb #587b7887
+# %% ../nbs/53_annotate.ipynb #7ae742c5
 import html
 import json
 import os
@@ -37,7 +37,7 @@ from .results import BLUE, FAINT, GREY, INK, SAND, STONE, clock, table_html
 from .store import Run, read_entries, read_rows
 from .widgets import CLIPS, CLOCK, CONTROLS, KEYS, PLAYER_STYLE
 
-# %% ../nbs/53_annotate.ipynb #0677231b
+# %% ../nbs/53_annotate.ipynb #2765f6e9
 def voted_rows(
     folder: Path,   # of a round
 ) -> list[dict]:    # of votes.parquet, clips as paths
@@ -45,7 +45,7 @@ def voted_rows(
     rows = read_rows(folder/"votes.parquet", ["pair_id", "prompt", "clip_a", "clip_b", "p_a", "pce"])
     return [row | {side: folder/row[side] for side in ("clip_a", "clip_b")} for row in rows]
 
-# %% ../nbs/53_annotate.ipynb #439f895d
+# %% ../nbs/53_annotate.ipynb #aa97b0c6
 MOST = 200   # pairs of a run that nobody chose a number for
 
 def table_for(
@@ -60,7 +60,7 @@ def table_for(
     if newest.name == "to_judge.csv": return newest
     return ask_people(newest.parent/"people", voted_rows(newest.parent), MOST)
 
-# %% ../nbs/53_annotate.ipynb #fa406f55
+# %% ../nbs/53_annotate.ipynb #8f32b265
 @lru_cache(16)
 def shown_clip(
     path: Path,
@@ -70,7 +70,7 @@ def shown_clip(
     clip = VideoFile(path)
     return clip.mp4(), clip.timing()[1], clip.duration(), clip.chosen([0]).shape[-1]
 
-# %% ../nbs/53_annotate.ipynb #e63b7a26
+# %% ../nbs/53_annotate.ipynb #165ea7c3
 def clips_of(
     survey: Survey,
     turn: Turn,
@@ -83,7 +83,7 @@ def clips_of(
         if not path.is_file(): raise UserError(f"{path}: no such clip; skip the pair (s), or restore it")
     return [shown_clip(path, path.stat().st_mtime_ns) for path in paths]
 
-# %% ../nbs/53_annotate.ipynb #4de7e9e9
+# %% ../nbs/53_annotate.ipynb #13afe521
 def by_clip(
     given: dict,    # {dimension: {"left": …, "right": …}}, as a page sends it
     sides: str,     # ab or ba
@@ -95,13 +95,13 @@ def by_clip(
         if kept: found[dimension] = kept
     return found
 
-# %% ../nbs/53_annotate.ipynb #1a1e56f3
+# %% ../nbs/53_annotate.ipynb #b437480e
 ANSWER_BUTTONS = """<button class="side" data-answer="1" aria-keyshortcuts="1">left is better <kbd>1</kbd></button>
 <button data-answer="0" aria-keyshortcuts="0">equally good <kbd>0</kbd></button>
 <button data-answer="b" aria-keyshortcuts="b">both bad <kbd>b</kbd></button>
 <button class="side" data-answer="2" aria-keyshortcuts="2">right is better <kbd>2</kbd></button>"""
 
-# %% ../nbs/53_annotate.ipynb #6f02af51
+# %% ../nbs/53_annotate.ipynb #ce3045ad
 STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label="judge pairs of clips">
 <form class="name"><label>Your name, under which your answers are kept<input type="text" maxlength="80"
   autocomplete="off" spellcheck="false"></label><button>begin</button></form>
@@ -116,7 +116,7 @@ STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label=
 <p class="hint">Click here, and the keys are yours: 1, 2, 0, b, space, arrows, s, u.</p>
 <details class="facts"><summary>how far do we agree?</summary><div class="page dipo"></div></details></div>"""
 
-# %% ../nbs/53_annotate.ipynb #7989833d
+# %% ../nbs/53_annotate.ipynb #7790f03e
 GRADES = """
 function grades(root, model) {   // a row a dimension, for each clip five buttons and a line of words
   const grid = root.querySelector('.grid'), known = JSON.stringify(model.get('view').dimensions || []);
@@ -151,7 +151,7 @@ function grades(root, model) {   // a row a dimension, for each clip five button
   fill();
 }"""
 
-# %% ../nbs/53_annotate.ipynb #3251085e
+# %% ../nbs/53_annotate.ipynb #48ba910e
 RENDER = """
 function render({ model, el }) {
   el.innerHTML = STUDIO;
@@ -164,16 +164,16 @@ function render({ model, el }) {
     const pressed = root.querySelector(`[data-answer="${key}"]`);
     if (document.activeElement.matches('.grid input')) document.activeElement.blur();
     pressed.classList.add('pressed'); setTimeout(() => pressed.classList.remove('pressed'), 200);
-    model.send({ answer: key, number, draft: model.get('draft') });
     sent = setTimeout(() => { sent = null; note('Not saved: the kernel does not answer. Run the cell again.'); }, 3000);
+    model.send({ answer: key, number, draft: model.get('draft') });
   };"""
 
-# %% ../nbs/53_annotate.ipynb #1c407753
+# %% ../nbs/53_annotate.ipynb #5cab27bd
 SHOW = """
   const show = () => {
     const view = model.get('view');
     clearTimeout(sent); clearTimeout(waiting); sent = waiting = null;
-    root.dataset.kind = view.kind; note(view.note || '');
+    root.dataset.kind = view.kind; root.dataset.number = view.number || 0; note(view.note || '');
     find('.prompt').textContent = view.prompt || '';
     find('.over').textContent = view.over || '';
     find('.count').textContent = view.count || ''; find('.done i').style.width = `${100*(view.share || 0)}%`;
@@ -187,7 +187,7 @@ SHOW = """
     waiting = setTimeout(() => { waiting = null; root.classList.remove('waiting'); }, 1000*view.wait);
   };"""
 
-# %% ../nbs/53_annotate.ipynb #9f42db27
+# %% ../nbs/53_annotate.ipynb #1cdf7eb5
 ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{GRADES}{RENDER}{SHOW}" + """
   root.querySelectorAll('[data-answer]').forEach(button => {
     button.type = 'button'; button.onclick = () => answer(button.dataset.answer);
@@ -207,7 +207,7 @@ ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{
 export default { render };
 """
 
-# %% ../nbs/53_annotate.ipynb #e6b0a660
+# %% ../nbs/53_annotate.ipynb #dcbf3f1c
 STUDIO_STYLE = f"""
 @keyframes dipo-wait {{ from {{ width: 0 }} to {{ width: 100% }} }}
 .dipo-studio {{ max-width: 1080px; margin: 0 auto; padding: 18px 20px; box-sizing: border-box; background: white;
@@ -220,6 +220,7 @@ STUDIO_STYLE = f"""
 .dipo-studio .row {{ gap: 14px; }}
 .dipo-studio figcaption {{ display: none; }}
 .dipo-studio video {{ max-height: 60vh; object-fit: contain; border-radius: 6px; background: #f3f5f7; }}
+.dipo-studio video.small {{ max-height: 340px; }}
 .dipo-studio[data-kind=name] .pair, .dipo-studio[data-kind=name] .foot, .dipo-studio[data-kind=name] .facts,
 .dipo-studio[data-kind=done] .pair, .dipo-studio[data-kind=error] .row, .dipo-studio[data-kind=error] .bar,
 .dipo-studio[data-kind=error] .answers, .dipo-studio:not([data-kind=name]) .name,
@@ -238,7 +239,7 @@ STUDIO_STYLE = f"""
 .dipo-studio .wait i {{ display: block; height: 2px; background: {STONE}; }}
 .dipo-studio:not(.waiting) .wait i {{ visibility: hidden; }}"""
 
-# %% ../nbs/53_annotate.ipynb #d6e90a62
+# %% ../nbs/53_annotate.ipynb #3c4ed11c
 FORM_STYLE = f"""
 .dipo-studio summary {{ cursor: pointer; color: {GREY}; font-size: 13px; margin-top: 8px; }}
 .dipo-studio .grid {{ display: grid; grid-template-columns: 1fr auto 1fr; gap: 8px 14px; align-items: center;
@@ -265,7 +266,7 @@ FORM_STYLE = f"""
   .dipo-studio .grid {{ grid-template-columns: 1fr; }} .dipo-studio .foot {{ flex-wrap: wrap; }} }}
 """
 
-# %% ../nbs/53_annotate.ipynb #d58533fc
+# %% ../nbs/53_annotate.ipynb #c0fcce84
 class Studio(anywidget.AnyWidget):
     "Two clips, a question, and the answers of one person; `.survey` knows everybody's."
     _esm, _css = ESM, STYLE + PLAYER_STYLE + STUDIO_STYLE + FORM_STYLE
@@ -282,7 +283,7 @@ class Studio(anywidget.AnyWidget):
         self.on_msg(lambda widget, content, buffers: self.hear(content))
         self.show()
 
-# %% ../nbs/53_annotate.ipynb #5ce3d869
+# %% ../nbs/53_annotate.ipynb #a76eae33
 @patch
 def show(self: Studio, note: str = ""):
     "Have the page show what comes next."
@@ -300,7 +301,7 @@ def show(self: Studio, note: str = ""):
         self.view = view | (self.pair_view() if self.turn else self.end_view())
     if self.turn: self.read_ahead()
 
-# %% ../nbs/53_annotate.ipynb #fe6f8041
+# %% ../nbs/53_annotate.ipynb #7d654481
 @patch
 def pair_view(self: Studio) -> dict:
     "The pair whose turn it is; what is wrong with it where it can't be shown."
@@ -311,7 +312,7 @@ def pair_view(self: Studio) -> dict:
     return dict(kind="pair", prompt=row.prompt, fps=fps, n_frames=max(1, round(fps*seconds)), width=left[2],
                 wait=self.least, dimensions=self.survey.dimensions)
 
-# %% ../nbs/53_annotate.ipynb #3ad37a28
+# %% ../nbs/53_annotate.ipynb #25f95c6b
 @patch
 def end_view(self: Studio) -> dict:
     "Nothing is left for this person."
@@ -319,7 +320,7 @@ def end_view(self: Studio) -> dict:
     except UserError as error: said = str(error)
     return dict(kind="done", over=f"Nothing is left that you have not judged: thank you. {said}")
 
-# %% ../nbs/53_annotate.ipynb #26e87c03
+# %% ../nbs/53_annotate.ipynb #894cec2c
 @patch
 def read_ahead(self: Studio):
     "Read the clips of the pair that will probably come next."
@@ -330,7 +331,7 @@ def read_ahead(self: Studio):
         except UserError: pass   # told when it is its turn
     if row: threading.Thread(target=read, daemon=True).start()
 
-# %% ../nbs/53_annotate.ipynb #35a69c5e
+# %% ../nbs/53_annotate.ipynb #e5bd4d26
 @patch
 def hear(self: Studio,
     content: dict,   # of the page: who, facts, or answer with number and draft
@@ -344,7 +345,7 @@ def hear(self: Studio,
             self.answer(content["answer"], content.get("draft", {}))
     except (UserError, OSError) as error: self.view = self.view | dict(note=f"Not saved: {error}", again=time.time())
 
-# %% ../nbs/53_annotate.ipynb #58ca54ee
+# %% ../nbs/53_annotate.ipynb #f7c03221
 @patch
 def begin(self: Studio, who: str):
     "Work under a name."
@@ -356,7 +357,7 @@ def begin(self: Studio, who: str):
 def take_back(self: Studio):
     self.show("" if self.survey.undo(self.person) else "There is nothing to take back.")
 
-# %% ../nbs/53_annotate.ipynb #4dc1d90a
+# %% ../nbs/53_annotate.ipynb #925720fb
 @patch
 def answer(self: Studio,
     key: str,       # 1, 2, 0, b or s
@@ -370,7 +371,7 @@ def answer(self: Studio,
     self.survey.say(self.person, self.turn, answer, grades, words, seconds)
     self.show()
 
-# %% ../nbs/53_annotate.ipynb #277cead4
+# %% ../nbs/53_annotate.ipynb #e9d977e0
 def percent(
     x: float | None,
     n: int,
@@ -378,7 +379,7 @@ def percent(
     "A share and of how many."
     return None if x is None else f"{x:.0%} of {n}"
 
-# %% ../nbs/53_annotate.ipynb #fed04d64
+# %% ../nbs/53_annotate.ipynb #b62dd471
 SHARES = dict(agrees="n_others", itself="n_again", gold="n_gold")   # of `Survey.person_facts`, each of how many
 
 def facts_html(
@@ -399,7 +400,7 @@ def facts_html(
         rows.append([own["person"], own["n"], *shares, left, f"{own['seconds']:.1f}"])
     return f"<p>{html.escape(' '.join(lines))}</p>{table_html(head, rows)}"
 
-# %% ../nbs/53_annotate.ipynb #faa3a0e7
+# %% ../nbs/53_annotate.ipynb #29a5fdbf
 def judge_in_words(
     table: Path,   # of pairs
 ) -> str:          # "" where they are not a run's
@@ -409,7 +410,7 @@ def judge_in_words(
     known = [entry["judge"]["accuracy"] for entry in read_entries(run) if (entry.get("judge") or {}).get("accuracy")]
     return f"The run's judge: {known[-1]:.0%}." if known else ""
 
-# %% ../nbs/53_annotate.ipynb #9f505dc5
+# %% ../nbs/53_annotate.ipynb #b3db67b8
 def studio(
     pairs,                     # a CSV of pairs, a folder that has to_judge.csv or pairs.csv, or a run
     who: str | None = None,    # whose answers they are; None: the page asks
@@ -425,7 +426,7 @@ def studio(
     survey = open_survey(table, overlap=overlap, repeats=repeats, active=active, dimensions=list(dimensions))
     return Studio(survey, who, seconds, judge_in_words(survey.table), reasons)
 
-# %% ../nbs/53_annotate.ipynb #e3178c8d
+# %% ../nbs/53_annotate.ipynb #86cdcb1d
 def page_notebook(
     pairs,         # as of `studio`
     **settings,    # its other parameters
@@ -437,7 +438,7 @@ def page_notebook(
     kernel = dict(name="python3", display_name="python3", language="python")
     return dict(cells=[cell], metadata=dict(kernelspec=kernel, title="pairs"), nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/53_annotate.ipynb #33e1c83d
+# %% ../nbs/53_annotate.ipynb #2aab96d7
 def serve_command(
     notebook: Path,
     port: int,        # 0: any that is free
@@ -446,7 +447,7 @@ def serve_command(
     return [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}",
             "--Voila.port_retries=0", "--Voila.auto_token=True", "--VoilaConfiguration.show_tracebacks=True"]
 
-# %% ../nbs/53_annotate.ipynb #8a739365
+# %% ../nbs/53_annotate.ipynb #9b549bfb
 def check_page():
     "UserError where there is no Voilà."
     if find_spec("voila") is None:
@@ -458,7 +459,7 @@ def free_port() -> int:
         own.bind(("127.0.0.1", 0))
         return own.getsockname()[1]
 
-# %% ../nbs/53_annotate.ipynb #9accee5e
+# %% ../nbs/53_annotate.ipynb #5608a062
 @contextmanager
 def served(
     pairs,           # as of `studio`
@@ -479,7 +480,7 @@ def served(
             try: process.wait(20)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
 
-# %% ../nbs/53_annotate.ipynb #12f19f56
+# %% ../nbs/53_annotate.ipynb #651ed894
 def serve(
     pairs,           # as of `studio`
     port: int = 0,   # 0: any that is free

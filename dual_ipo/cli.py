@@ -6,7 +6,7 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
            'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
-           'exported', 'cleaned', 'reported', 'branched', 'check_ray', 'finished', 'command']
+           'exported', 'cleaned', 'annotated', 'reported', 'branched', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -354,6 +354,11 @@ def cleaned(args: argparse.Namespace) -> str:
     from dual_ipo.clean import clean, in_words
     return in_words(clean(Run.load(args.run), args.yes), args.yes)
 
+# %% ../nbs/60_cli.ipynb #c4594840
+def annotated(args: argparse.Namespace) -> str:
+    from dual_ipo.annotate import serve
+    return serve(args.pairs, args.port, who=args.who, overlap=args.overlap, active=args.active)
+
 # %% ../nbs/60_cli.ipynb #26136e16
 def reported(args: argparse.Namespace) -> Path:
     from dual_ipo.report import make_report
@@ -394,5 +399,6 @@ def command(args: argparse.Namespace):
         case "gate": said = gated(args)
         case "export": said = exported(args)
         case "clean": said = cleaned(args)
+        case "annotate": said = annotated(args)
         case "report": said = reported(args)
     print(said)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count', 'share', 'price', 'PACKAGES', 'MODELS', 'JSON', 'SET', 'ON', 'old_and_new', 'between', 'Parser', 'versions',
            'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate', 'add_status',
-           'add_export', 'add_clean', 'parser']
+           'add_export', 'add_clean', 'add_annotate', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -161,6 +161,17 @@ def add_clean(commands):
     clean.add_argument("run", type=Path)
     clean.add_argument("--yes", action="store_true", help="remove it (default: only say how much it is)")
 
+# %% ../nbs/36_options.ipynb #88c5e8b2
+def add_annotate(commands):
+    annotate = commands.add_parser("annotate", help="a page to judge pairs in, on this machine, for people without a "
+                                                    "notebook")
+    annotate.add_argument("pairs", type=Path,
+                          help="a CSV of pairs, a folder that has to_judge.csv or pairs.csv, or a run")
+    annotate.add_argument("--who", metavar="NAME", help="whose answers they are (default: the page asks)")
+    annotate.add_argument("--port", type=between(1, 65535, int), default=0, help="default: any that is free")
+    annotate.add_argument("--overlap", type=count, default=1, help="votes wanted on each pair (default 1)")
+    annotate.add_argument("--active", action="store_true", help="the most doubtful pairs first (default: at random)")
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -168,7 +179,8 @@ def parser() -> argparse.ArgumentParser:
     whole = Parser(prog="dual-ipo", description=about, epilog=CODES)
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
-    added = add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean
+    added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
+             add_annotate)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

@@ -2,7 +2,7 @@
 import base64, json, os, shutil, signal, subprocess, tempfile, time
 from itertools import count
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import websocket
 
@@ -26,9 +26,8 @@ class Page:
                              errors=(OSError, IndexError))
             def pages_of():
                 return [tab for tab in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if tab["type"] == "page"]
-            pages = self.wait(pages_of, "a page", errors=(OSError,))
-            self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=180)
-            for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
+            pages, self.port = self.wait(pages_of, "a page", errors=(OSError,)), port
+            self.connect(pages[0])
         except BaseException:
             self.__exit__()
             raise
@@ -38,6 +37,18 @@ class Page:
         os.killpg(self.process.pid, signal.SIGKILL)   # the group this test started
         self.process.wait()
         shutil.rmtree(self.profile, ignore_errors=True)
+
+    def connect(self, tab):
+        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=180)
+        for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
+
+    def another(self):
+        "One more tab of this browser; it goes with it."
+        tab = Page()
+        tab.ids, tab.events, tab.port = count(1), [], self.port
+        tab.connect(json.load(urlopen(Request(f"http://127.0.0.1:{self.port}/json/new?about:blank", method="PUT"))))
+        for each in (self, tab): each.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        return tab
 
     def wait(self, ask, what, seconds=180, errors=()):
         "The first true answer of `ask`."

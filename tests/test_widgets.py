@@ -1,12 +1,6 @@
 "The widgets in a real JupyterLab, opened by a real browser."
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from urllib.request import urlopen
 
 import nbformat
 import pytest
@@ -14,6 +8,7 @@ import pytest
 from dual_ipo import widgets
 from dual_ipo.store import read_table
 from chromium import CHROMIUM, Page
+from lab import CELLS_NOW, lab_at, open_notebook, write_notebook
 from synthetic import synthetic_run
 
 CELLS = ["""from pathlib import Path
@@ -23,11 +18,6 @@ clips = sorted(Path("run/round_01/evaluate/clips").glob("*.mp4"))
 player = pair_player(Pair("a pair", Video.load(clips[0]), Video.load(clips[1]), "A"))
 player""", "browser = vote_browser('run', 1)\nbrowser", "watching = Watch('late', every=.2)\nwatching",
          "print('all' + ' cells ran')"]
-SERVER = """from jupyterlab.galata import configure_jupyter_server; configure_jupyter_server(c)
-c.ServerApp.port = {port}; c.ServerApp.root_dir = {root!r}; c.ServerApp.allow_root = True; c.LabApp.news_url = None
-"""
-TO_FRONT = ("(w => { jupyterapp.shell.activateById(w.id); w.activate(); w.content.node.focus(); })"
-            "([...jupyterapp.shell.widgets('main')][0])")
 PLAYS = "[...document.querySelectorAll('.dipo-player video')].filter(v => v.readyState >= 2 && !v.error).length == 2"
 STANDS = "(v => v.currentTime > 0 && !v.seeking)(document.querySelector('.dipo-player video'))"
 IN_STEP = "(([a, b]) => Math.abs(a.currentTime - b.currentTime) < .01)(document.querySelectorAll('.dipo-player video'))"
@@ -35,7 +25,6 @@ TWO_CLIPS = ("(all => all.length == 2 && all.every(v => v.readyState >= 2))"
              "([...document.querySelectorAll('.dipo-votes .reel video')])")
 AT = "document.querySelector('.dipo-votes .bar span').textContent"
 PROMPT = "document.querySelector('.dipo-votes .page .prompt').textContent"
-CELLS_NOW = "document.querySelectorAll('.jp-CodeCell').length"
 LABEL = "document.querySelector('.dipo-player .bar span').textContent"
 
 
@@ -46,24 +35,8 @@ def lab(tmp_path_factory):
     synthetic_run(root/"run", rounds=1, n=4)
     synthetic_run(root/"late", rounds=1, n=2)
     (root/"late/run.yaml").rename(root/"run.yaml")   # comes back when the run "begins"
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root/"w.ipynb")
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    (root/"config.py").write_text(SERVER.format(port=port, root=str(root)), "utf-8")
-    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root/".jupyter/settings")}
-    for name in ("CONFIG", "DATA", "RUNTIME"): env[f"JUPYTER_{name}_DIR"] = str(root/".jupyter"/name.lower())
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--config", root/"config.py"], cwd=root, env=env,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        for _ in range(900):
-            try: urlopen(f"http://127.0.0.1:{port}/api"); break
-            except OSError: time.sleep(.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/w.ipynb?reset", root
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)   # the group this test started; kernels are in it
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+    write_notebook(root/"w.ipynb", CELLS)
+    with lab_at(root) as address: yield f"{address}/lab/tree/w.ipynb?reset", root
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -71,12 +44,7 @@ def test_in_jupyterlab(lab):
     url, root = lab
     text = "document.body.innerText"
     with Page() as page:
-        page.send("Page.navigate", url=url)
-        page.until("window.jupyterapp && document.querySelectorAll('.jp-CodeCell').length == 4")
-        page.until("[...jupyterapp.shell.widgets('main')][0].sessionContext?.session?.kernel?.status == 'idle'")
-        page.send("Page.bringToFront")
-        page.evaluate(TO_FRONT)
-        page.until("!!jupyterapp.shell.currentWidget")
+        open_notebook(page, url, 4)
         page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
         page.until(f"{text}.includes('all cells ran')")
 
