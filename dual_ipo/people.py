@@ -6,10 +6,10 @@
 __all__ = ['ANSWERS', 'Grade', 'Words', 'NAME', 'GAP', 'JUDGED_COLUMNS', 'BUSY', 'ToJudge', 'to_judge_row', 'table_of',
            'read_to_judge', 'Answer', 'check_person', 'append', 'PersonFile', 'Survey', 'open_survey', 'Turn',
            'sides_for', 'verdict_of', 'side_of', 'rationale_of', 'write_csv', 'alpha_of', 'equal_share', 'agreement',
-           'doubt_of', 'linked', 'ask_people']
+           'doubt_of', 'linked', 'ask_people', 'heard', 'as_people_say']
 
-# %% ../nbs/18_people.ipynb #a375b2bd
-import csv, io, os, re, shutil, unicodedata
+# %% ../nbs/18_people.ipynb #78f0c7ee
+import csv, io, os, re, shutil, time, unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,9 +26,9 @@ from .core import UserError, seed_of, sync_folder
 from .cot import DIMENSIONS
 from .data import inside
 from .prompts import clean_prompt, read_csv
-from .store import atomic_write
+from .store import atomic_write, report_progress
 
-# %% ../nbs/18_people.ipynb #28d4ef46
+# %% ../nbs/18_people.ipynb #93430614
 class ToJudge(NamedTuple):
     "A pair that people are asked about."
     pair_id: str
@@ -38,10 +38,10 @@ class ToJudge(NamedTuple):
     gold: str = ""        # the known answer, or none
     doubt: float = 0.     # 0..1: who asks for the doubtful pairs gets the largest first
 
-# %% ../nbs/18_people.ipynb #f472eb24
+# %% ../nbs/18_people.ipynb #90ec5b60
 ANSWERS = "A", "B", "tie", "bad", "skip"   # bad: neither is any good
 
-# %% ../nbs/18_people.ipynb #0d3b8a39
+# %% ../nbs/18_people.ipynb #22e68668
 def to_judge_row(
     cells: dict[str, str],   # of a CSV
     where: str,              # for the message
@@ -58,7 +58,7 @@ def to_judge_row(
     pair_id = cells.get("pair_id", "").strip() or f"{a} {b}"
     return ToJudge(pair_id, clean_prompt(cells["prompt"], where), a, b, gold, doubt)
 
-# %% ../nbs/18_people.ipynb #2cc62e08
+# %% ../nbs/18_people.ipynb #a1bace2b
 def table_of(
     path,        # a CSV, or a folder that holds to_judge.csv or pairs.csv
 ) -> Path:
@@ -69,7 +69,7 @@ def table_of(
     if not found: raise UserError(f"{path}: has neither to_judge.csv nor pairs.csv; name the table of pairs to judge")
     return found[0]
 
-# %% ../nbs/18_people.ipynb #85dfa9f7
+# %% ../nbs/18_people.ipynb #02d56540
 def read_to_judge(
     path,        # of the CSV
 ) -> list[ToJudge]:
@@ -85,7 +85,7 @@ def read_to_judge(
     if not rows: raise UserError(f"{path}: has no pairs; write one a row")
     return rows
 
-# %% ../nbs/18_people.ipynb #fc5e0dfb
+# %% ../nbs/18_people.ipynb #8415f7e6
 Grade = Annotated[int, Field(ge=1, le=5)]
 Words = Annotated[str, Field(max_length=20_000)]
 
@@ -102,7 +102,7 @@ class Answer(BaseModel):
     time: str = ""                                         # when, UTC
     again: bool = False                                    # asked a second time, sides swapped
 
-# %% ../nbs/18_people.ipynb #a270a0eb
+# %% ../nbs/18_people.ipynb #6eb32f82
 NAME = re.compile(r"\w[\w.@-]*( [\w.@-]+)*")
 
 def check_person(
@@ -114,7 +114,7 @@ def check_person(
     raise UserError(f"{name!r:.60}: can't be a person's name here; "
                     "use letters, digits, spaces and .@-_, 80 bytes at most")
 
-# %% ../nbs/18_people.ipynb #dc745fd2
+# %% ../nbs/18_people.ipynb #1ccb96c4
 def append(
     path: Path,      # of a person's file; its folder is made
     answer: Answer,
@@ -131,7 +131,7 @@ def append(
         os.fsync(file.fileno())
     if is_new: sync_folder(path.parent)
 
-# %% ../nbs/18_people.ipynb #e39d450e
+# %% ../nbs/18_people.ipynb #54b1589d
 @dataclass
 class PersonFile:
     "What a person has said so far."
@@ -141,7 +141,7 @@ class PersonFile:
     read: int = 0                                          # bytes
     lines: int = 0
 
-# %% ../nbs/18_people.ipynb #56907ce1
+# %% ../nbs/18_people.ipynb #c7e2eb22
 @patch
 def take(self: PersonFile,
     text: bytes,   # a line
@@ -158,7 +158,7 @@ def take(self: PersonFile,
     if said.answer != "undo": self.standing.append(said)
     elif self.standing: self.undone = self.standing.pop()
 
-# %% ../nbs/18_people.ipynb #ea689e4a
+# %% ../nbs/18_people.ipynb #a547dea2
 @patch
 def refresh(self: PersonFile):
     "Read what is new; from the start where the file has shrunk."
@@ -172,7 +172,7 @@ def refresh(self: PersonFile):
     self.read += len(whole)
     for line in whole.split(b"\n")[:-1]: self.take(line)
 
-# %% ../nbs/18_people.ipynb #d9329074
+# %% ../nbs/18_people.ipynb #a681f67f
 @dataclass
 class Survey:
     "Pairs in a folder, and what people say of them."
@@ -184,7 +184,7 @@ class Survey:
     rows: list[ToJudge] = field(default_factory=list)
     files: dict[str, PersonFile] = field(default_factory=dict)                # by person
 
-# %% ../nbs/18_people.ipynb #1ed6b0ea
+# %% ../nbs/18_people.ipynb #dfab823d
 def open_survey(
     path,           # a table, or a folder that has one
     **settings,     # overlap, repeats, active, dimensions: see `Survey`
@@ -195,19 +195,19 @@ def open_survey(
     survey.refresh()
     return survey
 
-# %% ../nbs/18_people.ipynb #b10ea755
+# %% ../nbs/18_people.ipynb #ccad0c8c
 @patch(as_prop=True)
 def folder(self: Survey) -> Path:
     "Of the answers, a file a person."
     return self.table.parent/("answers" if self.table.name == "to_judge.csv" else f"{self.table.stem}_answers")
 
-# %% ../nbs/18_people.ipynb #5754b2e7
+# %% ../nbs/18_people.ipynb #77bfd5ad
 @patch
 def refresh(self: Survey):
     "Read what everybody has said meanwhile."
     for path in sorted(self.folder.glob("*.jsonl")): self.files.setdefault(path.stem, PersonFile(path)).refresh()
 
-# %% ../nbs/18_people.ipynb #d07945ae
+# %% ../nbs/18_people.ipynb #8bf51948
 @patch
 def answers(self: Survey,
     person: str | None = None,   # None: everybody
@@ -217,7 +217,7 @@ def answers(self: Survey,
     files = self.files.values() if person is None else [self.files[person]] if person in self.files else []
     return [said for said in chain.from_iterable(file.standing for file in files) if said.pair_id in known]
 
-# %% ../nbs/18_people.ipynb #72abe3cd
+# %% ../nbs/18_people.ipynb #8b27f707
 @patch
 def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
     "The answers that count: no skips, nothing asked a second time, and the last one where two pages asked a person."
@@ -226,7 +226,7 @@ def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
         if said.answer != "skip" and not said.again: found.setdefault(said.pair_id, {})[said.person] = said
     return {pair_id: list(own.values()) for pair_id, own in found.items()}
 
-# %% ../nbs/18_people.ipynb #717ca349
+# %% ../nbs/18_people.ipynb #6bcea2da
 class Turn(NamedTuple):
     "A pair as a person is shown it."
     row: ToJudge
@@ -240,7 +240,7 @@ def sides_for(
     "At random for each person and pair, and the same after a restart."
     return ("ab", "ba")[seed_of("sides", person, pair_id) % 2]
 
-# %% ../nbs/18_people.ipynb #fcda2d59
+# %% ../nbs/18_people.ipynb #740c20b9
 GAP = 10   # answers after which a pair may come again, and between two with a known answer
 
 @patch
@@ -254,7 +254,7 @@ def again(self: Survey,
         if seed_of("again", said.person, said.pair_id) < self.repeats*2**63:
             return Turn(rows[said.pair_id], said.sides[::-1], True)
 
-# %% ../nbs/18_people.ipynb #42632439
+# %% ../nbs/18_people.ipynb #6d43e8ac
 @patch
 def least_judged(self: Survey,
     person: str,
@@ -269,7 +269,7 @@ def least_judged(self: Survey,
     best = nsmallest(place + 1, left, rank)
     return [row for row in best if rank(row)[0] == rank(best[0])[0]][-1] if best else None
 
-# %% ../nbs/18_people.ipynb #f8c8485e
+# %% ../nbs/18_people.ipynb #ed405f5b
 @patch
 def next_turn(self: Survey,
     person: str,
@@ -287,7 +287,7 @@ def next_turn(self: Survey,
     if gold and (row is None or len(own) >= (told + 1)*GAP): row = min(gold, key=lambda r: seed_of(person, r.pair_id))
     return row and Turn(row, sides_for(person, row.pair_id))
 
-# %% ../nbs/18_people.ipynb #849080ac
+# %% ../nbs/18_people.ipynb #42b2a734
 @patch
 def say(self: Survey,
     person: str,        # see `check_person`
@@ -307,7 +307,7 @@ def say(self: Survey,
     self.refresh()
     return said
 
-# %% ../nbs/18_people.ipynb #ca7f4f82
+# %% ../nbs/18_people.ipynb #14384e7e
 @patch
 def file_of(self: Survey, person: str) -> Path:
     "A person's file; UserError for a name that can't be one, or that differs from another's in capitals alone."
@@ -317,7 +317,7 @@ def file_of(self: Survey, person: str) -> Path:
     self.folder.mkdir(parents=True, exist_ok=True)
     return inside(self.folder, f"{name}.jsonl", str(self.folder))
 
-# %% ../nbs/18_people.ipynb #b4b0709c
+# %% ../nbs/18_people.ipynb #1ba02d6d
 @patch
 def undo(self: Survey, person: str) -> bool:   # whether there was anything to take back
     "Take a person's last answer back; its pair comes next."
@@ -329,7 +329,7 @@ def undo(self: Survey, person: str) -> bool:   # whether there was anything to t
     self.refresh()
     return True
 
-# %% ../nbs/18_people.ipynb #6bddccf0
+# %% ../nbs/18_people.ipynb #b64784a2
 def verdict_of(
     votes: list[str],          # of `ANSWERS`, without skip
 ) -> tuple[str, float]:        # (A, B, tie or bad; p(A))
@@ -339,7 +339,7 @@ def verdict_of(
     (most, count), *others = n.most_common()
     return most if not others or others[0][1] < count else "tie", p_a
 
-# %% ../nbs/18_people.ipynb #ecf4c41c
+# %% ../nbs/18_people.ipynb #2d528213
 def side_of(
     answers: list[Answer],
     dimension: str,
@@ -350,7 +350,7 @@ def side_of(
     words = [said.words[dimension][side] for said in answers if said.words.get(dimension, {}).get(side, "").strip()]
     return round(sum(grades)/len(grades)) if grades else None, " ".join(words[0].split()) if words else ""
 
-# %% ../nbs/18_people.ipynb #07fba136
+# %% ../nbs/18_people.ipynb #a3f633f6
 def rationale_of(
     answers: list[Answer],   # of those who agree with the label
     dimensions: list[str],
@@ -363,7 +363,7 @@ def rationale_of(
         found[dimension] = dict(a=a, b=b, grade_a=grade_a, grade_b=grade_b)
     return found or None
 
-# %% ../nbs/18_people.ipynb #cae21ca7
+# %% ../nbs/18_people.ipynb #a1ca78c6
 @patch
 def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, label, rationale_json, p_a, n_people
     "A row a pair that somebody has judged."
@@ -378,7 +378,7 @@ def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, lab
                          n_people=len(own)))
     return rows
 
-# %% ../nbs/18_people.ipynb #49156912
+# %% ../nbs/18_people.ipynb #4f809b2c
 JUDGED_COLUMNS = "pair_id", "prompt", "clip_a", "clip_b", "label", "rationale_json", "p_a", "n_people"
 
 def write_csv(
@@ -394,7 +394,7 @@ def write_csv(
     table.writerows(rows)
     with atomic_write(path) as file: file.write(text.getvalue().encode())
 
-# %% ../nbs/18_people.ipynb #1c970e2b
+# %% ../nbs/18_people.ipynb #14cc11fb
 @patch
 def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     "Write down what all say together: pairs.csv, and both_bad.csv for the pairs of which neither clip is any good."
@@ -405,7 +405,7 @@ def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     write_csv(bad, [row for row in rows if row["label"] == "bad"])
     return path
 
-# %% ../nbs/18_people.ipynb #14cfba7c
+# %% ../nbs/18_people.ipynb #c2a7e103
 def alpha_of(
     votes: dict[str, list[Answer]],   # {pair_id: one a person}
 ) -> float | None:                    # up to 1; None where it can't be told
@@ -418,7 +418,7 @@ def alpha_of(
     if len(np.unique(table[~np.isnan(table)])) < 2: return None
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
 
-# %% ../nbs/18_people.ipynb #8b6ae40d
+# %% ../nbs/18_people.ipynb #34a1f224
 def equal_share(
     pairs: Iterable[tuple[str, str]],   # answers that might be equal
 ) -> tuple[float | None, int]:          # (0..1, of how many); None of none
@@ -426,7 +426,7 @@ def equal_share(
     equal = [a == b for a, b in pairs]
     return (sum(equal)/len(equal) if equal else None), len(equal)
 
-# %% ../nbs/18_people.ipynb #ace2a156
+# %% ../nbs/18_people.ipynb #bc3bcc6d
 def agreement(
     votes: dict[str, list[Answer]],
     answers: tuple[str, ...] = ANSWERS,   # that count; A and B alone: comparable with a judge's accuracy
@@ -436,7 +436,7 @@ def agreement(
     for own in votes.values(): found += combinations([said.answer for said in own if said.answer in answers], 2)
     return equal_share(found)
 
-# %% ../nbs/18_people.ipynb #79ede61b
+# %% ../nbs/18_people.ipynb #624afa23
 @patch
 def person_facts(self: Survey, person: str) -> dict:
     "What a person's answers look like; None where there is nothing to tell from."
@@ -453,7 +453,7 @@ def person_facts(self: Survey, person: str) -> dict:
                 n_others=n_others, itself=itself, n_again=n_again, gold=known, n_gold=n_gold,
                 left=sum(left)/len(left) if left else None, seconds=median([said.seconds for said in own] or [0.]))
 
-# %% ../nbs/18_people.ipynb #fc271540
+# %% ../nbs/18_people.ipynb #96630dc5
 BUSY = 600   # s without an answer, after which somebody has gone
 
 @patch
@@ -461,9 +461,9 @@ def busy(self: Survey) -> int:
     "How many people are at it now, at least one."
     now = datetime.now(UTC).timestamp()
     last = [file.standing[-1].time for file in self.files.values() if file.standing and file.standing[-1].time]
-    return max(1, sum(now - datetime.fromisoformat(time).timestamp() < BUSY for time in last))
+    return max(1, sum(now - datetime.fromisoformat(said).timestamp() < BUSY for said in last))
 
-# %% ../nbs/18_people.ipynb #5f2e78b8
+# %% ../nbs/18_people.ipynb #479d4586
 @patch
 def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, wanted, seconds left)
     "How far everybody together has come, and when they will be there."
@@ -472,7 +472,7 @@ def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, w
     total, seconds = self.overlap*len(wanted), [said.seconds for said in self.answers() if said.seconds]
     return given, total, median(seconds)*(total - given)/self.busy() if seconds else None
 
-# %% ../nbs/18_people.ipynb #f2e886bf
+# %% ../nbs/18_people.ipynb #f94c79ea
 @patch
 def facts(self: Survey) -> dict:
     "All in all, and a row a person."
@@ -482,15 +482,16 @@ def facts(self: Survey) -> dict:
     return dict(given=given, wanted=wanted, seconds_left=left, alpha=alpha_of(votes), agrees=agrees, n_agrees=n_agrees,
                 ceiling=ceiling, n_ceiling=n_ceiling, people=[self.person_facts(name) for name in sorted(self.files)])
 
-# %% ../nbs/18_people.ipynb #00f4a300
+# %% ../nbs/18_people.ipynb #e78f5dca
 def doubt_of(
     row: dict,       # of votes.parquet
 ) -> float:          # 0..1
     "How split the votes are, and how uncertain their label is."
-    split = 1 - abs(2*row["p_a"] - 1)
-    return (split + 1 - (0. if row.get("pce") is None else min(max(row["pce"], 0.), 1.)))/2
+    if row["p_a"] is None or row["p_a"] != row["p_a"]: return 1.   # no vote could be read
+    certain = 0. if row.get("pce") is None else min(max(row["pce"], 0.), 1.)
+    return (1 - abs(2*row["p_a"] - 1) + 1 - certain)/2
 
-# %% ../nbs/18_people.ipynb #1dfe8933
+# %% ../nbs/18_people.ipynb #b4f0e491
 def linked(
     source: Path,
     target: Path,   # its folder is made
@@ -501,7 +502,7 @@ def linked(
     try: os.link(os.path.realpath(source), target)
     except OSError: shutil.copyfile(source, target)
 
-# %% ../nbs/18_people.ipynb #58b61d93
+# %% ../nbs/18_people.ipynb #ce9300db
 def ask_people(
     folder: Path,        # gets to_judge.csv and clips/
     rows: list[dict],    # with pair_id, prompt, clip_a, clip_b (paths) and p_a
@@ -518,3 +519,30 @@ def ask_people(
         table.writerow([row["pair_id"], " ".join(row["prompt"].split()), *names, f"{doubt_of(row):.4f}"])
     with atomic_write(path) as file: file.write(text.getvalue().encode())
     return path
+
+# %% ../nbs/18_people.ipynb #45272bc8
+def heard(
+    table: Path,       # see `ask_people`
+    minutes: float,    # from when it was laid out
+    dimensions: list[str] = DIMENSIONS,
+    every: float = 5., # seconds between looks
+) -> Survey:
+    "What people say, as soon as they have judged all of it, or when the time is up."
+    survey, start = open_survey(table, dimensions=list(dimensions)), time.monotonic()
+    first, end = survey.progress()[0], table.stat().st_mtime + 60*minutes
+    while True:
+        survey.refresh()
+        given, wanted, _ = survey.progress()
+        report_progress("people", given, wanted, first, start)
+        if given >= wanted or time.time() >= end: return survey
+        time.sleep(min(every, max(end - time.time(), 0)))
+
+# %% ../nbs/18_people.ipynb #a64b306b
+def as_people_say(
+    row: dict,            # of votes.parquet
+    said: dict | None,    # of `Survey.judged`; None: nobody has judged it
+) -> dict:
+    "The row with people's label where there is one, which is certain; a pair with two bad clips teaches no preference."
+    if said is None: return row | dict(people=0)
+    label = "tie" if said["label"] == "bad" else said["label"]
+    return row | dict(label=label, kept=label in ("A", "B"), weight=1., people=said["n_people"])

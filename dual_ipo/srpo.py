@@ -6,8 +6,8 @@
 __all__ = ['AT_ONCE', 'KINDS', 'LABEL', 'FACTS', 'srpo_loss', 'freeze_vision', 'at_once', 'in_shares', 'contents', 'kind_of',
            'batches_by_kind', 'mean_nll', 'response_nll', 'other_grades', 'grade_mask', 'human_nll', 'cold_start',
            'judgement_of', 'cast', 'log_probs_of', 'refer_in_shards', 'with_log_probs', 'label_by_grades', 'weigh',
-           'label_row', 'pseudo_label', 'turned', 'best_path', 'Example', 'preferences', 'contents_of', 'Preference',
-           'srpo']
+           'label_row', 'pseudo_label', 'turned', 'with_verdict', 'best_path', 'Example', 'preferences', 'contents_of',
+           'Preference', 'srpo']
 
 # %% ../nbs/14_srpo.ipynb #994f691a
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cluster import rows_in_shards
 from .core import Judgement, Pair, UserError, generator
-from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item
+from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item, to_answer
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import Each, clip_digest, digest, pair_digest
 from .training import Room, groups_of, ordered, take, train
@@ -349,6 +349,15 @@ def turned(
     start, end = answer_at(text)
     return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
+# %% ../nbs/14_srpo.ipynb #ccc4b368
+def with_verdict(
+    text: str,     # a response that can be read
+    answer: str,   # "1", "2" or "tie"
+) -> str:
+    "The same reasons with this verdict."
+    start, end = answer_at(text)
+    return text[:start] + answer + text[end:]
+
 # %% ../nbs/14_srpo.ipynb #a135d353
 def best_path(
     row: dict[str, object],   # of `pseudo_label`
@@ -381,9 +390,10 @@ def preferences(
         for order in ("ab", "ba"):
             agrees = best_path(row, order, {row["label"]})
             differs = best_path(row, order, {"A", "B", "tie"} - {row["label"]})
-            if not agrees: continue
+            if not agrees and not (differs and row.get("people")): continue
             other = differs["ids"] if differs else turned(agrees["text"])
-            found.append(Example(pair_item(pair, order, dimensions), agrees["ids"], other, row["weight"]))
+            own = agrees["ids"] if agrees else with_verdict(differs["text"], to_answer(row["label"], order))
+            found.append(Example(pair_item(pair, order, dimensions), own, other, row["weight"]))
     return found
 
 # %% ../nbs/14_srpo.ipynb #3b3a759c
