@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ANSWER_BUTTONS', 'STUDIO', 'GRADES', 'RENDER', 'SHOW', 'ESM', 'STUDIO_STYLE', 'FORM_STYLE', 'SHARES',
-           'voted_rows', 'table_for', 'shown_clip', 'clips_of', 'by_clip', 'Studio', 'percent', 'facts_html',
-           'judge_in_words', 'studio', 'page_notebook', 'serve_command', 'check_page', 'free_port', 'served', 'serve']
+           'voted_rows', 'table_for', 'shown_clip', 'clips_of', 'by_clip', 'Studio', 'percent', 'facts_html', 'run_of',
+           'survey_of', 'judge_in_words', 'studio', 'page_notebook', 'serve_command', 'check_page', 'free_port',
+           'served', 'serve']
 
-# %% ../nbs/53_annotate.ipynb #7ae742c5
+# %% ../nbs/53_annotate.ipynb #ae2f85be
 import html
 import json
 import os
@@ -37,7 +38,7 @@ from .results import BLUE, FAINT, GREY, INK, SAND, STONE, clock, table_html
 from .store import Run, read_entries, read_rows
 from .widgets import CLIPS, CLOCK, CONTROLS, KEYS, PLAYER_STYLE
 
-# %% ../nbs/53_annotate.ipynb #2765f6e9
+# %% ../nbs/53_annotate.ipynb #4c5110b6
 def voted_rows(
     folder: Path,   # of a round
 ) -> list[dict]:    # of votes.parquet, clips as paths
@@ -45,7 +46,7 @@ def voted_rows(
     rows = read_rows(folder/"votes.parquet", ["pair_id", "prompt", "clip_a", "clip_b", "p_a", "pce"])
     return [row | {side: folder/row[side] for side in ("clip_a", "clip_b")} for row in rows]
 
-# %% ../nbs/53_annotate.ipynb #aa97b0c6
+# %% ../nbs/53_annotate.ipynb #7f10de56
 MOST = 200   # pairs of a run that nobody chose a number for
 
 def table_for(
@@ -60,7 +61,7 @@ def table_for(
     if newest.name == "to_judge.csv": return newest
     return ask_people(newest.parent/"people", voted_rows(newest.parent), MOST)
 
-# %% ../nbs/53_annotate.ipynb #8f32b265
+# %% ../nbs/53_annotate.ipynb #1ed1aa4d
 @lru_cache(16)
 def shown_clip(
     path: Path,
@@ -70,7 +71,7 @@ def shown_clip(
     clip = VideoFile(path)
     return clip.mp4(), clip.timing()[1], clip.duration(), clip.chosen([0]).shape[-1]
 
-# %% ../nbs/53_annotate.ipynb #165ea7c3
+# %% ../nbs/53_annotate.ipynb #a2a7cc98
 def clips_of(
     survey: Survey,
     turn: Turn,
@@ -83,7 +84,7 @@ def clips_of(
         if not path.is_file(): raise UserError(f"{path}: no such clip; skip the pair (s), or restore it")
     return [shown_clip(path, path.stat().st_mtime_ns) for path in paths]
 
-# %% ../nbs/53_annotate.ipynb #13afe521
+# %% ../nbs/53_annotate.ipynb #6b4a1c4e
 def by_clip(
     given: dict,    # {dimension: {"left": …, "right": …}}, as a page sends it
     sides: str,     # ab or ba
@@ -95,13 +96,13 @@ def by_clip(
         if kept: found[dimension] = kept
     return found
 
-# %% ../nbs/53_annotate.ipynb #b437480e
+# %% ../nbs/53_annotate.ipynb #cf2e00b4
 ANSWER_BUTTONS = """<button class="side" data-answer="1" aria-keyshortcuts="1">left is better <kbd>1</kbd></button>
 <button data-answer="0" aria-keyshortcuts="0">equally good <kbd>0</kbd></button>
 <button data-answer="b" aria-keyshortcuts="b">both bad <kbd>b</kbd></button>
 <button class="side" data-answer="2" aria-keyshortcuts="2">right is better <kbd>2</kbd></button>"""
 
-# %% ../nbs/53_annotate.ipynb #ce3045ad
+# %% ../nbs/53_annotate.ipynb #3177596f
 STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label="judge pairs of clips">
 <form class="name"><label>Your name, under which your answers are kept<input type="text" maxlength="80"
   autocomplete="off" spellcheck="false"></label><button>begin</button></form>
@@ -116,13 +117,13 @@ STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label=
 <p class="hint">Click here, and the keys are yours: 1, 2, 0, b, space, arrows, s, u.</p>
 <details class="facts"><summary>how far do we agree?</summary><div class="page dipo"></div></details></div>"""
 
-# %% ../nbs/53_annotate.ipynb #7790f03e
+# %% ../nbs/53_annotate.ipynb #9898c374
 GRADES = """
 function grades(root, model) {   // a row a dimension, for each clip five buttons and a line of words
   const grid = root.querySelector('.grid'), known = JSON.stringify(model.get('view').dimensions || []);
   const put = (what, dimension, side, value) => {
     const draft = structuredClone(model.get('draft')), own = (draft[what] ||= {})[dimension] ||= {};
-    own[side] = own[side] === value ? null : value; model.set('draft', draft); model.save_changes(); fill();
+    own[side] = value; model.set('draft', draft); model.save_changes(); fill();
   };
   const fill = () => grid.querySelectorAll('[data-side]').forEach(part => {
     const { dimension, side, grade } = part.dataset, draft = model.get('draft');
@@ -139,7 +140,10 @@ function grades(root, model) {   // a row a dimension, for each clip five button
         const button = cell.appendChild(document.createElement('button'));
         Object.assign(button.dataset, { dimension, side, grade }); button.textContent = grade; button.type = 'button';
         button.setAttribute('aria-label', `${dimension} of the ${side} clip: ${grade} of 5`);
-        button.onclick = () => put('grades', dimension, side, grade);
+        button.onclick = () => {   // a second time takes it back
+          const now = model.get('draft').grades?.[dimension]?.[side];
+          put('grades', dimension, side, now === grade ? null : grade);
+        };
       }
       const words = cell.appendChild(document.createElement('input'));
       Object.assign(words, { type: 'text', maxLength: 20000, placeholder: 'in a few words' });
@@ -151,7 +155,7 @@ function grades(root, model) {   // a row a dimension, for each clip five button
   fill();
 }"""
 
-# %% ../nbs/53_annotate.ipynb #48ba910e
+# %% ../nbs/53_annotate.ipynb #d7a238ff
 RENDER = """
 function render({ model, el }) {
   el.innerHTML = STUDIO;
@@ -168,7 +172,7 @@ function render({ model, el }) {
     model.send({ answer: key, number, draft: model.get('draft') });
   };"""
 
-# %% ../nbs/53_annotate.ipynb #5cab27bd
+# %% ../nbs/53_annotate.ipynb #43756f38
 SHOW = """
   const show = () => {
     const view = model.get('view');
@@ -187,7 +191,7 @@ SHOW = """
     waiting = setTimeout(() => { waiting = null; root.classList.remove('waiting'); }, 1000*view.wait);
   };"""
 
-# %% ../nbs/53_annotate.ipynb #1cdf7eb5
+# %% ../nbs/53_annotate.ipynb #ffcd0648
 ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{GRADES}{RENDER}{SHOW}" + """
   root.querySelectorAll('[data-answer]').forEach(button => {
     button.type = 'button'; button.onclick = () => answer(button.dataset.answer);
@@ -207,7 +211,7 @@ ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{
 export default { render };
 """
 
-# %% ../nbs/53_annotate.ipynb #dcbf3f1c
+# %% ../nbs/53_annotate.ipynb #ef9cd8af
 STUDIO_STYLE = f"""
 @keyframes dipo-wait {{ from {{ width: 0 }} to {{ width: 100% }} }}
 .dipo-studio {{ max-width: 1080px; margin: 0 auto; padding: 18px 20px; box-sizing: border-box; background: white;
@@ -239,7 +243,7 @@ STUDIO_STYLE = f"""
 .dipo-studio .wait i {{ display: block; height: 2px; background: {STONE}; }}
 .dipo-studio:not(.waiting) .wait i {{ visibility: hidden; }}"""
 
-# %% ../nbs/53_annotate.ipynb #3c4ed11c
+# %% ../nbs/53_annotate.ipynb #8c278307
 FORM_STYLE = f"""
 .dipo-studio summary {{ cursor: pointer; color: {GREY}; font-size: 13px; margin-top: 8px; }}
 .dipo-studio .grid {{ display: grid; grid-template-columns: 1fr auto 1fr; gap: 8px 14px; align-items: center;
@@ -266,7 +270,7 @@ FORM_STYLE = f"""
   .dipo-studio .grid {{ grid-template-columns: 1fr; }} .dipo-studio .foot {{ flex-wrap: wrap; }} }}
 """
 
-# %% ../nbs/53_annotate.ipynb #c0fcce84
+# %% ../nbs/53_annotate.ipynb #60511208
 class Studio(anywidget.AnyWidget):
     "Two clips, a question, and the answers of one person; `.survey` knows everybody's."
     _esm, _css = ESM, STYLE + PLAYER_STYLE + STUDIO_STYLE + FORM_STYLE
@@ -283,7 +287,7 @@ class Studio(anywidget.AnyWidget):
         self.on_msg(lambda widget, content, buffers: self.hear(content))
         self.show()
 
-# %% ../nbs/53_annotate.ipynb #a76eae33
+# %% ../nbs/53_annotate.ipynb #ac611720
 @patch
 def show(self: Studio, note: str = ""):
     "Have the page show what comes next."
@@ -301,7 +305,7 @@ def show(self: Studio, note: str = ""):
         self.view = view | (self.pair_view() if self.turn else self.end_view())
     if self.turn: self.read_ahead()
 
-# %% ../nbs/53_annotate.ipynb #7d654481
+# %% ../nbs/53_annotate.ipynb #65ca04bb
 @patch
 def pair_view(self: Studio) -> dict:
     "The pair whose turn it is; what is wrong with it where it can't be shown."
@@ -312,7 +316,7 @@ def pair_view(self: Studio) -> dict:
     return dict(kind="pair", prompt=row.prompt, fps=fps, n_frames=max(1, round(fps*seconds)), width=left[2],
                 wait=self.least, dimensions=self.survey.dimensions)
 
-# %% ../nbs/53_annotate.ipynb #25f95c6b
+# %% ../nbs/53_annotate.ipynb #21f059df
 @patch
 def end_view(self: Studio) -> dict:
     "Nothing is left for this person."
@@ -320,7 +324,7 @@ def end_view(self: Studio) -> dict:
     except UserError as error: said = str(error)
     return dict(kind="done", over=f"Nothing is left that you have not judged: thank you. {said}")
 
-# %% ../nbs/53_annotate.ipynb #894cec2c
+# %% ../nbs/53_annotate.ipynb #28ea800f
 @patch
 def read_ahead(self: Studio):
     "Read the clips of the pair that will probably come next."
@@ -331,7 +335,7 @@ def read_ahead(self: Studio):
         except UserError: pass   # told when it is its turn
     if row: threading.Thread(target=read, daemon=True).start()
 
-# %% ../nbs/53_annotate.ipynb #e5bd4d26
+# %% ../nbs/53_annotate.ipynb #dfb702e6
 @patch
 def hear(self: Studio,
     content: dict,   # of the page: who, facts, or answer with number and draft
@@ -345,7 +349,7 @@ def hear(self: Studio,
             self.answer(content["answer"], content.get("draft", {}))
     except (UserError, OSError) as error: self.view = self.view | dict(note=f"Not saved: {error}", again=time.time())
 
-# %% ../nbs/53_annotate.ipynb #f7c03221
+# %% ../nbs/53_annotate.ipynb #cc3a8c5c
 @patch
 def begin(self: Studio, who: str):
     "Work under a name."
@@ -357,7 +361,7 @@ def begin(self: Studio, who: str):
 def take_back(self: Studio):
     self.show("" if self.survey.undo(self.person) else "There is nothing to take back.")
 
-# %% ../nbs/53_annotate.ipynb #925720fb
+# %% ../nbs/53_annotate.ipynb #4477c962
 @patch
 def answer(self: Studio,
     key: str,       # 1, 2, 0, b or s
@@ -371,7 +375,7 @@ def answer(self: Studio,
     self.survey.say(self.person, self.turn, answer, grades, words, seconds)
     self.show()
 
-# %% ../nbs/53_annotate.ipynb #e9d977e0
+# %% ../nbs/53_annotate.ipynb #08f37ff3
 def percent(
     x: float | None,
     n: int,
@@ -379,7 +383,7 @@ def percent(
     "A share and of how many."
     return None if x is None else f"{x:.0%} of {n}"
 
-# %% ../nbs/53_annotate.ipynb #b62dd471
+# %% ../nbs/53_annotate.ipynb #65abf101
 SHARES = dict(agrees="n_others", itself="n_again", gold="n_gold")   # of `Survey.person_facts`, each of how many
 
 def facts_html(
@@ -400,17 +404,34 @@ def facts_html(
         rows.append([own["person"], own["n"], *shares, left, f"{own['seconds']:.1f}"])
     return f"<p>{html.escape(' '.join(lines))}</p>{table_html(head, rows)}"
 
-# %% ../nbs/53_annotate.ipynb #29a5fdbf
+# %% ../nbs/53_annotate.ipynb #6ab7ed2b
+def run_of(
+    table: Path,       # of pairs
+) -> Path | None:      # None: they are not a run's
+    "The run that asks about these pairs."
+    above = table.resolve().parents
+    return above[2] if len(above) > 2 and (above[2]/"run.yaml").is_file() else None
+
+def survey_of(
+    pairs,                                 # as of `studio`
+    dimensions: list[str] | None = None,   # None: the run's, or else `cot.DIMENSIONS`
+    **settings,                            # see `people.Survey`
+) -> Survey:
+    "The pairs and what was said of them so far."
+    table = table_for(pairs)
+    if not dimensions and (run := run_of(table)): dimensions = Run.load(run).config.get("judge", {}).get("dimensions")
+    return open_survey(table, dimensions=list(dimensions or DIMENSIONS), **settings)
+
+# %% ../nbs/53_annotate.ipynb #0871eb66
 def judge_in_words(
     table: Path,   # of pairs
 ) -> str:          # "" where they are not a run's
     "How right the judge of the run was."
-    run = table.resolve().parents[2] if len(table.resolve().parents) > 2 else table.parent
-    if not (run/"run.yaml").is_file(): return ""
+    if not (run := run_of(table)): return ""
     known = [entry["judge"]["accuracy"] for entry in read_entries(run) if (entry.get("judge") or {}).get("accuracy")]
     return f"The run's judge: {known[-1]:.0%}." if known else ""
 
-# %% ../nbs/53_annotate.ipynb #b3db67b8
+# %% ../nbs/53_annotate.ipynb #41e0a3e1
 def studio(
     pairs,                     # a CSV of pairs, a folder that has to_judge.csv or pairs.csv, or a run
     who: str | None = None,    # whose answers they are; None: the page asks
@@ -418,15 +439,14 @@ def studio(
     repeats: float = .05,      # share of a person's pairs that come a second time, sides swapped
     active: bool = False,      # the most doubtful of the least judged first; else at random
     seconds: float = 2.,       # least viewing time of a pair
-    dimensions: list[str] = DIMENSIONS,   # that may be graded
+    dimensions: list[str] | None = None,   # that may be graded; None: the run's, or else `cot.DIMENSIONS`
     reasons: bool = False,     # whether the form for grades and words is open
 ) -> Studio:                   # display it
     "Judge pairs; every answer is on disk before the next pair shows. UserError for a table that can't be right."
-    table = table_for(pairs)
-    survey = open_survey(table, overlap=overlap, repeats=repeats, active=active, dimensions=list(dimensions))
+    survey = survey_of(pairs, dimensions, overlap=overlap, repeats=repeats, active=active)
     return Studio(survey, who, seconds, judge_in_words(survey.table), reasons)
 
-# %% ../nbs/53_annotate.ipynb #86cdcb1d
+# %% ../nbs/53_annotate.ipynb #0e9e10c5
 def page_notebook(
     pairs,         # as of `studio`
     **settings,    # its other parameters
@@ -438,7 +458,7 @@ def page_notebook(
     kernel = dict(name="python3", display_name="python3", language="python")
     return dict(cells=[cell], metadata=dict(kernelspec=kernel, title="pairs"), nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/53_annotate.ipynb #2aab96d7
+# %% ../nbs/53_annotate.ipynb #38654daf
 def serve_command(
     notebook: Path,
     port: int,        # 0: any that is free
@@ -447,7 +467,7 @@ def serve_command(
     return [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}",
             "--Voila.port_retries=0", "--Voila.auto_token=True", "--VoilaConfiguration.show_tracebacks=True"]
 
-# %% ../nbs/53_annotate.ipynb #9b549bfb
+# %% ../nbs/53_annotate.ipynb #4427793b
 def check_page():
     "UserError where there is no Voilà."
     if find_spec("voila") is None:
@@ -459,7 +479,7 @@ def free_port() -> int:
         own.bind(("127.0.0.1", 0))
         return own.getsockname()[1]
 
-# %% ../nbs/53_annotate.ipynb #5608a062
+# %% ../nbs/53_annotate.ipynb #d28e6e4b
 @contextmanager
 def served(
     pairs,           # as of `studio`
@@ -480,14 +500,14 @@ def served(
             try: process.wait(20)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
 
-# %% ../nbs/53_annotate.ipynb #651ed894
+# %% ../nbs/53_annotate.ipynb #423970e3
 def serve(
     pairs,           # as of `studio`
     port: int = 0,   # 0: any that is free
     **settings,      # other parameters of `studio`
 ) -> str:            # what came of it
     "Serve the page until Ctrl-C, then write down what all have said together."
-    survey = open_survey(table_for(pairs))
+    survey = survey_of(pairs)
     with served(survey.table, port, **settings) as (process, address, log):
         print(f"{address}\nopen it in a browser; Ctrl-C ends it; every answer is on disk before the next pair shows",
               flush=True)

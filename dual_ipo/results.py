@@ -21,7 +21,7 @@ from .terminal import one_line
 
 # %% ../nbs/40_results.ipynb #95e36ad2
 HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic degree",
-        "judge accuracy", "static judge", "seconds")
+        "judge accuracy", "static judge", "people agree", "seconds")
 
 def number(
     x: float | None,
@@ -39,7 +39,7 @@ def headline_row(
     name = "base" if entry["round"] == 0 else entry["round"]
     interval = " – ".join(number(end, ".1f") for end in scores.get("ci95") or []) or None
     others = [number(scores.get(name), ".1f") for name in ("quality", "semantic", "dynamic_degree")]
-    accuracies = [number(judge.get(name), ".1%") for name in ("accuracy", "accuracy_static")]
+    accuracies = [number(judge.get(name), ".1%") for name in ("accuracy", "accuracy_static", "ceiling")]
     seconds = number(sum(entry["seconds"].values()), ".0f") if entry.get("seconds") else None
     return [name, number(scores.get("total"), ".1f"), interval, *others, *accuracies, seconds]
 

@@ -82,7 +82,8 @@ function keysStay(root, does) {   // does: what each key calls
   root.tabIndex = 0; root.setAttribute('data-lm-suppress-shortcuts', 'true');
   root.addEventListener('keydown', event => {
     event.stopPropagation();
-    const at = event.target, act = does[event.key];
+    const at = event.target, act = does[event.key] || does[event.key.toLowerCase()];
+    if (event.key === 'Escape') root.focus({ preventScroll: true });   // out of a text field
     if (!act || event.ctrlKey || event.metaKey || event.altKey || at.matches('input[type=text], select')) return;
     if (at.matches('button, summary') && ' Enter'.includes(event.key)) return;   // it presses itself
     event.preventDefault(); act();

@@ -293,7 +293,8 @@ def test_the_page_says_what_each_column_is():
 
 def test_the_page_has_the_columns_that_the_code_knows(tmp_path):
     page, measured = tables.page(), {f"generator.{name}" for name in Scores.model_fields}
-    assert {*PAIR_COLUMNS, *JUDGED_COLUMNS} == {*page["pairs.csv"]} and {*Answer.model_fields} == {*page["answers/*.jsonl"]}
+    assert {*PAIR_COLUMNS, *JUDGED_COLUMNS} == {*page["pairs.csv"]}
+    assert {*Answer.model_fields} == {*page["answers/*.jsonl"]}
     assert set(page["summary.json"]) == set(Summary.model_fields) and set(Done.model_fields) < set(page["**/DONE"])
     entry = {name for name in page["round_*/round.json"] if "." not in name}
     assert entry == set(Entry.model_fields) and measured < set(page["round_*/round.json"])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +18,8 @@ import torch
 from dual_ipo.core import Pair, UserError, Video
 from dual_ipo.cot import cold_start_items, parse_answer
 from dual_ipo.data import read_pairs
-from dual_ipo.people import ANSWERS, Answer, PersonFile, append, ask_people, open_survey
+from dual_ipo.people import ANSWERS, Answer, PersonFile, append, as_people_say, ask_people, heard, open_survey
+from dual_ipo.srpo import preferences
 from dual_ipo.stats import accuracy
 from dual_ipo.store import pair_digest
 
@@ -283,3 +285,32 @@ def test_the_most_doubtful_are_laid_out_once(tmp_path):
     before = path.read_bytes()
     assert ask_people(tmp_path/"people", rows[::-1], 3).read_bytes() == before   # people may be at it
     assert os.path.samefile(tmp_path/"people/clips/00000_A.mp4", tmp_path/"1.mp4")
+
+
+def test_a_round_waits_for_people_and_no_longer(tmp_path):
+    survey = open_survey(task(tmp_path, 2), repeats=0)
+    go(survey, "Ann", n=1)
+    start = time.monotonic()
+    assert len(heard(survey.table, 0).judged()) == 1 and time.monotonic() - start < 1   # the default: nobody waits
+    os.utime(survey.table)
+    threading.Timer(.3, go, (open_survey(tmp_path, repeats=0), "Ann")).start()
+    assert len(heard(survey.table, 60, every=.1).judged()) == 2   # not until the hour is over
+    go(open_survey(task(tmp_path/"late", 2)), "Ann", n=1)
+    os.utime(tmp_path/"late/to_judge.csv", (time.time() - 59.5,)*2)   # laid out before a restart
+    start = time.monotonic()
+    assert len(heard(tmp_path/"late/to_judge.csv", 1, every=.1).judged()) == 1 and .2 < time.monotonic() - start < 5
+
+
+def test_peoples_labels_are_learned_with_certainty():
+    "Also where every vote of the judge says the opposite."
+    blank = Video(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 8)
+    paths = [dict(order=order, text=f"x\n<answer>{answer}</answer>", log_prob=-1., ids=[int(answer)])
+             for order, answer in (("ab", "1"), ("ba", "2"))]
+    row = dict(label="A", kept=False, weight=.1, p_a=1., votes=["A", "A"], paths=paths)
+    pair = Pair("x", blank, blank, pair_id="0")
+    assert preferences([pair], [as_people_say(row, None)], []) == []
+    examples = preferences([pair], [as_people_say(row, dict(label="B", n_people=2))], [])
+    assert [(e.preferred, e.other, e.weight) for e in examples] == [("x\n<answer>2</answer>", [1], 1.),
+                                                                   ("x\n<answer>1</answer>", [2], 1.)]
+    bad = as_people_say(row, dict(label="bad", n_people=2))
+    assert preferences([pair], [bad], []) == [] and bad["people"] == 2
