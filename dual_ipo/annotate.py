@@ -8,7 +8,7 @@ __all__ = ['MOST', 'ANSWER_BUTTONS', 'STUDIO', 'GRADES', 'RENDER', 'SHOW', 'ESM'
            'survey_of', 'judge_in_words', 'studio', 'page_notebook', 'serve_command', 'check_page', 'free_port',
            'served', 'serve']
 
-# %% ../nbs/53_annotate.ipynb #ae2f85be
+# %% ../nbs/53_annotate.ipynb #a4da2a98
 import html
 import json
 import os
@@ -38,7 +38,7 @@ from .results import BLUE, FAINT, GREY, INK, SAND, STONE, clock, table_html
 from .store import Run, read_entries, read_rows
 from .widgets import CLIPS, CLOCK, CONTROLS, KEYS, PLAYER_STYLE
 
-# %% ../nbs/53_annotate.ipynb #4c5110b6
+# %% ../nbs/53_annotate.ipynb #968ac454
 def voted_rows(
     folder: Path,   # of a round
 ) -> list[dict]:    # of votes.parquet, clips as paths
@@ -46,9 +46,10 @@ def voted_rows(
     rows = read_rows(folder/"votes.parquet", ["pair_id", "prompt", "clip_a", "clip_b", "p_a", "pce"])
     return [row | {side: folder/row[side] for side in ("clip_a", "clip_b")} for row in rows]
 
-# %% ../nbs/53_annotate.ipynb #7f10de56
+# %% ../nbs/53_annotate.ipynb #6827748c
 MOST = 200   # pairs of a run that nobody chose a number for
 
+# %% ../nbs/53_annotate.ipynb #fc143dae
 def table_for(
     pairs,         # a table, its folder, or a run
 ) -> Path:         # a table, or the folder of one
@@ -61,7 +62,7 @@ def table_for(
     if newest.name == "to_judge.csv": return newest
     return ask_people(newest.parent/"people", voted_rows(newest.parent), MOST)
 
-# %% ../nbs/53_annotate.ipynb #1ed1aa4d
+# %% ../nbs/53_annotate.ipynb #34cd8099
 @lru_cache(16)
 def shown_clip(
     path: Path,
@@ -71,7 +72,7 @@ def shown_clip(
     clip = VideoFile(path)
     return clip.mp4(), clip.timing()[1], clip.duration(), clip.chosen([0]).shape[-1]
 
-# %% ../nbs/53_annotate.ipynb #a2a7cc98
+# %% ../nbs/53_annotate.ipynb #1e4e7db8
 def clips_of(
     survey: Survey,
     turn: Turn,
@@ -84,7 +85,7 @@ def clips_of(
         if not path.is_file(): raise UserError(f"{path}: no such clip; skip the pair (s), or restore it")
     return [shown_clip(path, path.stat().st_mtime_ns) for path in paths]
 
-# %% ../nbs/53_annotate.ipynb #6b4a1c4e
+# %% ../nbs/53_annotate.ipynb #bf69e0e9
 def by_clip(
     given: dict,    # {dimension: {"left": …, "right": …}}, as a page sends it
     sides: str,     # ab or ba
@@ -96,13 +97,13 @@ def by_clip(
         if kept: found[dimension] = kept
     return found
 
-# %% ../nbs/53_annotate.ipynb #cf2e00b4
+# %% ../nbs/53_annotate.ipynb #17c19e3f
 ANSWER_BUTTONS = """<button class="side" data-answer="1" aria-keyshortcuts="1">left is better <kbd>1</kbd></button>
 <button data-answer="0" aria-keyshortcuts="0">equally good <kbd>0</kbd></button>
 <button data-answer="b" aria-keyshortcuts="b">both bad <kbd>b</kbd></button>
 <button class="side" data-answer="2" aria-keyshortcuts="2">right is better <kbd>2</kbd></button>"""
 
-# %% ../nbs/53_annotate.ipynb #3177596f
+# %% ../nbs/53_annotate.ipynb #85585229
 STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label="judge pairs of clips">
 <form class="name"><label>Your name, under which your answers are kept<input type="text" maxlength="80"
   autocomplete="off" spellcheck="false"></label><button>begin</button></form>
@@ -117,7 +118,7 @@ STUDIO = f"""<div class="dipo-studio dipo-player" role="application" aria-label=
 <p class="hint">Click here, and the keys are yours: 1, 2, 0, b, space, arrows, s, u.</p>
 <details class="facts"><summary>how far do we agree?</summary><div class="page dipo"></div></details></div>"""
 
-# %% ../nbs/53_annotate.ipynb #9898c374
+# %% ../nbs/53_annotate.ipynb #38097742
 GRADES = """
 function grades(root, model) {   // a row a dimension, for each clip five buttons and a line of words
   const grid = root.querySelector('.grid'), known = JSON.stringify(model.get('view').dimensions || []);
@@ -155,7 +156,7 @@ function grades(root, model) {   // a row a dimension, for each clip five button
   fill();
 }"""
 
-# %% ../nbs/53_annotate.ipynb #d7a238ff
+# %% ../nbs/53_annotate.ipynb #b870f44b
 RENDER = """
 function render({ model, el }) {
   el.innerHTML = STUDIO;
@@ -172,7 +173,7 @@ function render({ model, el }) {
     model.send({ answer: key, number, draft: model.get('draft') });
   };"""
 
-# %% ../nbs/53_annotate.ipynb #43756f38
+# %% ../nbs/53_annotate.ipynb #61e30075
 SHOW = """
   const show = () => {
     const view = model.get('view');
@@ -191,7 +192,7 @@ SHOW = """
     waiting = setTimeout(() => { waiting = null; root.classList.remove('waiting'); }, 1000*view.wait);
   };"""
 
-# %% ../nbs/53_annotate.ipynb #ffcd0648
+# %% ../nbs/53_annotate.ipynb #58649a6b
 ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{GRADES}{RENDER}{SHOW}" + """
   root.querySelectorAll('[data-answer]').forEach(button => {
     button.type = 'button'; button.onclick = () => answer(button.dataset.answer);
@@ -211,7 +212,7 @@ ESM = f"const CONTROLS = `{CONTROLS}`, STUDIO = `{STUDIO}`;{CLIPS}{CLOCK}{KEYS}{
 export default { render };
 """
 
-# %% ../nbs/53_annotate.ipynb #ef9cd8af
+# %% ../nbs/53_annotate.ipynb #42f6cee4
 STUDIO_STYLE = f"""
 @keyframes dipo-wait {{ from {{ width: 0 }} to {{ width: 100% }} }}
 .dipo-studio {{ max-width: 1080px; margin: 0 auto; padding: 18px 20px; box-sizing: border-box; background: white;
@@ -243,7 +244,7 @@ STUDIO_STYLE = f"""
 .dipo-studio .wait i {{ display: block; height: 2px; background: {STONE}; }}
 .dipo-studio:not(.waiting) .wait i {{ visibility: hidden; }}"""
 
-# %% ../nbs/53_annotate.ipynb #8c278307
+# %% ../nbs/53_annotate.ipynb #fc3cc664
 FORM_STYLE = f"""
 .dipo-studio summary {{ cursor: pointer; color: {GREY}; font-size: 13px; margin-top: 8px; }}
 .dipo-studio .grid {{ display: grid; grid-template-columns: 1fr auto 1fr; gap: 8px 14px; align-items: center;
@@ -270,7 +271,7 @@ FORM_STYLE = f"""
   .dipo-studio .grid {{ grid-template-columns: 1fr; }} .dipo-studio .foot {{ flex-wrap: wrap; }} }}
 """
 
-# %% ../nbs/53_annotate.ipynb #60511208
+# %% ../nbs/53_annotate.ipynb #a9950f4d
 class Studio(anywidget.AnyWidget):
     "Two clips, a question, and the answers of one person; `.survey` knows everybody's."
     _esm, _css = ESM, STYLE + PLAYER_STYLE + STUDIO_STYLE + FORM_STYLE
@@ -287,7 +288,7 @@ class Studio(anywidget.AnyWidget):
         self.on_msg(lambda widget, content, buffers: self.hear(content))
         self.show()
 
-# %% ../nbs/53_annotate.ipynb #ac611720
+# %% ../nbs/53_annotate.ipynb #30663ac4
 @patch
 def show(self: Studio, note: str = ""):
     "Have the page show what comes next."
@@ -305,7 +306,7 @@ def show(self: Studio, note: str = ""):
         self.view = view | (self.pair_view() if self.turn else self.end_view())
     if self.turn: self.read_ahead()
 
-# %% ../nbs/53_annotate.ipynb #65ca04bb
+# %% ../nbs/53_annotate.ipynb #e64d5f74
 @patch
 def pair_view(self: Studio) -> dict:
     "The pair whose turn it is; what is wrong with it where it can't be shown."
@@ -316,7 +317,7 @@ def pair_view(self: Studio) -> dict:
     return dict(kind="pair", prompt=row.prompt, fps=fps, n_frames=max(1, round(fps*seconds)), width=left[2],
                 wait=self.least, dimensions=self.survey.dimensions)
 
-# %% ../nbs/53_annotate.ipynb #21f059df
+# %% ../nbs/53_annotate.ipynb #59f8ddaa
 @patch
 def end_view(self: Studio) -> dict:
     "Nothing is left for this person."
@@ -324,7 +325,7 @@ def end_view(self: Studio) -> dict:
     except UserError as error: said = str(error)
     return dict(kind="done", over=f"Nothing is left that you have not judged: thank you. {said}")
 
-# %% ../nbs/53_annotate.ipynb #28ea800f
+# %% ../nbs/53_annotate.ipynb #1e167862
 @patch
 def read_ahead(self: Studio):
     "Read the clips of the pair that will probably come next."
@@ -335,7 +336,7 @@ def read_ahead(self: Studio):
         except UserError: pass   # told when it is its turn
     if row: threading.Thread(target=read, daemon=True).start()
 
-# %% ../nbs/53_annotate.ipynb #dfb702e6
+# %% ../nbs/53_annotate.ipynb #dabaea49
 @patch
 def hear(self: Studio,
     content: dict,   # of the page: who, facts, or answer with number and draft
@@ -349,7 +350,7 @@ def hear(self: Studio,
             self.answer(content["answer"], content.get("draft", {}))
     except (UserError, OSError) as error: self.view = self.view | dict(note=f"Not saved: {error}", again=time.time())
 
-# %% ../nbs/53_annotate.ipynb #cc3a8c5c
+# %% ../nbs/53_annotate.ipynb #285c2722
 @patch
 def begin(self: Studio, who: str):
     "Work under a name."
@@ -357,11 +358,12 @@ def begin(self: Studio, who: str):
     self.person = check_person(who)
     self.show()
 
+# %% ../nbs/53_annotate.ipynb #db2c96cd
 @patch
 def take_back(self: Studio):
     self.show("" if self.survey.undo(self.person) else "There is nothing to take back.")
 
-# %% ../nbs/53_annotate.ipynb #4477c962
+# %% ../nbs/53_annotate.ipynb #18d8e23b
 @patch
 def answer(self: Studio,
     key: str,       # 1, 2, 0, b or s
@@ -375,7 +377,7 @@ def answer(self: Studio,
     self.survey.say(self.person, self.turn, answer, grades, words, seconds)
     self.show()
 
-# %% ../nbs/53_annotate.ipynb #08f37ff3
+# %% ../nbs/53_annotate.ipynb #f38c1869
 def percent(
     x: float | None,
     n: int,
@@ -383,9 +385,10 @@ def percent(
     "A share and of how many."
     return None if x is None else f"{x:.0%} of {n}"
 
-# %% ../nbs/53_annotate.ipynb #65abf101
+# %% ../nbs/53_annotate.ipynb #1e648fff
 SHARES = dict(agrees="n_others", itself="n_again", gold="n_gold")   # of `Survey.person_facts`, each of how many
 
+# %% ../nbs/53_annotate.ipynb #560c603d
 def facts_html(
     survey: Survey,
     judge: str = "",   # what is known of a judge's accuracy
@@ -404,7 +407,7 @@ def facts_html(
         rows.append([own["person"], own["n"], *shares, left, f"{own['seconds']:.1f}"])
     return f"<p>{html.escape(' '.join(lines))}</p>{table_html(head, rows)}"
 
-# %% ../nbs/53_annotate.ipynb #6ab7ed2b
+# %% ../nbs/53_annotate.ipynb #0c6ee3e9
 def run_of(
     table: Path,       # of pairs
 ) -> Path | None:      # None: they are not a run's
@@ -412,6 +415,7 @@ def run_of(
     above = table.resolve().parents
     return above[2] if len(above) > 2 and (above[2]/"run.yaml").is_file() else None
 
+# %% ../nbs/53_annotate.ipynb #4185041a
 def survey_of(
     pairs,                                 # as of `studio`
     dimensions: list[str] | None = None,   # None: the run's, or else `cot.DIMENSIONS`
@@ -422,7 +426,7 @@ def survey_of(
     if not dimensions and (run := run_of(table)): dimensions = Run.load(run).config.get("judge", {}).get("dimensions")
     return open_survey(table, dimensions=list(dimensions or DIMENSIONS), **settings)
 
-# %% ../nbs/53_annotate.ipynb #0871eb66
+# %% ../nbs/53_annotate.ipynb #9a467a54
 def judge_in_words(
     table: Path,   # of pairs
 ) -> str:          # "" where they are not a run's
@@ -431,7 +435,7 @@ def judge_in_words(
     known = [entry["judge"]["accuracy"] for entry in read_entries(run) if (entry.get("judge") or {}).get("accuracy")]
     return f"The run's judge: {known[-1]:.0%}." if known else ""
 
-# %% ../nbs/53_annotate.ipynb #41e0a3e1
+# %% ../nbs/53_annotate.ipynb #30bd34bb
 def studio(
     pairs,                     # a CSV of pairs, a folder that has to_judge.csv or pairs.csv, or a run
     who: str | None = None,    # whose answers they are; None: the page asks
@@ -446,7 +450,7 @@ def studio(
     survey = survey_of(pairs, dimensions, overlap=overlap, repeats=repeats, active=active)
     return Studio(survey, who, seconds, judge_in_words(survey.table), reasons)
 
-# %% ../nbs/53_annotate.ipynb #0e9e10c5
+# %% ../nbs/53_annotate.ipynb #d7a62b5b
 def page_notebook(
     pairs,         # as of `studio`
     **settings,    # its other parameters
@@ -458,7 +462,7 @@ def page_notebook(
     kernel = dict(name="python3", display_name="python3", language="python")
     return dict(cells=[cell], metadata=dict(kernelspec=kernel, title="pairs"), nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/53_annotate.ipynb #38654daf
+# %% ../nbs/53_annotate.ipynb #e12bc707
 def serve_command(
     notebook: Path,
     port: int,        # 0: any that is free
@@ -467,19 +471,20 @@ def serve_command(
     return [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}",
             "--Voila.port_retries=0", "--Voila.auto_token=True", "--VoilaConfiguration.show_tracebacks=True"]
 
-# %% ../nbs/53_annotate.ipynb #4427793b
+# %% ../nbs/53_annotate.ipynb #647df244
 def check_page():
     "UserError where there is no Voilà."
     if find_spec("voila") is None:
         raise UserError("annotate: the page is served by Voilà; pip install 'dual-ipo[people]', "
                         "or show dual_ipo.annotate.studio(…) in a notebook")
 
+# %% ../nbs/53_annotate.ipynb #00b1147b
 def free_port() -> int:
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
         return own.getsockname()[1]
 
-# %% ../nbs/53_annotate.ipynb #d28e6e4b
+# %% ../nbs/53_annotate.ipynb #b11359ad
 @contextmanager
 def served(
     pairs,           # as of `studio`
@@ -500,7 +505,7 @@ def served(
             try: process.wait(20)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
 
-# %% ../nbs/53_annotate.ipynb #423970e3
+# %% ../nbs/53_annotate.ipynb #7c57c941
 def serve(
     pairs,           # as of `studio`
     port: int = 0,   # 0: any that is free

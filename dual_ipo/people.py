@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'Grade', 'Words', 'NAME', 'GAP', 'JUDGED_COLUMNS', 'BUSY', 'ToJudge', 'to_judge_row', 'table_of',
-           'read_to_judge', 'Answer', 'check_person', 'append', 'PersonFile', 'Survey', 'open_survey', 'Turn',
-           'sides_for', 'verdict_of', 'side_of', 'rationale_of', 'write_csv', 'alpha_of', 'equal_share', 'agreement',
-           'doubt_of', 'linked', 'ask_people', 'heard', 'as_people_say']
+           'read_to_judge', 'Answer', 'check_person', 'append', 'PersonFile', 'text_from', 'Survey', 'open_survey',
+           'Turn', 'sides_for', 'now', 'verdict_of', 'side_of', 'rationale_of', 'write_csv', 'alpha_of', 'equal_share',
+           'agreement', 'doubt_of', 'linked', 'ask_people', 'heard', 'as_people_say']
 
-# %% ../nbs/18_people.ipynb #78f0c7ee
+# %% ../nbs/18_people.ipynb #70e50ebd
 import csv, io, os, re, shutil, time, unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from .data import inside
 from .prompts import clean_prompt, read_csv
 from .store import atomic_write, report_progress
 
-# %% ../nbs/18_people.ipynb #93430614
+# %% ../nbs/18_people.ipynb #d50282ae
 class ToJudge(NamedTuple):
     "A pair that people are asked about."
     pair_id: str
@@ -38,10 +38,10 @@ class ToJudge(NamedTuple):
     gold: str = ""        # the known answer, or none
     doubt: float = 0.     # 0..1: who asks for the doubtful pairs gets the largest first
 
-# %% ../nbs/18_people.ipynb #90ec5b60
+# %% ../nbs/18_people.ipynb #3e92aeb9
 ANSWERS = "A", "B", "tie", "bad", "skip"   # bad: neither is any good
 
-# %% ../nbs/18_people.ipynb #22e68668
+# %% ../nbs/18_people.ipynb #0e19b153
 def to_judge_row(
     cells: dict[str, str],   # of a CSV
     where: str,              # for the message
@@ -58,18 +58,17 @@ def to_judge_row(
     pair_id = cells.get("pair_id", "").strip() or f"{a} {b}"
     return ToJudge(pair_id, clean_prompt(cells["prompt"], where), a, b, gold, doubt)
 
-# %% ../nbs/18_people.ipynb #a1bace2b
+# %% ../nbs/18_people.ipynb #2419fb85
 def table_of(
     path,        # a CSV, or a folder that holds to_judge.csv or pairs.csv
 ) -> Path:
     "Where the pairs to judge are listed."
-    path = Path(path)
-    if not path.is_dir(): return path
-    found = [path/name for name in ("to_judge.csv", "pairs.csv") if (path/name).is_file()]
-    if not found: raise UserError(f"{path}: has neither to_judge.csv nor pairs.csv; name the table of pairs to judge")
-    return found[0]
+    if not Path(path).is_dir(): return Path(path)
+    for name in ("to_judge.csv", "pairs.csv"):
+        if (found := Path(path)/name).is_file(): return found
+    raise UserError(f"{path}: has neither to_judge.csv nor pairs.csv; name the table of pairs to judge")
 
-# %% ../nbs/18_people.ipynb #02d56540
+# %% ../nbs/18_people.ipynb #0a018173
 def read_to_judge(
     path,        # of the CSV
 ) -> list[ToJudge]:
@@ -85,10 +84,11 @@ def read_to_judge(
     if not rows: raise UserError(f"{path}: has no pairs; write one a row")
     return rows
 
-# %% ../nbs/18_people.ipynb #8415f7e6
+# %% ../nbs/18_people.ipynb #aa2a8109
 Grade = Annotated[int, Field(ge=1, le=5)]
 Words = Annotated[str, Field(max_length=20_000)]
 
+# %% ../nbs/18_people.ipynb #57e5bf57
 class Answer(BaseModel):
     "A line of a person's file."
     model_config = ConfigDict(frozen=True)
@@ -102,9 +102,10 @@ class Answer(BaseModel):
     time: str = ""                                         # when, UTC
     again: bool = False                                    # asked a second time, sides swapped
 
-# %% ../nbs/18_people.ipynb #6eb32f82
+# %% ../nbs/18_people.ipynb #8ce546b3
 NAME = re.compile(r"\w[\w.@-]*( [\w.@-]+)*")
 
+# %% ../nbs/18_people.ipynb #214ccc2e
 def check_person(
     name: str,
 ) -> str:   # as the file is called
@@ -114,7 +115,7 @@ def check_person(
     raise UserError(f"{name!r:.60}: can't be a person's name here; "
                     "use letters, digits, spaces and .@-_, 80 bytes at most")
 
-# %% ../nbs/18_people.ipynb #1ccb96c4
+# %% ../nbs/18_people.ipynb #ad960c53
 def append(
     path: Path,      # of a person's file; its folder is made
     answer: Answer,
@@ -131,7 +132,7 @@ def append(
         os.fsync(file.fileno())
     if is_new: sync_folder(path.parent)
 
-# %% ../nbs/18_people.ipynb #54b1589d
+# %% ../nbs/18_people.ipynb #598fcf47
 @dataclass
 class PersonFile:
     "What a person has said so far."
@@ -141,7 +142,7 @@ class PersonFile:
     read: int = 0                                          # bytes
     lines: int = 0
 
-# %% ../nbs/18_people.ipynb #c7e2eb22
+# %% ../nbs/18_people.ipynb #01ae555b
 @patch
 def take(self: PersonFile,
     text: bytes,   # a line
@@ -158,21 +159,26 @@ def take(self: PersonFile,
     if said.answer != "undo": self.standing.append(said)
     elif self.standing: self.undone = self.standing.pop()
 
-# %% ../nbs/18_people.ipynb #a547dea2
+# %% ../nbs/18_people.ipynb #f55f6d32
+def text_from(
+    path: Path,
+    begin: int,   # byte
+) -> bytes:
+    "The whole lines of a file from there on."
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return (text := file.read())[:text.rfind(b"\n") + 1]
+
+# %% ../nbs/18_people.ipynb #a82c8045
 @patch
 def refresh(self: PersonFile):
     "Read what is new; from the start where the file has shrunk."
-    size = self.path.stat().st_size
-    if size < self.read: self.standing, self.undone, self.read, self.lines = [], None, 0, 0
-    if size == self.read: return
-    with open(self.path, "rb") as file:
-        file.seek(self.read)
-        new = file.read()
-    whole = new[:new.rfind(b"\n") + 1]
+    if self.path.stat().st_size < self.read: self.standing, self.undone, self.read, self.lines = [], None, 0, 0
+    whole = text_from(self.path, self.read)
     self.read += len(whole)
     for line in whole.split(b"\n")[:-1]: self.take(line)
 
-# %% ../nbs/18_people.ipynb #a681f67f
+# %% ../nbs/18_people.ipynb #833274e3
 @dataclass
 class Survey:
     "Pairs in a folder, and what people say of them."
@@ -184,30 +190,29 @@ class Survey:
     rows: list[ToJudge] = field(default_factory=list)
     files: dict[str, PersonFile] = field(default_factory=dict)                # by person
 
-# %% ../nbs/18_people.ipynb #dfab823d
+# %% ../nbs/18_people.ipynb #c767349f
 def open_survey(
     path,           # a table, or a folder that has one
     **settings,     # overlap, repeats, active, dimensions: see `Survey`
 ) -> Survey:
     "The pairs and what was said of them so far."
-    table = table_of(path)
-    survey = Survey(table, **settings, rows=read_to_judge(table))
+    survey = Survey(table := table_of(path), **settings, rows=read_to_judge(table))
     survey.refresh()
     return survey
 
-# %% ../nbs/18_people.ipynb #ccad0c8c
+# %% ../nbs/18_people.ipynb #1f2106cf
 @patch(as_prop=True)
 def folder(self: Survey) -> Path:
     "Of the answers, a file a person."
     return self.table.parent/("answers" if self.table.name == "to_judge.csv" else f"{self.table.stem}_answers")
 
-# %% ../nbs/18_people.ipynb #77bfd5ad
+# %% ../nbs/18_people.ipynb #4261c794
 @patch
 def refresh(self: Survey):
     "Read what everybody has said meanwhile."
     for path in sorted(self.folder.glob("*.jsonl")): self.files.setdefault(path.stem, PersonFile(path)).refresh()
 
-# %% ../nbs/18_people.ipynb #8bf51948
+# %% ../nbs/18_people.ipynb #ce95a8d1
 @patch
 def answers(self: Survey,
     person: str | None = None,   # None: everybody
@@ -217,7 +222,7 @@ def answers(self: Survey,
     files = self.files.values() if person is None else [self.files[person]] if person in self.files else []
     return [said for said in chain.from_iterable(file.standing for file in files) if said.pair_id in known]
 
-# %% ../nbs/18_people.ipynb #8b27f707
+# %% ../nbs/18_people.ipynb #212d345e
 @patch
 def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
     "The answers that count: no skips, nothing asked a second time, and the last one where two pages asked a person."
@@ -226,13 +231,14 @@ def votes(self: Survey) -> dict[str, list[Answer]]:   # {pair_id: one a person}
         if said.answer != "skip" and not said.again: found.setdefault(said.pair_id, {})[said.person] = said
     return {pair_id: list(own.values()) for pair_id, own in found.items()}
 
-# %% ../nbs/18_people.ipynb #6bcea2da
+# %% ../nbs/18_people.ipynb #008af23e
 class Turn(NamedTuple):
     "A pair as a person is shown it."
     row: ToJudge
     sides: str            # ab: A stands left
     again: bool = False
 
+# %% ../nbs/18_people.ipynb #72899c89
 def sides_for(
     person: str,
     pair_id: str,
@@ -240,9 +246,10 @@ def sides_for(
     "At random for each person and pair, and the same after a restart."
     return ("ab", "ba")[seed_of("sides", person, pair_id) % 2]
 
-# %% ../nbs/18_people.ipynb #740c20b9
+# %% ../nbs/18_people.ipynb #8c0dec34
 GAP = 10   # answers after which a pair may come again, and between two with a known answer
 
+# %% ../nbs/18_people.ipynb #ed8f1f2b
 @patch
 def again(self: Survey,
     own: list[Answer],   # a person's
@@ -254,7 +261,7 @@ def again(self: Survey,
         if seed_of("again", said.person, said.pair_id) < self.repeats*2**63:
             return Turn(rows[said.pair_id], said.sides[::-1], True)
 
-# %% ../nbs/18_people.ipynb #6d43e8ac
+# %% ../nbs/18_people.ipynb #8ee53171
 @patch
 def least_judged(self: Survey,
     person: str,
@@ -269,7 +276,7 @@ def least_judged(self: Survey,
     best = nsmallest(place + 1, left, rank)
     return [row for row in best if rank(row)[0] == rank(best[0])[0]][-1] if best else None
 
-# %% ../nbs/18_people.ipynb #ed405f5b
+# %% ../nbs/18_people.ipynb #a3ca1efa
 @patch
 def next_turn(self: Survey,
     person: str,
@@ -287,27 +294,29 @@ def next_turn(self: Survey,
     if gold and (row is None or len(own) >= (told + 1)*GAP): row = min(gold, key=lambda r: seed_of(person, r.pair_id))
     return row and Turn(row, sides_for(person, row.pair_id))
 
-# %% ../nbs/18_people.ipynb #42b2a734
+# %% ../nbs/18_people.ipynb #e4efa7b8
+def now() -> str: return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+# %% ../nbs/18_people.ipynb #77e4dbf5
 @patch
 def say(self: Survey,
     person: str,        # see `check_person`
     turn: Turn,
-    answer: str,        # one of `ANSWERS`, or undo
+    answer: str,        # one of `ANSWERS`
     grades: dict[str, dict[str, int]] = {},   # {dimension: {"a": 1..5, "b": 1..5}}, as far as they were given
     words: dict[str, dict[str, str]] = {},    # {dimension: {"a": words, "b": words}}
     seconds: float = 0.,
 ) -> Answer:
     "Write an answer down; UserError where it isn't one."
-    now, path = datetime.now(UTC).isoformat(timespec="milliseconds"), self.file_of(person)
-    try: said = Answer(pair_id=turn.row.pair_id, person=person, sides=turn.sides, answer=answer, grades=grades,
-                       words=words, seconds=round(seconds, 3), time=now, again=turn.again)
+    path, given = self.file_of(person), dict(answer=answer, grades=grades, words=words, seconds=round(seconds, 3))
+    try: said = Answer(pair_id=turn.row.pair_id, person=person, sides=turn.sides, again=turn.again, time=now(), **given)
     except ValidationError as error:
         raise UserError(f"{path}: {error.errors()[0]['msg']:.120}; answer once more") from None
     append(path, said)
     self.refresh()
     return said
 
-# %% ../nbs/18_people.ipynb #14384e7e
+# %% ../nbs/18_people.ipynb #c770f654
 @patch
 def file_of(self: Survey, person: str) -> Path:
     "A person's file; UserError for a name that can't be one, or that differs from another's in capitals alone."
@@ -317,19 +326,18 @@ def file_of(self: Survey, person: str) -> Path:
     self.folder.mkdir(parents=True, exist_ok=True)
     return inside(self.folder, f"{name}.jsonl", str(self.folder))
 
-# %% ../nbs/18_people.ipynb #1ba02d6d
+# %% ../nbs/18_people.ipynb #5f328f6a
 @patch
 def undo(self: Survey, person: str) -> bool:   # whether there was anything to take back
     "Take a person's last answer back; its pair comes next."
     file = self.files.get(person)
     if not file or not file.standing: return False
     last = file.standing[-1]
-    append(file.path, last.model_copy(update=dict(answer="undo", grades={}, words={}, seconds=0., again=False,
-                                                  time=datetime.now(UTC).isoformat(timespec="milliseconds"))))
+    append(file.path, Answer(pair_id=last.pair_id, person=person, sides=last.sides, answer="undo", time=now()))
     self.refresh()
     return True
 
-# %% ../nbs/18_people.ipynb #b64784a2
+# %% ../nbs/18_people.ipynb #fbebc4c3
 def verdict_of(
     votes: list[str],          # of `ANSWERS`, without skip
 ) -> tuple[str, float]:        # (A, B, tie or bad; p(A))
@@ -339,7 +347,7 @@ def verdict_of(
     (most, count), *others = n.most_common()
     return most if not others or others[0][1] < count else "tie", p_a
 
-# %% ../nbs/18_people.ipynb #2d528213
+# %% ../nbs/18_people.ipynb #fc62d7d6
 def side_of(
     answers: list[Answer],
     dimension: str,
@@ -350,7 +358,7 @@ def side_of(
     words = [said.words[dimension][side] for said in answers if said.words.get(dimension, {}).get(side, "").strip()]
     return round(sum(grades)/len(grades)) if grades else None, " ".join(words[0].split()) if words else ""
 
-# %% ../nbs/18_people.ipynb #a3f633f6
+# %% ../nbs/18_people.ipynb #ec1b294e
 def rationale_of(
     answers: list[Answer],   # of those who agree with the label
     dimensions: list[str],
@@ -363,7 +371,7 @@ def rationale_of(
         found[dimension] = dict(a=a, b=b, grade_a=grade_a, grade_b=grade_b)
     return found or None
 
-# %% ../nbs/18_people.ipynb #a1ca78c6
+# %% ../nbs/18_people.ipynb #c3c1ca8f
 @patch
 def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, label, rationale_json, p_a, n_people
     "A row a pair that somebody has judged."
@@ -378,23 +386,25 @@ def judged(self: Survey) -> list[dict]:   # pair_id, prompt, clip_a, clip_b, lab
                          n_people=len(own)))
     return rows
 
-# %% ../nbs/18_people.ipynb #4f809b2c
+# %% ../nbs/18_people.ipynb #74f865a9
 JUDGED_COLUMNS = "pair_id", "prompt", "clip_a", "clip_b", "label", "rationale_json", "p_a", "n_people"
 
+# %% ../nbs/18_people.ipynb #110047d8
 def write_csv(
     path: Path,
     rows: list[dict],   # with `JUDGED_COLUMNS`
 ):
     "A table of judged pairs; UserError where another's table would be overwritten."
-    if path.is_file() and "n_people" not in path.open(encoding="utf-8").readline():
-        raise UserError(f"{path}: is a table that people's answers didn't make; move it away")
+    if path.is_file():
+        with open(path, encoding="utf-8") as file: is_ours = "n_people" in file.readline()
+        if not is_ours: raise UserError(f"{path}: is a table that people's answers didn't make; move it away")
     text = io.StringIO()
     table = csv.DictWriter(text, JUDGED_COLUMNS, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     table.writerows(rows)
     with atomic_write(path) as file: file.write(text.getvalue().encode())
 
-# %% ../nbs/18_people.ipynb #14cc11fb
+# %% ../nbs/18_people.ipynb #cd7e955a
 @patch
 def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     "Write down what all say together: pairs.csv, and both_bad.csv for the pairs of which neither clip is any good."
@@ -405,7 +415,7 @@ def write(self: Survey) -> Path:   # of the pairs, as `read_pairs` reads them
     write_csv(bad, [row for row in rows if row["label"] == "bad"])
     return path
 
-# %% ../nbs/18_people.ipynb #c2a7e103
+# %% ../nbs/18_people.ipynb #64a6d9d1
 def alpha_of(
     votes: dict[str, list[Answer]],   # {pair_id: one a person}
 ) -> float | None:                    # up to 1; None where it can't be told
@@ -418,7 +428,7 @@ def alpha_of(
     if len(np.unique(table[~np.isnan(table)])) < 2: return None
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
 
-# %% ../nbs/18_people.ipynb #34a1f224
+# %% ../nbs/18_people.ipynb #e23a34bf
 def equal_share(
     pairs: Iterable[tuple[str, str]],   # answers that might be equal
 ) -> tuple[float | None, int]:          # (0..1, of how many); None of none
@@ -426,7 +436,7 @@ def equal_share(
     equal = [a == b for a, b in pairs]
     return (sum(equal)/len(equal) if equal else None), len(equal)
 
-# %% ../nbs/18_people.ipynb #bc3bcc6d
+# %% ../nbs/18_people.ipynb #6b2ad20f
 def agreement(
     votes: dict[str, list[Answer]],
     answers: tuple[str, ...] = ANSWERS,   # that count; A and B alone: comparable with a judge's accuracy
@@ -436,7 +446,7 @@ def agreement(
     for own in votes.values(): found += combinations([said.answer for said in own if said.answer in answers], 2)
     return equal_share(found)
 
-# %% ../nbs/18_people.ipynb #624afa23
+# %% ../nbs/18_people.ipynb #85a90508
 @patch
 def person_facts(self: Survey, person: str) -> dict:
     "What a person's answers look like; None where there is nothing to tell from."
@@ -453,9 +463,10 @@ def person_facts(self: Survey, person: str) -> dict:
                 n_others=n_others, itself=itself, n_again=n_again, gold=known, n_gold=n_gold,
                 left=sum(left)/len(left) if left else None, seconds=median([said.seconds for said in own] or [0.]))
 
-# %% ../nbs/18_people.ipynb #96630dc5
+# %% ../nbs/18_people.ipynb #8b953bb1
 BUSY = 600   # s without an answer, after which somebody has gone
 
+# %% ../nbs/18_people.ipynb #517cbcc3
 @patch
 def busy(self: Survey) -> int:
     "How many people are at it now, at least one."
@@ -463,7 +474,7 @@ def busy(self: Survey) -> int:
     last = [file.standing[-1].time for file in self.files.values() if file.standing and file.standing[-1].time]
     return max(1, sum(now - datetime.fromisoformat(said).timestamp() < BUSY for said in last))
 
-# %% ../nbs/18_people.ipynb #479d4586
+# %% ../nbs/18_people.ipynb #3a13b717
 @patch
 def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, wanted, seconds left)
     "How far everybody together has come, and when they will be there."
@@ -472,7 +483,7 @@ def progress(self: Survey) -> tuple[int, int, float | None]:   # (votes given, w
     total, seconds = self.overlap*len(wanted), [said.seconds for said in self.answers() if said.seconds]
     return given, total, median(seconds)*(total - given)/self.busy() if seconds else None
 
-# %% ../nbs/18_people.ipynb #f94c79ea
+# %% ../nbs/18_people.ipynb #a4f59a14
 @patch
 def facts(self: Survey) -> dict:
     "All in all, and a row a person."
@@ -482,7 +493,7 @@ def facts(self: Survey) -> dict:
     return dict(given=given, wanted=wanted, seconds_left=left, alpha=alpha_of(votes), agrees=agrees, n_agrees=n_agrees,
                 ceiling=ceiling, n_ceiling=n_ceiling, people=[self.person_facts(name) for name in sorted(self.files)])
 
-# %% ../nbs/18_people.ipynb #e78f5dca
+# %% ../nbs/18_people.ipynb #0af6d5d4
 def doubt_of(
     row: dict,       # of votes.parquet
 ) -> float:          # 0..1
@@ -491,7 +502,7 @@ def doubt_of(
     certain = 0. if row.get("pce") is None else min(max(row["pce"], 0.), 1.)
     return (1 - abs(2*row["p_a"] - 1) + 1 - certain)/2
 
-# %% ../nbs/18_people.ipynb #b4f0e491
+# %% ../nbs/18_people.ipynb #143b4693
 def linked(
     source: Path,
     target: Path,   # its folder is made
@@ -502,7 +513,7 @@ def linked(
     try: os.link(os.path.realpath(source), target)
     except OSError: shutil.copyfile(source, target)
 
-# %% ../nbs/18_people.ipynb #ce9300db
+# %% ../nbs/18_people.ipynb #f160a6ef
 def ask_people(
     folder: Path,        # gets to_judge.csv and clips/
     rows: list[dict],    # with pair_id, prompt, clip_a, clip_b (paths) and p_a
@@ -520,7 +531,7 @@ def ask_people(
     with atomic_write(path) as file: file.write(text.getvalue().encode())
     return path
 
-# %% ../nbs/18_people.ipynb #45272bc8
+# %% ../nbs/18_people.ipynb #c179f851
 def heard(
     table: Path,       # see `ask_people`
     minutes: float,    # from when it was laid out
@@ -537,7 +548,7 @@ def heard(
         if given >= wanted or time.time() >= end: return survey
         time.sleep(min(every, max(end - time.time(), 0)))
 
-# %% ../nbs/18_people.ipynb #a64b306b
+# %% ../nbs/18_people.ipynb #0d760167
 def as_people_say(
     row: dict,            # of votes.parquet
     said: dict | None,    # of `Survey.judged`; None: nobody has judged it
