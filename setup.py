@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["dual_ipo", "dual_ipo.*"]), include_package_data=True,
     package_data={"dual_ipo": ["toy/**/*", "people/*", "asked/*", "notebooks/*.ipynb"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "flash", "judges", "ray")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "flash", "judges", "people", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["dual_ipo=dual_ipo._modidx:d"]},
     zip_safe=False,
 )

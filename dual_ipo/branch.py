@@ -48,8 +48,10 @@ def with_keys(
 
 # %% ../nbs/42_branch.ipynb #160d61dd
 def share_file(old: Path, new: Path) -> bool:   # whether it takes no room
-    "The same file at another place: a hard link, or a copy where there can be none."
-    try: os.link(os.path.realpath(old), new)
+    "The same file at another place: a hard link, or a copy where there can be none, or people still write into it."
+    try:
+        if old.suffix == ".jsonl": raise OSError("is not to be shared")
+        os.link(os.path.realpath(old), new)
     except OSError:
         shutil.copy2(old, new)
         return False
@@ -174,7 +176,9 @@ def stages_of(
     if k == 0: return [*first, "evaluate", "judge_check"]
     without = {"cold_start"} | (set() if config.candidates.preview_steps else {"previews"})
     if not config.srpo.steps: without |= {"fresh", "votes", "srpo"}
-    return [name for name in STAGES if name not in without]
+    names = [name for name in STAGES if name not in without]
+    if config.votes.people and "votes" in names: names.insert(names.index("votes") + 1, "people")
+    return names
 
 # %% ../nbs/42_branch.ipynb #7bbf621c
 def kept(

@@ -6,8 +6,8 @@
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
            'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
            'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
-           'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'reported', 'branched',
-           'sampled', 'paired', 'compared', 'check_ray', 'finished', 'command']
+           'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'annotated', 'reported',
+           'branched', 'sampled', 'paired', 'compared', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -402,6 +402,11 @@ def judged(args: argparse.Namespace) -> str:
     found = compare_judges(args.pairs, {name: asker_of(name) for name in names})
     return json.dumps(found) if args.json else table_text(*judge_lines(found))
 
+# %% ../nbs/60_cli.ipynb #54914a9f
+def annotated(args: argparse.Namespace) -> str:
+    from dual_ipo.annotate import serve
+    return serve(args.pairs, args.port, who=args.who, overlap=args.overlap, active=args.active)
+
 # %% ../nbs/60_cli.ipynb #26136e16
 def reported(args: argparse.Namespace) -> Path:
     from dual_ipo.report import make_report
@@ -465,6 +470,7 @@ def command(args: argparse.Namespace):
         case "sample": said = sampled(args)
         case "pairs": said = paired(args)
         case "compare": said = compared(args)
+        case "annotate": said = annotated(args)
         case "report": said = reported(args)
         case "import": said = imported(args)
         case "judges": said = judged(args)

@@ -238,6 +238,10 @@ class VotesPart(Part):
     min_gap: float = key(.25,
         "by grades: A and B must differ by more, grade points, all dimensions together", ge=0, le=1e6)
     early: bool = key(False, "stop writing about a pair whose label is decided; takes by: answers and pce.use: none")
+    people: int = key(0, "most doubtful pairs of a round that people are asked about, by dual-ipo annotate RUN; "
+        "0: none", ge=0, le=1_000_000)
+    people_wait: float = key(0.,
+        "minutes that a round waits for them before it goes on with what has come", may="change", ge=0, le=1e6)
 
     split = field_validator("k")(even)
     reasoned = model_validator(mode="after")(grades_are_given)

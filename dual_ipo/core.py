@@ -958,6 +958,7 @@ class Pair:
     label: str | None = None        # "A", "B" or "tie" as a person said; None: not yet judged
     pair_id: str = ""               # names it, and the randomness of its votes
     rationale: dict[str, dict] | None = None   # {dimension: {"a": words, "b": words, "grade_a": 1..5, "grade_b": 1..5}}
+    p_a: float | None = None        # share of the people who prefer A, ties half; None: one answer, or unknown
 
     def _repr_html_(self):
         verdict = {"A": "A is better", "B": "B is better", "tie": "equally good"}.get(self.label, "not judged")
@@ -972,7 +973,7 @@ def swap(self: Pair) -> "Pair":
     other = {"a": "b", "b": "a", "grade_a": "grade_b", "grade_b": "grade_a"}
     def swapped(reasons): return {other.get(key, key): value for key, value in reasons.items()}
     rationale = self.rationale and {dimension: swapped(own) for dimension, own in self.rationale.items()}
-    return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale)
+    return Pair(self.prompt, self.b, self.a, label, self.pair_id, rationale, None if self.p_a is None else 1 - self.p_a)
 
 # %% ../nbs/00_core.ipynb #0204b468
 @dataclass

@@ -339,6 +339,7 @@ class Item:
     response: str = ""       # what it should answer, if that is known
     kind: str = "cot"        # "cot": reasons and verdict; "verdict": verdict only; "grade": one clip
     explained: str = ""      # what it is asked, explained; empty: the same
+    weight: float = 1.       # of its NLL: the share of the people who answered so
 
 # %% ../nbs/10_cot.ipynb #965066b8
 def pair_item(
@@ -382,12 +383,17 @@ def items_of(
     pair: Pair,              # with its label
     dimensions: list[str],
 ) -> list[Item]:
-    "Everything that a human pair teaches."
-    items = [pair_item(pair, order, []) for order in ("ab", "ba")]
+    "Everything that a human pair teaches: where people disagree, either verdict as much as there are who give it."
+    items, share = [pair_item(pair, order, []) for order in ("ab", "ba")], 1.
+    if pair.p_a is not None and pair.label != "tie":
+        share = max(pair.p_a, 1 - pair.p_a)
+        other = replace(pair, label="B" if pair.label == "A" else "A", rationale=None)
+        against = [pair_item(other, order, []) for order in ("ab", "ba")] if share < 1 else []
+        items = [replace(item, weight=share) for item in items] + [replace(item, weight=1 - share) for item in against]
     if not (pair.rationale and dimensions): return items
     rows = {d: pair.rationale[d] for d in dimensions}
     if not any(row.get("forced") for row in rows.values()):
-        items += [pair_item(pair, order, dimensions) for order in ("ab", "ba")]
+        items += [replace(pair_item(pair, order, dimensions), weight=share) for order in ("ab", "ba")]
     for side, video in (("a", pair.a), ("b", pair.b)):
         items.append(clip_item(pair.prompt, video, dimensions, {d: row[f"grade_{side}"] for d, row in rows.items()}))
     return items

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'BENCH_COLUMNS', 'PAIR_COLUMNS', 'stays_in', 'inside', 'PairRow', 'are_reasons', 'parse_rationale',
-           'PairTable', 'label_of', 'check_agreement', 'pair_row', 'read_pairs', 'save_videos', 'write_pairs',
-           'clip_rows', 'read_clips', 'read_thumbs', 'clip_fault', 'clip_faults', 'check_clips']
+           'PairTable', 'label_of', 'check_agreement', 'share_of', 'pair_row', 'read_pairs', 'save_videos',
+           'write_pairs', 'clip_rows', 'read_clips', 'read_thumbs', 'clip_fault', 'clip_faults', 'check_clips']
 
 # %% ../nbs/03_data.ipynb #0e0e8dfe
 import csv, io, json, os, re
@@ -55,11 +55,12 @@ class PairRow:
     label: str               # "A", "B" or "tie"
     pair_id: str
     rationale: dict[str, dict] | None   # as in `Pair`
+    p_a: float | None = None            # as in `Pair`
 
     def load(self) -> Pair:
         "The pair, its clips decoded when somebody looks."
         a, b = VideoFile(self.clip_a), VideoFile(self.clip_b)
-        return Pair(self.prompt, a, b, self.label, self.pair_id, self.rationale)
+        return Pair(self.prompt, a, b, self.label, self.pair_id, self.rationale, self.p_a)
 
 # %% ../nbs/03_data.ipynb #34ab1653
 def are_reasons(
@@ -163,6 +164,21 @@ def check_agreement(
             raise UserError(f"{path}: rows {earlier} and {line} have the same pair_id {row.pair_id!r:.60}; "
                             "give each its own")
 
+# %% ../nbs/03_data.ipynb #2324d2ca
+def share_of(
+    text: str,    # as the table has it, or nothing
+    label: str,   # one of `LABELS`
+    where: str,   # for the message
+) -> float | None:   # 0..1
+    "The share of the people who prefer A; UserError where it contradicts the label."
+    if not text.strip(): return None
+    try: p_a = float(text)
+    except ValueError: p_a = -1.
+    if not 0 <= p_a <= 1: raise UserError(f"{where}: p_a {text!r:.40} is not a number from 0 to 1; correct it")
+    if (label == "A" and p_a <= .5) or (label == "B" and p_a >= .5):
+        raise UserError(f"{where}: p_a {p_a:g} contradicts label {label}; correct one of the two")
+    return p_a
+
 # %% ../nbs/03_data.ipynb #09ecd114
 def pair_row(
     path: Path,              # of the CSV
@@ -177,7 +193,8 @@ def pair_row(
     if os.path.realpath(a) == os.path.realpath(b):
         raise UserError(f"{where} compares {cells['clip_a']} with itself; correct it")
     rationale = parse_rationale(cells.get("rationale_json", ""), where)
-    return PairRow(prompt, a, b, label, cells.get("pair_id") or pair_id, rationale)
+    p_a = share_of(cells.get("p_a", ""), label, where)
+    return PairRow(prompt, a, b, label, cells.get("pair_id") or pair_id, rationale, p_a)
 
 # %% ../nbs/03_data.ipynb #279e3601
 def read_pairs(
@@ -208,14 +225,15 @@ def write_pairs(
 ) -> Path:              # of pairs.csv
     "Write pairs so that `read_pairs` reads them; the table comes last."
     folder, text, clips = Path(folder), io.StringIO(), []
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(PAIR_COLUMNS)
+    table, has_shares = csv.writer(text, lineterminator="\n"), any(pair.p_a is not None for pair in pairs)
+    table.writerow([*PAIR_COLUMNS, *["p_a"]*has_shares])
     def plain(words): return " ".join(str(words).split())   # a bare \r is left unquoted, and would make a row
     for i, pair in enumerate(pairs):
         a, b = (f"clips/{i:05d}_{side}.mp4" for side in "AB")
         clips += [(folder/a, pair.a), (folder/b, pair.b)]
         rationale = json.dumps(pair.rationale) if pair.rationale else ""
-        table.writerow([plain(pair.pair_id or i), plain(pair.prompt), a, b, pair.label, rationale])
+        share = ["" if pair.p_a is None else pair.p_a]*has_shares
+        table.writerow([plain(pair.pair_id or i), plain(pair.prompt), a, b, pair.label, rationale, *share])
     save_videos(clips)
     with atomic_write(folder/"pairs.csv") as file: file.write(text.getvalue().encode())
     return folder/"pairs.csv"

@@ -319,13 +319,16 @@ def judge_accuracy(
     judgements: list[Judgement] | None = None,  # [B] by voting
     gap: Tensor | None = None,                  # [B] true difference between the two clips
     clear: float | None = None,                 # see `clear_accuracy`
+    people: list[float | None] | None = None,   # [B] see `accuracy`
 ) -> dict[str, float | int | None]:             # summary.json's `judge`; None where it can't be told
     "The `judge` entry of a round."
     decided = [i for i, label in enumerate(truth) if label != "tie"]
     ece = verdict_ece(p_a[decided], torch.tensor([truth[i] == "A" for i in decided]))
-    entry = dict(accuracy=accuracy(p_a, truth), accuracy_static=None, accuracy_clear=None, ece=ece,
+    entry = dict(accuracy=accuracy(p_a, truth, people), accuracy_static=None, accuracy_clear=None, ece=ece,
                  parse_rate=None, position_consistency=None, n_pairs=len(truth))
-    if p_a_static is not None: entry["accuracy_static"] = accuracy(p_a_static, truth)
+    if people and any(share is not None for share in people):   # what most people say, held to each of them
+        entry["ceiling"] = accuracy(torch.tensor([float(label == "A") for label in truth]), truth, people)
+    if p_a_static is not None: entry["accuracy_static"] = accuracy(p_a_static, truth, people)
     if gap is not None: entry["accuracy_clear"] = clear_accuracy(truth, p_a, gap, clear)
     if judgements: entry |= {key: stats(judgements)[key] for key in ("parse_rate", "position_consistency")}
     return rounded(entry)

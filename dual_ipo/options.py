@@ -6,7 +6,7 @@
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'SHAPES', 'JUDGES', 'old_and_new', 'between', 'Parser',
            'installed', 'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate',
            'add_status', 'add_export', 'add_clean', 'add_sample', 'add_import', 'add_pairs', 'add_compare',
-           'add_judges', 'parser']
+           'add_judges', 'add_annotate', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -216,6 +216,17 @@ def add_judges(commands):
                              "judge) and judges' folders, with commas between")
     judges.add_argument("--json", action="store_true", help=JSON)
 
+# %% ../nbs/36_options.ipynb #17bb9e8d
+def add_annotate(commands):
+    annotate = commands.add_parser("annotate", help="a page to judge pairs in, on this machine, for people without a "
+                                                    "notebook")
+    annotate.add_argument("pairs", type=Path,
+                          help="a CSV of pairs, a folder that has to_judge.csv or pairs.csv, or a run")
+    annotate.add_argument("--who", metavar="NAME", help="whose answers they are (default: the page asks)")
+    annotate.add_argument("--port", type=between(1, 65535, int), default=0, help="default: any that is free")
+    annotate.add_argument("--overlap", type=count, default=1, help="votes wanted on each pair (default 1)")
+    annotate.add_argument("--active", action="store_true", help="the most doubtful pairs first (default: at random)")
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -224,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
-             add_import, add_judges, add_sample, add_pairs, add_compare)
+             add_import, add_judges, add_sample, add_pairs, add_compare, add_annotate)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

@@ -23,7 +23,8 @@ from .terminal import one_line
 # %% ../nbs/40_results.ipynb #95e36ad2
 HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic degree", "first judge's grade",
         "gain of the grade", "its 95% interval", "frame change", "judge accuracy", "static judge",
-        "agrees with people", "static judge agrees", "implicit accuracy", "labels kept", "seconds")
+        "agrees with people", "static judge agrees", "people agree", "implicit accuracy", "labels kept",
+        "seconds")
 
 def number(
     x: float | None,
@@ -60,6 +61,7 @@ def headline_row(
     names = "judge accuracy", "static judge"
     if entry.get("truth") == "people": names = "agrees with people", "static judge agrees"
     for name, key in zip(names, ("accuracy", "accuracy_static")): cells[name] = number(judge.get(key), ".1%")
+    cells["people agree"] = number(judge.get("ceiling"), ".1%")
     if not scores: cells |= believed(entry)
     if entry.get("seconds"): cells["seconds"] = number(sum(entry["seconds"].values()), ".0f")
     return [cells.get(name) for name in HEAD]

@@ -11,12 +11,13 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge',
            'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows', 'with_scores',
            'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of', 'asked_together',
-           'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'evaluate_judge', 'summary_of',
-           'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish', 'is_late', 'measure_again',
-           'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals', 'scores_of', 'grade',
-           'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator', 'clip_pairs',
-           'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path',
-           'relabelled', 'vote', 'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
+           'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'of_people', 'evaluate_judge',
+           'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish', 'is_late',
+           'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals', 'scores_of',
+           'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator',
+           'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge',
+           'table_path', 'relabelled', 'vote', 'laid_out', 'ask', 'label', 'train_judge', 'update_judge', 'stages',
+           'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -51,10 +52,12 @@ from .kernels import whole_bytes
 from .losses import objective_of
 from .made import note_made
 from .monitor import late_mean, needs_srpo
+from .people import as_people_say, ask_people, heard
 from .plan import out_of_memory
 from .prompts import read_prompts
 from .reward import ANNOTATED, CLIPS, PAIRS, Judge, check_judge, check_stored, in_a_shard
 from .srpo import LABEL, cast, cold_start, pseudo_label, srpo
+from .stats import accuracy
 from .store import (PATHS, Each, Entry, Rows, Run, Summary, arrow_of, digest, file_digest, intact, is_done,
                             located, mark_done, pair_digest, read_json, read_rows, read_table, read_tables,
                             set_progress_file, stage, stream_table, whole, write_json, write_table)
@@ -368,7 +371,8 @@ def content_digests(
 # %% ../nbs/33_rounds.ipynb #34212ed0
 def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     "What the user's files contain: a digest of each table's rows, and of each clip."
-    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b]]
+    pairs = [[row.prompt, row.label, row.pair_id, row.rationale, names[row.clip_a], names[row.clip_b],
+              *[row.p_a] * (row.p_a is not None)]
              for row in given.pairs.rows]
     real = [[caption, names[path]] for caption, path in given.real]
     thumbs = [[prompt, names[path], good] for prompt, path, good in given.thumbs]
@@ -711,6 +715,15 @@ def follow_grades(r: Round, judge: Judge) -> float:  # 1..5
     write_table(folder / "grades.parquet", table)
     return round(grades.mean().item(), 4)
 
+# %% ../nbs/33_rounds.ipynb #43f47cd3
+def of_people(r: RoundFolder) -> dict[str, float | int]:   # nothing where nobody was asked, or came
+    "How often the judge's votes of this round said what people said of the same pairs."
+    table = r.folder / "votes.parquet"
+    rows = list(read_rows(table, ["label", "p_a", "people"])) if table.is_file() else []
+    rows = [row for row in rows if row.get("people") and row["label"] in ("A", "B")]
+    p_a, truth = torch.tensor([row["p_a"] for row in rows]), [row["label"] for row in rows]
+    return dict(asked=round(accuracy(p_a, truth), 4), n_asked=len(rows)) if rows else {}
+
 # %% ../nbs/33_rounds.ipynb #1f605be1
 @staged("judge_check", lambda r: read_json(r.folder / "judge_check/judge.json"))
 def evaluate_judge(
@@ -728,8 +741,9 @@ def evaluate_judge(
     rows = [vote_row(*each) for each in zip(pairs, gaps or [None] * len(pairs), votes, static)]
     if pairs: write_table(r.folder / "evaluate/votes.parquet", rows)
     p_a, p_a_static = torch.tensor([vote.p_a for vote in votes]), torch.tensor([vote.p_a for vote in static])
-    accuracy = judge_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps)
-    write_json(r.folder / "judge_check/judge.json", accuracy | dict(judged=follow_grades(r, cold)))
+    people = [pair.p_a for pair in pairs]
+    found = judge_accuracy([pair.label for pair in pairs], p_a, p_a_static, votes, gaps, people=people)
+    write_json(r.folder / "judge_check/judge.json", found | of_people(r) | dict(judged=follow_grades(r, cold)))
 
 # %% ../nbs/33_rounds.ipynb #c064b693
 def summary_of(
@@ -1052,10 +1066,30 @@ def vote(r: Round, pairs: list[Pair]) -> Rows:  # of votes.parquet, without the 
     named = (dict(clip_a=table_path(r, pair.a), clip_b=table_path(r, pair.b)) for pair in pairs)
     write_table(r.folder / "votes.parquet", (name | row for name, row in zip(named, rows)))
 
+# %% ../nbs/33_rounds.ipynb #6d19811d
+def laid_out(r: RoundFolder, rows: Iterable[dict]) -> Path:  # of the table
+    "The most doubtful pairs of votes.parquet in a folder for people."
+    found = []
+    for row in rows: found.append(row | {side: r.folder / row[side] for side in ("clip_a", "clip_b")})
+    return ask_people(r.folder / "people", found, r.config.votes.people)
+
 # %% ../nbs/33_rounds.ipynb #aee697a0
+@staged("people", lambda r: read_rows(r.folder / "votes.parquet", [*LABEL, "people"]))
+def ask(r: Round, rows: Rows) -> Rows:  # of votes.parquet, without the paths
+    "Ask people about the most doubtful pairs, wait as long as the config says, and go on with what has come."
+    table, wait, votes = laid_out(r, rows), r.config.votes.people_wait, r.folder / "votes.parquet"
+    print(f"{table}: `dual-ipo annotate {r.run.path}` asks people; the round waits {wait:g} minutes", flush=True)
+    survey = heard(table, wait, r.config.judge.dimensions)
+    said = {row["pair_id"]: row for row in survey.judged()}
+    print(f"{table}: people have judged {len(said)} of {len(survey.rows)} pairs; the round goes on", flush=True)
+    write_table(votes, (as_people_say(row, said.get(row["pair_id"])) for row in stream_table(votes)))
+
+# %% ../nbs/33_rounds.ipynb #cfbec564
 def label(r: Round, pairs: list[Pair]) -> Rows | list:  # see `vote`
-    "Pseudo-labels of the fresh pairs, where there are any."
-    return vote(r, pairs) if pairs else []
+    "Pseudo-labels of the fresh pairs, where there are any; those that people were asked about have theirs."
+    if not pairs: return []
+    rows = vote(r, pairs)
+    return ask(r, rows) if r.config.votes.people else rows
 
 # %% ../nbs/33_rounds.ipynb #c571bce9
 @staged("srpo", lambda r: history_of(r.folder / "srpo"))
@@ -1127,6 +1161,9 @@ def glance(r: RoundFolder, name: str, left):  # something that draws itself
     if name == "input": return dict(zip(kinds, map(len, left)))
     if name == "pairs" and left: return preview(max(left, key=lambda p: p["margin"]), r.folder / "candidates")
     if name == "fresh clips" and left: return left[0]
-    if name == "votes": return f"{sum(row['kept'] for row in left)} of {len(left)} pseudo-labels kept"
+    if name == "votes":
+        human = sum(row.get("people") or 0 for row in left)
+        by = f", {human} votes of people among them" if human else ""
+        return f"{sum(row['kept'] for row in left)} of {len(left)} pseudo-labels kept{by}"
     if name == "the judge's update": return f"reasons for an extra update: {'; '.join(left) or 'none'}"
     return list(left[-1:]) if isinstance(left, list | Rows) else left

@@ -6,8 +6,8 @@
 __all__ = ['AT_ONCE', 'KINDS', 'LABEL', 'FACTS', 'srpo_loss', 'freeze_vision', 'at_once', 'in_shares', 'contents', 'kind_of',
            'batches_by_kind', 'mean_nll', 'response_nll', 'other_grades', 'grade_mask', 'human_nll', 'cold_start',
            'judgement_of', 'cast', 'log_probs_of', 'refer_in_shards', 'with_log_probs', 'label_by_grades', 'weigh',
-           'label_row', 'pseudo_label', 'turned', 'best_path', 'Example', 'preferences', 'contents_of', 'Preference',
-           'srpo']
+           'label_row', 'pseudo_label', 'turned', 'with_verdict', 'best_path', 'Example', 'preferences', 'contents_of',
+           'Preference', 'srpo']
 
 # %% ../nbs/14_srpo.ipynb #994f691a
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cluster import rows_in_shards
 from .core import Judgement, Pair, UserError, generator
-from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item
+from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item, to_answer
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import Each, clip_digest, digest, pair_digest
 from .training import Room, groups_of, ordered, take, train
@@ -83,7 +83,7 @@ def contents(
         for video in item.videos:
             if id(video) not in digests: digests[id(video)] = clip_digest(video)
         clips = [digests[id(video)] for video in item.videos]
-        rows.append([item.kind, item.text, item.explained, item.response, clips])
+        rows.append([item.kind, item.text, item.explained, item.response, clips, *[item.weight]*(item.weight != 1)])
     return rows
 
 # %% ../nbs/14_srpo.ipynb #11d50cab
@@ -156,12 +156,13 @@ def human_nll(
     judge,               # a `Judge`
     items: list[Item],   # of one kind, with responses
     model=None,          # the model as a training loop wrapped it
-) -> Tensor:             # [B] nats per token
+) -> Tensor:             # [B] nats per token, weighted
     "NLL of what people said; of grades alone where one clip is graded."
     logp, mask = judge.token_log_probs(items, [item.response for item in items], model)
-    if items[0].kind == "grade": return mean_nll(logp, grade_mask(judge, items))
+    weight = torch.tensor([item.weight for item in items], device=logp.device)
+    if items[0].kind == "grade": return weight * mean_nll(logp, grade_mask(judge, items))
     reasons = [len(judge.ids(item.response[:item.response.rindex("<answer>")])) - 1 for item in items]
-    return response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
+    return weight * response_nll(logp, mask, torch.tensor(reasons, device=logp.device))
 
 # %% ../nbs/14_srpo.ipynb #85f44bb2
 def cold_start(
@@ -348,6 +349,15 @@ def turned(
     start, end = answer_at(text)
     return text[:start] + text[start:end].translate(str.maketrans("12", "21")) + text[end:]
 
+# %% ../nbs/14_srpo.ipynb #ccc4b368
+def with_verdict(
+    text: str,     # a response that can be read
+    answer: str,   # "1", "2" or "tie"
+) -> str:
+    "The same reasons with this verdict."
+    start, end = answer_at(text)
+    return text[:start] + answer + text[end:]
+
 # %% ../nbs/14_srpo.ipynb #a135d353
 def best_path(
     row: dict[str, object],   # of `pseudo_label`
@@ -380,9 +390,10 @@ def preferences(
         for order in ("ab", "ba"):
             agrees = best_path(row, order, {row["label"]})
             differs = best_path(row, order, {"A", "B", "tie"} - {row["label"]})
-            if not agrees: continue
+            if not agrees and not (differs and row.get("people")): continue
             other = differs["ids"] if differs else turned(agrees["text"])
-            found.append(Example(pair_item(pair, order, dimensions), agrees["ids"], other, row["weight"]))
+            own = agrees["ids"] if agrees else with_verdict(differs["text"], to_answer(row["label"], order))
+            found.append(Example(pair_item(pair, order, dimensions), own, other, row["weight"]))
     return found
 
 # %% ../nbs/14_srpo.ipynb #3b3a759c

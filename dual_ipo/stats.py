@@ -86,19 +86,23 @@ def paired_difference(
 
 # %% ../nbs/05_stats.ipynb #a6a557e8
 def right(
-    p_a: float,   # probability that A is better
-    truth: str,   # "A" or "B"
-) -> float:       # 1, 0, or 1/2 for p = 1/2
+    p_a: float,            # probability that A is better
+    truth: str | float,    # "A" or "B", or the share of the people who say A
+) -> float:                # 1, 0, or 1/2 for p = 1/2; with a share: of the people who agree
     "Whether a judgement of one pair is right."
-    return .5 if p_a == .5 else float((p_a > .5) == (truth == "A"))
+    a = truth if isinstance(truth, float) else float(truth == "A")
+    return .5 if p_a == .5 else a if p_a > .5 else 1 - a
 
 # %% ../nbs/05_stats.ipynb #d9cd0cd8
 def accuracy(
     p_a: Tensor,        # [B] probability that A is better
     truth: list[str],   # [B] "A", "B" or "tie"
+    people: list[float | None] | None = None,   # [B] share of them who say A, where several were asked
 ) -> float:             # 0..1; nan if no pair is decided
-    "Share of the decided pairs judged right; p = 1/2 counts half."
-    points = [right(p, label) for p, label in zip(p_a.tolist(), truth) if label != "tie"]
+    "Share of the decided pairs judged right, p = 1/2 counts half; where people disagree, share of them who agree."
+    points = []
+    for p, label, share in zip(p_a.tolist(), truth, people or [None]*len(truth)):
+        if label != "tie": points.append(right(p, label if share is None else share))
     return sum(points)/len(points) if points else math.nan
 
 # %% ../nbs/05_stats.ipynb #be060585

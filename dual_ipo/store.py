@@ -493,7 +493,8 @@ def pair_digest(
     pair: Pair,
 ) -> str:
     "The name of a pair's content: its clips, and all that was said about them."
-    return digest(pair.pair_id, pair.prompt, pair.label, pair.rationale, clip_digest(pair.a), clip_digest(pair.b))
+    said = [pair.pair_id, pair.prompt, pair.label, pair.rationale, *[pair.p_a]*(pair.p_a is not None)]
+    return digest(*said, clip_digest(pair.a), clip_digest(pair.b))
 
 # %% ../nbs/02_store.ipynb #af3f3a87
 def is_done(folder) -> bool:

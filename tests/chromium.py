@@ -1,8 +1,8 @@
 "A headless Chromium driven over the DevTools protocol: one class, no npm. The websocket client comes with JupyterLab."
-import json, os, shutil, signal, subprocess, tempfile, time
+import base64, json, os, shutil, signal, subprocess, tempfile, time
 from itertools import count
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import websocket
 
@@ -26,9 +26,8 @@ class Page:
                              errors=(OSError, IndexError))
             def pages_of():
                 return [tab for tab in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if tab["type"] == "page"]
-            pages = self.wait(pages_of, "a page", errors=(OSError,))
-            self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=180)
-            for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
+            pages, self.port = self.wait(pages_of, "a page", errors=(OSError,)), port
+            self.connect(pages[0])
         except BaseException:
             self.__exit__()
             raise
@@ -38,6 +37,18 @@ class Page:
         os.killpg(self.process.pid, signal.SIGKILL)   # the group this test started
         self.process.wait()
         shutil.rmtree(self.profile, ignore_errors=True)
+
+    def connect(self, tab):
+        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=180)
+        for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
+
+    def another(self):
+        "One more tab of this browser; it goes with it."
+        tab = Page()
+        tab.ids, tab.events, tab.port = count(1), [], self.port
+        tab.connect(json.load(urlopen(Request(f"http://127.0.0.1:{self.port}/json/new?about:blank", method="PUT"))))
+        for each in (self, tab): each.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        return tab
 
     def wait(self, ask, what, seconds=180, errors=()):
         "The first true answer of `ask`."
@@ -71,6 +82,19 @@ class Page:
         return answer["result"].get("value")
 
     def until(self, expression, seconds=180): return self.wait(lambda: self.evaluate(expression), expression, seconds)
+
+    def press(self, key):
+        "A key, as a keyboard sends it: what has the focus hears it."
+        code = {"ArrowLeft": 37, "ArrowRight": 39, "Enter": 13, "Tab": 9}.get(key) or ord(key.upper())
+        own = dict(key=key, windowsVirtualKeyCode=code, **({"text": key} if len(key) == 1 else {}))
+        self.send("Input.dispatchKeyEvent", type="keyDown", **own)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def shot(self, path, **clip):
+        "A picture of the page, or of a part of it: x, y, width, height."
+        part = dict(clip=dict(clip, scale=1)) if clip else {}
+        data = self.send("Page.captureScreenshot", format="png", **part)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
 
     def of(self, *methods): return [e["params"] for e in self.events if e.get("method") in methods]
 

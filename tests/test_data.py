@@ -10,6 +10,7 @@ import synthetic
 import tables
 from dual_ipo.core import MAX_FRAMES, MAX_PIXELS, Pair, UserError, Video, check_caps, read_mp4, write_mp4
 from dual_ipo.data import PAIR_COLUMNS, check_clips, clip_fault, inside, read_clips, read_pairs, write_pairs
+from dual_ipo.people import JUDGED_COLUMNS, Answer
 from dual_ipo.prompts import Pool, read_prompts
 from dual_ipo.store import (Done, Entry, Run, Scores, Summary, progress, read_table, read_yaml, set_progress_file,
                             write_json, write_table)
@@ -292,7 +293,8 @@ def test_the_page_says_what_each_column_is():
 
 def test_the_page_has_the_columns_that_the_code_knows(tmp_path):
     page, measured = tables.page(), {f"generator.{name}" for name in Scores.model_fields}
-    assert tuple(page["pairs.csv"]) == PAIR_COLUMNS
+    assert {*PAIR_COLUMNS, *JUDGED_COLUMNS} == {*page["pairs.csv"]}
+    assert {*Answer.model_fields} == {*page["answers/*.jsonl"]}
     assert set(page["summary.json"]) == set(Summary.model_fields) and set(Done.model_fields) < set(page["**/DONE"])
     entry = {name for name in page["round_*/round.json"] if "." not in name}
     assert entry == set(Entry.model_fields) and measured < set(page["round_*/round.json"])
