@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import plotly.graph_objects as go
-import plotly.io as pio
 from fastcore.basics import patch
 from IPython.display import HTML, display
 from plotly.offline import get_plotlyjs
@@ -22,8 +21,8 @@ from plotly.subplots import make_subplots
 
 from .core import UserError
 from .evaluate import AGGREGATES
-from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, flat, interval_trace, label, missing,
-                             panel_titles, reel, round_axis, signed, spread, video_tag)
+from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, figure_html, flat, interval_trace,
+                             label, missing, panel_titles, reel, round_axis, signed, spread, video_tag)
 from .results import BLUE, SAND, STONE, Results, read_results, table_html, table_text
 from .sample import known_as
 from .stats import bootstrap_ci, paired_difference
@@ -394,8 +393,9 @@ def save(
     path,   # of the page
 ) -> Path:
     "Write all of it as one HTML file that needs nothing else."
-    parts, how = [], dict(full_html=False, include_plotlyjs=False, config=dict(displayModeBar=False, responsive=True))
-    for part in self.body(): parts.append(pio.to_html(part, **how) if isinstance(part, go.Figure) else part.data)
+    parts = []
+    for part in self.body():
+        parts.append(figure_html(json.loads(part.to_json())) if isinstance(part, go.Figure) else part.data)
     title = html.escape(f"Dual-IPO · {' and '.join(self.names)}")
     page = PAGE.format(title=title, style=STYLE, plotly=get_plotlyjs(), script=SCRIPT, body="\n".join(parts))
     with atomic_write(path) as file: file.write(page.encode())

@@ -16,7 +16,7 @@ __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_ST
            'draw_history', 'mark_round', 'margins_figure', 'stages_of', 'time_figure', 'video_tag', 'reel', 'pair_reel',
            'pairs_gallery', 'more_pairs', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table',
            'made_row', 'made_with', 'scores_figure', 'curves_figure', 'votes_gallery', 'story', 'scaled', 'preview',
-           'embed', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
+           'embed', 'figure_html', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
 import base64
@@ -791,16 +791,17 @@ def time_figure(results: Results) -> go.Figure | HTML:
 
 # %% ../nbs/50_report.ipynb #afbafcd8
 def video_tag(
-    results: Results,
-    path: str,  # of the mp4, from the run's folder
+    folder,         # of the run
+    path: str,      # of the mp4, from there
+    up: str = "",   # from where it is shown to the folder, see `Results`
 ) -> str:
     "A looping, muted clip; small ones keep their pixels."
-    file = within(results.folder, path)
+    file = within(folder, path)
     if file is None: return '<div class="gone">clip missing</div>'
     with av.open(f"file:{file}") as container: width = container.streams.video[0].width
     kind = "small" if width <= 128 else ""
     plays = "autoplay" if file.stat().st_size < 300_000 else "controls preload=none"
-    source = html.escape(quote(results.up + path))
+    source = html.escape(quote(up + path))
     return f'<video class="{kind}" src="{source}" width="130" loop muted playsinline {plays}></video>'
 
 # %% ../nbs/50_report.ipynb #b0c6184b
@@ -823,7 +824,7 @@ def pair_reel(
     "A pair's winner and loser."
     def clip(side, words):
         truth = f" · truth {100*row[f'total_{side}']:.0f}" if row.get(f"total_{side}") is not None else ""
-        tag = video_tag(results, f"round_{k:02d}/candidates/{row[f'clip_{side}']}")
+        tag = video_tag(results.folder, f"round_{k:02d}/candidates/{row[f'clip_{side}']}", results.up)
         return tag, f"{words} judge {row[f'score_{side}']:.2f}{truth}"
     (best, said), (worst, note) = clip("w", '<b class="win">best</b>'), clip("l", '<b class="lose">worst</b>')
     wrong = row.get("total_w") is not None and row["total_w"] < row["total_l"]
@@ -877,7 +878,7 @@ def rounds_reel(
     for k, row in rows.items():
         words = f"<b>{'base' if k == 0 else f'round {k}'}</b>"
         if measured: words += f"<br>{100*row['total']:.0f} · motion {100*row['dynamic_degree']:.0f}"
-        clips.append((video_tag(results, f"round_{k:02d}/evaluate/{row['clip']}"), words))
+        clips.append((video_tag(results.folder, f"round_{k:02d}/evaluate/{row['clip']}", results.up), words))
     return reel(rows[0]["prompt"], clips)
 
 # %% ../nbs/50_report.ipynb #12b020f0
@@ -976,7 +977,9 @@ def votes_gallery(
     items, reels = voted(results, k, n), []
     if not items: return missing("No votes were cast in this round.")
     for item in items:
-        tags = [(video_tag(results, path), html.escape(text)) for path, text in zip(item.clips, item.words)]
+        tags = []
+        for path, text in zip(item.clips, item.words):
+            tags.append((video_tag(results.folder, path, results.up), html.escape(text)))
         said = f'<p class="quiet" style="font-size:13px">{html.escape(item.note)}</p>' if item.note else ""
         reels.append(f"<div>{reel(item.prompt, tags)}<p>{html.escape(', '.join(item.flags))}</p>{said}</div>")
     return block(f'<div class="gallery wide">{"".join(reels)}</div>')
@@ -1082,15 +1085,20 @@ PAGE = """<!doctype html>
 PLOTLY = "application/vnd.plotly.v1+json"
 
 # %% ../nbs/50_report.ipynb #e83437fc
+def figure_html(
+    figure: dict,   # data and layout of a figure of Plotly's
+) -> str:
+    "A figure for `PAGE`, whose script draws it when it comes near."
+    height, kept = figure["layout"].get("height", 400), {key: figure[key] for key in ("data", "layout")}
+    return (f'<div class="wide-figure"><div class="plot" style="height:{height:.0f}px">'
+            f'<script type="application/json">{script_json(kept)}</script></div></div>')
+
+# %% ../nbs/50_report.ipynb #3a795db0
 def output_html(
     data: dict,  # MIME type → content, of a cell's output
 ) -> str:        # '' for what a page does not show
     "A figure or a table of a notebook as HTML."
-    if PLOTLY not in data: return "".join(data.get("text/html", ""))
-    figure = {key: data[PLOTLY][key] for key in ("data", "layout")}
-    height = figure["layout"].get("height", 400)
-    return (f'<div class="wide-figure"><div class="plot" style="height:{height:.0f}px">'
-            f'<script type="application/json">{script_json(figure)}</script></div></div>')
+    return figure_html(data[PLOTLY]) if PLOTLY in data else "".join(data.get("text/html", ""))
 
 # %% ../nbs/50_report.ipynb #d8defd5a
 def cell_html(cell: nbformat.NotebookNode) -> str:

@@ -104,7 +104,8 @@ def test_a_run_that_ends_while_it_is_drawn_is_shown_as_finished(tmp_path, monkey
         return Handle()
     go, state_of = threading.Event(), widgets.state_of
     def late(run):
-        if threading.current_thread() is threading.main_thread(): return dict(finished=False, progress=None, entries=[])
+        if threading.current_thread() is threading.main_thread():
+            return dict(finished=False, progress=None, entries=[], warnings=[])
         go.wait()
         return state_of(run)
     monkeypatch.setattr(widgets, "state_of", late)
