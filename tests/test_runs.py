@@ -73,7 +73,7 @@ def test_the_loop_is_written_once(given, tmp_path, monkeypatch):
     own, run, seen = called(inspect.getsource(rounds.stages)), Run.open(tmp_path/"run", small_config()), []
     for source in (inspect.getsource(run_round), round_notebook()):
         assert "stages" in called(source) and not {*called(source)} & {*own}
-    left = dict(read_input=([], [], [], []), truth_of=([], None), evaluate_judge={}, finish={})
+    left = dict(read_input=([], [], [], [], []), truth_of=([], None), evaluate_judge={}, finish={})
     def noted(name):
         def stage(*args):
             seen.append(name)
