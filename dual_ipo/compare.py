@@ -21,8 +21,8 @@ from plotly.subplots import make_subplots
 
 from .core import UserError
 from .evaluate import AGGREGATES
-from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, figure_html, flat, interval_trace,
-                             label, missing, panel_titles, reel, round_axis, signed, spread, video_tag)
+from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, figure_html, flat, interval_trace, label, missing,
+                             panel_titles, reel, round_axis, signed, spread, video_tag)
 from .results import BLUE, SAND, STONE, Results, read_results, table_html, table_text
 from .sample import known_as
 from .stats import bootstrap_ci, paired_difference

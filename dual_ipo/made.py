@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:   # name → version, of those that are instal
 def commit() -> str | None:   # a + behind it: with changes; None: the package is no checkout
     "The commit that the package is at."
     home = Path(dual_ipo.__file__).parent
-    def git(*args): return subprocess.run(["git", "-C", home, *args], capture_output=True, text=True, timeout=20)
+    def git(*args): return subprocess.run(["git", "-C", home, *args], capture_output=True, encoding="utf-8", timeout=20)
     try: at, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
     except (OSError, subprocess.TimeoutExpired): return None
     if at.returncode or git("ls-files", "--error-unmatch", "__init__.py").returncode: return None

@@ -451,14 +451,14 @@ def columns(folder, **more):
 
 def test_people_in_the_table(labelled):
     own = json.dumps(dict(VQ="A", TA="both bad", odd="?")).replace('"', '""')
-    columns(labelled, p_a=["1", "0.25", "", "0.5"], dimensions_json=[own, "", "", ""], MQ=["same", "", "B", "invalid"])
+    columns(labelled, p_a=["1", "0.25", "", "0.4"], dimensions_json=[own, "", "", ""], MQ=["same", "", "B", "invalid"])
     pairs, people = people_of(labelled)
-    assert [each.p_a for each in people] == [1., .25, None, .5] and pairs[1].label == "B"
+    assert [each.p_a for each in people] == [1., .25, None, .4] and pairs[1].label == "B"
     assert [each.dimensions for each in people] == [dict(VQ="A", TA="tie", MQ="tie"), {}, dict(MQ="B"), {}]
     columns(labelled, p_b=["0", "0", "0", "0"])
     text = (labelled/"pairs.csv").read_text("utf-8")
     (labelled/"pairs.csv").write_text(text.replace('"0.25"', '"1.25"'), "utf-8")
-    with pytest.raises(UserError, match="row 3: p_a is no share"): people_of(labelled)
+    with pytest.raises(UserError, match="row 3: p_a '1.25' is not a number"): people_of(labelled)
 
 
 def test_judges_stand_in_one_table(labelled):

@@ -46,7 +46,7 @@ def seen(out):
     "[(prompt, what the better clip holds, the other)] of what came out, as the package reads it; ties have no better."
     rows = []
     for row in read_pairs(out).rows:
-        a, b = (path.read_text() for path in (row.clip_a, row.clip_b))
+        a, b = (path.read_text("utf-8") for path in (row.clip_a, row.clip_b))
         rows.append((row.prompt, *((b, a) if row.label == "B" else (a, b)), row.label == "tie"))
     return rows
 
@@ -271,7 +271,7 @@ def test_winners_are_not_always_first(at):
     rows = [dict(prompt=f"p{i}", chosen=f"c{i}.mp4", rejected="0.mp4") for i in range(40)]
     for out in ("one", "two"): bring("trl", write(at/"x.jsonl", rows), at/out)
     labels = [row["label"] for row in table(at/"one/pairs.csv")]
-    assert 8 < labels.count("A") < 32 and (at/"one/pairs.csv").read_text() == (at/"two/pairs.csv").read_text()
+    assert 8 < labels.count("A") < 32 and (at/"one/pairs.csv").read_text("utf-8") == (at/"two/pairs.csv").read_text("utf-8")
     assert all(better == f"c{i}" for i, (_, better, _, _) in enumerate(seen(at/"one")))
 
 
@@ -373,7 +373,7 @@ def test_imported_thumbs_are_read(at):
     given = ("a kite", "0.mp4", True), ("a boat", "1.mp4", False)
     rows = [dict(zip(("prompt", "completion", "label"), row)) for row in given]
     bring("trl-kto", write(at/"kto.jsonl", rows), at/"out")
-    assert [(prompt, path.read_text(), good) for prompt, path, good in read_thumbs(at/"out")] == [
+    assert [(prompt, path.read_text("utf-8"), good) for prompt, path, good in read_thumbs(at/"out")] == [
         ("a kite", "clip 0.mp4", True), ("a boat", "clip 1.mp4", False)]
     assert tables.undescribed(at/"out") == []   # by the page of tables
 
