@@ -7,7 +7,7 @@ __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog',
            'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
            'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
            'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'reported', 'branched',
-           'sampled', 'paired', 'compared', 'check_ray', 'finished', 'command']
+           'sampled', 'paired', 'compared', 'reproduced', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -436,6 +436,15 @@ def compared(args: argparse.Namespace) -> str:
     if args.json: return json.dumps(found.facts())
     return f"{found.text()}\n\npage: {found.save(args.out or Path('compare.html'))}"
 
+# %% ../nbs/60_cli.ipynb #dc67a971
+def reproduced(args: argparse.Namespace) -> str:
+    from dual_ipo.reproduce import reproduce
+    found = reproduce(Run.load(args.run))
+    said = json.dumps(found.facts()) if args.json else found.text()
+    if found.is_whole: return said
+    print(said, flush=True)
+    raise UserError(f"{found.verdict()}; restore it, or run again what made it")
+
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():
     "UserError where several workers are asked for without Ray, before anything is begun."
@@ -468,4 +477,5 @@ def command(args: argparse.Namespace):
         case "report": said = reported(args)
         case "import": said = imported(args)
         case "judges": said = judged(args)
+        case "reproduce": said = reproduced(args)
     print(said)
