@@ -347,8 +347,12 @@ def dry_run(args: argparse.Namespace) -> str:
 # %% ../nbs/60_cli.ipynb #f141aef6
 def planned(args: argparse.Namespace) -> str:
     from dual_ipo.plan import plan, plan_facts
+    from dual_ipo.power import evaluation_power, in_words
     given = read_config(args.config), args.gpu, args.count, args.share, args.price
-    return json.dumps(plan_facts(*given)) if args.json else plan(*given)
+    run = args.config.parent if args.config.name == "run.yaml" else named_after(args.config)
+    shown = evaluation_power(given[0], run)
+    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown))
+    return f"{plan(*given)}\n{in_words(shown)}"
 
 # %% ../nbs/60_cli.ipynb #62f8f5eb
 def gated(args: argparse.Namespace) -> str:
