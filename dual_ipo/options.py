@@ -218,8 +218,8 @@ def add_judges(commands):
 
 # %% ../nbs/36_options.ipynb #d981db13
 def add_reproduce(commands):
-    again = commands.add_parser("reproduce", help="whether a run folder is whole, down to the last byte, and what would "
-                                                  "differ on this machine")
+    again = commands.add_parser("reproduce", help="whether a run folder is whole, down to the last byte, and what "
+                                                  "would differ on this machine")
     again.add_argument("run", type=Path)
     again.add_argument("--json", action="store_true", help=JSON)
 

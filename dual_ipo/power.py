@@ -94,7 +94,8 @@ def spread_of_run(
     folder: Path | None,        # of a run, which need not be there
 ) -> tuple[Spread, str]:        # and where it comes from
     "What a run knows of how its clips' gains will differ."
-    tables = Results(folder, {}, []).tables("evaluate/scores.parquet", ["prompt", "candidate", "total"]) if folder else {}
+    table, columns = "evaluate/scores.parquet", ["prompt", "candidate", "total"]
+    tables = Results(folder, {}, []).tables(table, columns) if folder else {}
     totals = {k: own for k, rows in tables.items() if (own := totals_of(rows))}
     base, last = totals.get(0, {}), max(totals, default=0)
     gains = {key: x - base[key] for key, x in totals[last].items() if key in base} if last else base

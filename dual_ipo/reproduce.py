@@ -27,7 +27,7 @@ from .core import UserError
 from .made import commit, hardware, versions
 from .results import table_text
 from .rounds import RoundFolder, changes_of, clip_names, config_of, content_of, read_files, summary_of
-from .store import (Run, Summary, checksum, differences, identity, intact, is_done, portable, read_entries,
+from .store import (Run, Summary, checksum, differences, identity, intact, is_done, read_entries,
                             read_json, read_table, remember_whole, remembered, stream_table)
 from .terminal import one_line
 

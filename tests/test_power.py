@@ -93,10 +93,11 @@ def test_a_plan_says_it(tmp_path, capsys, monkeypatch):
     (tmp_path/"toy.yaml").write_text(commented_yaml(config), "utf-8")
     assert main(["plan", "toy.yaml"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("evaluation: 72 prompts × 2 clips show a gain of 3.2 points with 80% power; one of 2 needs 184")
+    assert "72 prompts × 2 clips show a gain of 3.2 points with 80% power; one of 2 needs 184, 1 needs 734" in line
     assert "in the toy world" in line
     before, after = planted(2., 100, 2, Spread(2., 4.))
-    for k, rows in enumerate((before, after)): write_table(tmp_path/f"runs/toy/round_0{k}/evaluate/scores.parquet", rows)
+    for k, rows in enumerate((before, after)):
+        write_table(tmp_path/f"runs/toy/round_0{k}/evaluate/scores.parquet", rows)
     assert main(["plan", "toy.yaml", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["evaluation"]
     assert facts["source"] == "of the gains of round 1" and facts["within"] == pytest.approx(4., rel=.2)

@@ -1,4 +1,4 @@
-"`dual-ipo reproduce`: silent about a run as it was left, and about one that was cleaned; loud about every change of it."
+"`dual-ipo reproduce`: silent about a run as it was left, or cleaned; loud about every change of it."
 import json
 import shutil
 from argparse import Namespace
