@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GIVEN_UP', 'Fault', 'is_given_up', 'promised', 'fault_of', 'below', 'file_faults', 'table_faults', 'near',
            'figure_faults', 'round_faults', 'summary_faults', 'input_faults', 'model_faults', 'noted', 'Unlike',
-           'machine_unlike', 'config_unlike', 'Examined', 'reproduce']
+           'machine_unlike', 'config_unlike', 'Examined', 'found_by', 'reproduce']
 
 # %% ../nbs/45_reproduce.ipynb #28b39350
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -104,16 +104,22 @@ def near(a, b) -> bool:
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) if is_number else a == b
 
 # %% ../nbs/45_reproduce.ipynb #45e78407
-def figure_faults(r: RoundFolder) -> Iterator[Fault]:
+def figure_faults(
+    r: RoundFolder,
+    known: set[str],   # files that are faulty already
+) -> Iterator[Fault]:
     "Figures of a round's entry that its clips do not have."
     entry, table = read_json(r.folder / "round.json"), r.folder / "evaluate/scores.parquet"
-    if not entry.get("generator") or not table.is_file(): return
+    if not entry.get("generator") or not table.is_file() or below(r.run, table) in known: return
     for key, was, now in differences(entry["generator"], summary_of(read_table(table), r.config.seed)):
         if near(was, now): continue
         yield Fault(below(r.run, r.folder / "round.json"), f"generator.{key} is {was}, but its clips' table says {now}")
 
 # %% ../nbs/45_reproduce.ipynb #998dedf0
-def round_faults(run: Run) -> Iterator[Fault]:
+def round_faults(
+    run: Run,
+    known: set[str],   # files that are faulty already
+) -> Iterator[Fault]:
     "What finished rounds should have, and figures that do not follow."
     for k in [entry["round"] for entry in read_entries(run.path)]:
         r = RoundFolder(run, k)
@@ -121,7 +127,7 @@ def round_faults(run: Run) -> Iterator[Fault]:
         for name in stages_of(r.config, k):
             if is_done(r.folder / name): continue
             yield Fault(below(run, r.folder / name / "DONE"), "is missing, so that nothing vouches for this stage")
-        yield from figure_faults(r)
+        yield from figure_faults(r, known)
 
 # %% ../nbs/45_reproduce.ipynb #37c7cf77
 def summary_faults(run: Run) -> Iterator[Fault]:
@@ -136,9 +142,10 @@ def input_faults(
     run: Run,
 ) -> Iterator[Fault]:
     "The user's files that are not what they were when the run began."
-    at = run.path / "input_check.json"
-    if not at.is_file(): return
-    r = RoundFolder(run, 0)
+    at, r = run.path / "input_check.json", RoundFolder(run, 0)
+    if not at.is_file():
+        if is_done(r.folder): yield Fault(at.name, "is missing, so that nobody knows what the user's files were")
+        return
     try:
         given = read_files(r.config, run.path)
         changes = changes_of(r, read_json(at)["content"], content_of(given, clip_names(r, given)))
@@ -212,6 +219,12 @@ class Examined:
     @property
     def is_whole(self): return not self.faults and self.files > 0
 
+# %% ../nbs/45_reproduce.ipynb #79b7c660
+def found_by(check: Callable, *given) -> list[Fault]:
+    "The faults that a check finds; what stops it is one, and the other checks go on."
+    try: return list(check(*given))
+    except UserError as error: return [Fault("", one_line(error))]
+
 # %% ../nbs/45_reproduce.ipynb #ac273bde
 def reproduce(
     run: Run,
@@ -220,8 +233,8 @@ def reproduce(
     faults, files = file_faults(run)
     more, tables = table_faults(run, {fault.file for fault in faults})
     faults += more
-    try: faults += [*round_faults(run), *summary_faults(run), *input_faults(run), *model_faults(run)]
-    except UserError as error: faults.append(Fault("", one_line(error)))
+    faults += found_by(round_faults, run, {fault.file for fault in faults})
+    for check in (summary_faults, input_faults, model_faults): faults += found_by(check, run)
     rounds = sum(is_done(path) for path in run.path.glob("round_*"))
     return Examined(run.path, rounds, files, tables, faults, [*machine_unlike(run), *config_unlike(run)])
 
@@ -229,7 +242,7 @@ def reproduce(
 @patch
 def verdict(self: Examined) -> str:
     "A line."
-    read = f"{self.files} files, {self.tables} tables, {self.rounds} finished rounds"
+    read = f"{self.files} files, {self.tables} tables, finished rounds: {self.rounds}"
     if self.faults: return f"{self.path}: NOT whole: {len(self.faults)} damaged or changed, of {read}"
     if not self.files: return f"{self.path}: nobody can tell: no DONE speaks of a file; {read}"
     names, same = [own.what for own in self.unlike], "nothing that was noted would make a rerun here differ"

@@ -83,7 +83,11 @@ def test_a_table_written_anew_a_mark_and_a_figure(copy):
     found = told(copy)
     assert "generator.total" in found["round_01/round.json"] and "summary.json" in found
     (copy.path/"round_00/DONE").write_text("{")
-    assert "no mark of ours" in told(copy)["round_00/DONE"]
+    (copy.path/"round_01/round.json").write_text("{")   # what stops one check does not stop the others
+    (copy.path/"input_check.json").unlink()
+    found = told(copy)
+    assert "no mark of ours" in found["round_00/DONE"] and "is missing" in found["input_check.json"]
+    assert any("round.json: is not JSON" in what for what in found.values())
 
 
 def test_the_users_files(given, copy, capsys):   # noqa: F811
