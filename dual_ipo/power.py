@@ -64,12 +64,12 @@ def effect_of(wanted: float, level: float) -> float:
     "How many standard errors a gain must have to be found so often."
     return NormalDist().inv_cdf((1 + level)/2) + NormalDist().inv_cdf(wanted)
 
+# %% ../nbs/46_power.ipynb #fc64e264
 def prompts_for(
     gain: float,          # points
     clips: int,           # of each prompt
     spread: Spread,
-    wanted: float = .8,   # power
-    level: float = .95,   # of the interval
+    wanted: float = .8, level: float = .95,   # power, and of the interval
 ) -> int:
     "How many prompts a gain needs."
     return max(2, math.ceil((effect_of(wanted, level)*standard_error(1, clips, spread)/gain)**2))
@@ -85,6 +85,7 @@ def smallest_gain(
 # %% ../nbs/46_power.ipynb #98cf6495
 TYPICAL = Spread(3., 13.)   # of the toy world's base, in nbs/studies/results/main
 
+# %% ../nbs/46_power.ipynb #d9fd3de4
 def totals_of(rows) -> dict[tuple[str, int], float]:   # (prompt, candidate) → points
     "What the clips of a table were measured to be; {} if they were not."
     return {(row["prompt"], row["candidate"]): 100*row["total"] for row in rows if row.get("total") is not None}
@@ -106,6 +107,7 @@ def spread_of_run(
 # %% ../nbs/46_power.ipynb #ee4cb2f0
 GAINS = 2., 1.   # points that a plan speaks of
 
+# %% ../nbs/46_power.ipynb #b6e1ace4
 def evaluation_power(
     config: Config,
     run: Path | None = None,   # see `spread_of_run`

@@ -40,6 +40,7 @@ class Fault(NamedTuple):
 # %% ../nbs/45_reproduce.ipynb #2466caee
 GIVEN_UP = ["*/step_*/adam*", *chain(*KINDS.values())]   # places in a round's folder, see `clean`
 
+# %% ../nbs/45_reproduce.ipynb #8785f666
 def is_given_up(
     run: Run,
     name: str,   # of a file, from the run's folder on
@@ -77,6 +78,7 @@ def below(run: Run, path: Path) -> str:
     "A path from the run's folder on."
     return path.relative_to(run.path).as_posix()
 
+# %% ../nbs/45_reproduce.ipynb #94560882
 def file_faults(run: Run) -> tuple[list[Fault], int]:   # and how many files were read
     "Those of the files that a `DONE` speaks of."
     files = list(promised(run))
@@ -181,6 +183,7 @@ class Unlike(NamedTuple):
     run: str    # how it was
     here: str
 
+# %% ../nbs/45_reproduce.ipynb #08db6fe3
 def machine_unlike(run: Run) -> Iterator[Unlike]:
     "Versions, commit and hardware."
     was, now = noted(run), versions() | dict(commit=commit(), hardware=hardware())
@@ -238,6 +241,15 @@ def reproduce(
     rounds = sum(is_done(path) for path in run.path.glob("round_*"))
     return Examined(run.path, rounds, files, tables, faults, [*machine_unlike(run), *config_unlike(run)])
 
+# %% ../nbs/45_reproduce.ipynb #b5b661f0
+@patch
+def outlook(self: Examined) -> str:
+    "What a rerun here would be like, in words."
+    names = [own.what for own in self.unlike]
+    if not names: return "nothing that was noted would make a rerun here differ"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"a rerun here may differ by {', '.join(names[:5])}{more}"
+
 # %% ../nbs/45_reproduce.ipynb #0f48255c
 @patch
 def verdict(self: Examined) -> str:
@@ -245,10 +257,7 @@ def verdict(self: Examined) -> str:
     read = f"{self.files} files, {self.tables} tables, finished rounds: {self.rounds}"
     if self.faults: return f"{self.path}: NOT whole: {len(self.faults)} damaged or changed, of {read}"
     if not self.files: return f"{self.path}: nobody can tell: no DONE speaks of a file; {read}"
-    names, same = [own.what for own in self.unlike], "nothing that was noted would make a rerun here differ"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    if names: same = f"a rerun here may differ by {', '.join(names[:5])}{more}"
-    return f"{self.path}: whole: {read}; {same}"
+    return f"{self.path}: whole: {read}; {self.outlook()}"
 
 # %% ../nbs/45_reproduce.ipynb #b5f5a41b
 @patch
@@ -258,6 +267,7 @@ def text(self: Examined) -> str:
     if self.unlike: lines += ["", table_text(["", "the run", "here"], self.unlike)]
     return "\n".join(lines)
 
+# %% ../nbs/45_reproduce.ipynb #846a14ba
 @patch
 def facts(self: Examined) -> dict[str, object]:   # plain data
     "The same for programs."
