@@ -131,11 +131,12 @@ def errors(
     model, wrapped,       # as below
     batch: tuple,         # on the device
     parts: list[slice],   # of `in_parts`
-) -> Tensor:              # [2B + R] errors
+    **how,                # frames, see `Generator.error`
+) -> Tensor:              # [2B + R] errors, or [2B + R, T]
     "E of every video. Only the last part is kept; the backward pass begins with it and computes the others again."
     def again(part):   # unwrapped: DDP counts its calls
-        return checkpoint(model.error, *part_of(batch, part), use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([*map(again, parts[:-1]), model.error(*part_of(batch, parts[-1]), wrapped)])
+        return checkpoint(model.error, *part_of(batch, part), use_reentrant=False, preserve_rng_state=False, **how)
+    return torch.cat([*map(again, parts[:-1]), model.error(*part_of(batch, parts[-1]), wrapped, **how)])
 
 # %% ../nbs/24_align.ipynb #5781e9d9
 def to_device(
@@ -151,11 +152,12 @@ def reference_errors(
     batch: list,          # on the device
     parts: list[slice],   # of `in_parts`
     n: int,               # videos of pairs, which come first
-) -> Tensor:              # [n]
+    **how,                # frames, as for `errors`
+) -> Tensor:              # [n], or [n, T]
     "E_ref of the pairs."
     batch = part_of(batch, slice(n))
     with model.reference() as reference:
-        return torch.cat([model.error(*part_of(batch, part), reference) for part in parts if part.start < n])
+        return torch.cat([model.error(*part_of(batch, part), reference, **how) for part in parts if part.start < n])
 
 # %% ../nbs/24_align.ipynb #e7891a09
 BINS = 4   # of timesteps
@@ -207,9 +209,11 @@ def step_loss(
     "L_pref + λ₁ E(y_w) + λ₂ E(y_real), the losses of `20_losses` for one batch."
     batch = to_device(batch, model.device)   # once for both passes
     parts = in_parts(2*B, len(batch[1]), at_once)
-    E_ref, E = reference_errors(model, batch, parts, 2*B), errors(model, wrapped, batch, parts)
-    E_w, E_l, real = E[:B], E[B:2*B], {"E_real": nll(E[2*B:])} if len(E) > 2*B else {}
+    how = dict(frames=True) if objective.frames else {}
+    E_ref, E = reference_errors(model, batch, parts, 2*B, **how), errors(model, wrapped, batch, parts, **how)
     loss, own = objective(E[:2*B], E_ref, index)
+    if objective.frames: E, E_ref = E.mean(1), E_ref.mean(1)   # what follows is of whole videos
+    E_w, E_l, real = E[:B], E[B:2*B], {"E_real": nll(E[2*B:])} if len(E) > 2*B else {}
     metrics = {"preference_loss": loss.mean(), "E_w": E_w.mean(), "E_l": E_l.mean()} | own | real
     metrics |= margins(E[:2*B] - E_ref, batch[1][:2*B])
     total = loss.mean() + lambda_win*nll(E_w) + lambda_real*real.get("E_real", 0.)

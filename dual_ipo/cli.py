@@ -7,7 +7,7 @@ __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog',
            'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
            'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
            'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'annotated', 'reported',
-           'branched', 'sampled', 'paired', 'compared', 'check_ray', 'finished', 'command']
+           'branched', 'sampled', 'paired', 'compared', 'reproduced', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -347,8 +347,12 @@ def dry_run(args: argparse.Namespace) -> str:
 # %% ../nbs/60_cli.ipynb #f141aef6
 def planned(args: argparse.Namespace) -> str:
     from dual_ipo.plan import plan, plan_facts
+    from dual_ipo.power import evaluation_power, in_words
     given = read_config(args.config), args.gpu, args.count, args.share, args.price
-    return json.dumps(plan_facts(*given)) if args.json else plan(*given)
+    run = args.config.parent if args.config.name == "run.yaml" else named_after(args.config)
+    shown = evaluation_power(given[0], run)
+    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown))
+    return f"{plan(*given)}\n{in_words(shown)}"
 
 # %% ../nbs/60_cli.ipynb #62f8f5eb
 def gated(args: argparse.Namespace) -> str:
@@ -441,6 +445,15 @@ def compared(args: argparse.Namespace) -> str:
     if args.json: return json.dumps(found.facts())
     return f"{found.text()}\n\npage: {found.save(args.out or Path('compare.html'))}"
 
+# %% ../nbs/60_cli.ipynb #dc67a971
+def reproduced(args: argparse.Namespace) -> str:
+    from dual_ipo.reproduce import reproduce
+    found = reproduce(Run.load(args.run))
+    said = json.dumps(found.facts()) if args.json else found.text()
+    if found.is_whole: return said
+    print(said, flush=True)
+    raise UserError(f"{found.verdict()}; restore it, or run again what made it")
+
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():
     "UserError where several workers are asked for without Ray, before anything is begun."
@@ -474,4 +487,5 @@ def command(args: argparse.Namespace):
         case "report": said = reported(args)
         case "import": said = imported(args)
         case "judges": said = judged(args)
+        case "reproduce": said = reproduced(args)
     print(said)

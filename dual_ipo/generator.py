@@ -679,13 +679,15 @@ def error(self: Generator,
     eps: Tensor,            # like latents, N(0, 1)
     text: list[Tensor],     # B embeddings from `encode_prompts`
     model=None,             # the transformer, wrapped or frozen; None: ours
-) -> Tensor:                # [B] fp32
+    frames: bool = False,   # an error for each latent frame
+) -> Tensor:                # [B] fp32; [B, T] by frames
     "E(y; θ, t, ε) of `20_losses`: the mean square error of the velocity; of two experts the one in turn is asked."
     model, t = self.transformer if model is None else model, t.to(self.device)
     noisy, target = self.add_noise(*(x.to(self.device, torch.float32) for x in (latents, eps)), t)
     v = self.predict(model, noisy.to(self.transformer.dtype), t, self.pad(text).to(self.transformer.dtype))
     if model is self.frozen: v = v.detach()
-    return (v.float() - target).pow(2).mean((1, 2, 3, 4))
+    squares = (v.float() - target).pow(2)
+    return self.vae_layout(squares).mean((1, 3, 4)) if frames else squares.mean((1, 2, 3, 4))
 
 # %% ../nbs/22_generator.ipynb #b87432d0
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'SHAPES', 'JUDGES', 'old_and_new', 'between', 'Parser',
            'installed', 'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate',
            'add_status', 'add_export', 'add_clean', 'add_sample', 'add_import', 'add_pairs', 'add_compare',
-           'add_judges', 'add_annotate', 'parser']
+           'add_judges', 'add_annotate', 'add_reproduce', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -227,6 +227,13 @@ def add_annotate(commands):
     annotate.add_argument("--overlap", type=count, default=1, help="votes wanted on each pair (default 1)")
     annotate.add_argument("--active", action="store_true", help="the most doubtful pairs first (default: at random)")
 
+# %% ../nbs/36_options.ipynb #5dd21c91
+def add_reproduce(commands):
+    again = commands.add_parser("reproduce", help="whether a run folder is whole, down to the last byte, and what "
+                                                  "would differ on this machine")
+    again.add_argument("run", type=Path)
+    again.add_argument("--json", action="store_true", help=JSON)
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -235,7 +242,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
-             add_import, add_judges, add_sample, add_pairs, add_compare, add_annotate)
+             add_import, add_judges, add_sample, add_pairs, add_compare, add_annotate,
+             add_reproduce)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

@@ -7,17 +7,17 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'weightless_generator', 'weightless_judge', 'voting_of', 'Round', 'add_seconds', 'forget_optimizers',
            'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model',
            'Input', 'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of',
-           'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures', 'checked',
-           'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated', 'save_judge',
-           'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows', 'with_scores',
-           'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of', 'asked_together',
-           'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'of_people', 'evaluate_judge',
-           'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish', 'is_late',
-           'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals', 'scores_of',
-           'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank', 'update_generator',
-           'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh', 'earlier_judge',
-           'table_path', 'relabelled', 'vote', 'laid_out', 'ask', 'label', 'train_judge', 'update_judge', 'stages',
-           'run_round', 'glance']
+           'changes_of', 'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures',
+           'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated',
+           'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows',
+           'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of',
+           'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'of_people',
+           'evaluate_judge', 'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish',
+           'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals',
+           'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank',
+           'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh',
+           'earlier_judge', 'table_path', 'relabelled', 'vote', 'laid_out', 'ask', 'label', 'train_judge',
+           'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -379,6 +379,20 @@ def content_of(given: Input, names: dict[Path, str]) -> dict[str, str | dict]:
     return dict(prompts=digest(given.prompts), eval_prompts=digest(given.eval_prompts), pairs=digest(pairs),
                 real_clips=digest(real), thumbs=digest(thumbs), clips=content_digests(names))
 
+# %% ../nbs/33_rounds.ipynb #c0a9e5f1
+def changes_of(
+    r: RoundFolder,
+    was: dict, now: dict,   # see `content_of`
+) -> Iterator[tuple[str, str]]:   # (file, what has become of it)
+    "The user's files that are not what they were."
+    for name, content in now["clips"].items():
+        key, _, file = name.partition("/")
+        if was["clips"].get(name, content) != content:
+            yield str(root_of(r, key) / file), "is another clip than when the run began"
+    for key in ("prompts", "eval_prompts", "pairs", "real_clips", "thumbs"):
+        if was[key] == now[key]: continue
+        yield f"data.{key}: {r.path(getattr(r.config.data, key) or '')}", "has changed since the run began"
+
 # %% ../nbs/33_rounds.ipynb #c3c35488
 def check_same(
     r: RoundFolder,
@@ -386,14 +400,7 @@ def check_same(
 ):
     "UserError naming the first of the user's files that is not what it was."
     remedy = f"restore it, begin another run, or remove {r.run.path / 'input_check.json'} to go on with it"
-    for name, content in now["clips"].items():
-        key, _, file = name.partition("/")
-        if was["clips"].get(name, content) != content:
-            raise UserError(f"{root_of(r, key) / file}: is another clip than when the run began; {remedy}")
-    for key in ("prompts", "eval_prompts", "pairs", "real_clips", "thumbs"):
-        if was[key] == now[key]: continue
-        table = r.path(getattr(r.config.data, key) or "")
-        raise UserError(f"data.{key}: {table}: has changed since the run began; {remedy}")
+    for name, what in changes_of(r, was, now): raise UserError(f"{name}: {what}; {remedy}")
 
 # %% ../nbs/33_rounds.ipynb #708afcdd
 def faults_in_shards(

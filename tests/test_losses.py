@@ -1,9 +1,14 @@
 "Our losses against the code of others, on the same tensors."
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
-from dual_ipo.losses import Kto, dpo_loss, kto_loss, kto_z
+import tiny
+from dual_ipo.align import step_loss
+from dual_ipo.core import noise
+from dual_ipo.generator import Generator
+from dual_ipo.losses import FrameRewards, Kto, dpo_loss, kto_loss, kto_z
 
 trl = pytest.importorskip("trl", reason="trl is a development requirement")
 
@@ -69,3 +74,52 @@ def test_kto_baseline_leaves_out_what_is_not_finite():
     kto = Kto(2000., window=4)
     z = kto.z(torch.tensor([.1]), torch.tensor([.2]), 0)
     assert kto.z(torch.tensor([torch.nan]), torch.tensor([.2]), 1) == z > 0
+
+def test_frame_rewards_are_one_minus_the_attenuated_mean_of_frames():
+    "Written anew with loops, from the paper's formula; of one frame a segment it is DPO's sigmoid of that frame."
+    rng = torch.Generator().manual_seed(0)
+    E_ref = .1 + .01*torch.rand(6, 8, generator=rng, dtype=torch.float64)
+    E = E_ref + 1e-3*torch.randn(6, 8, generator=rng, dtype=torch.float64)
+    objective = FrameRewards(beta=500., attenuation=.3, segments=4)
+    loss, metrics = objective(E, E_ref, index=7)
+    at = objective.drawn(3, 8, 7)
+    for pair in range(3):
+        total = 0.
+        for i in at[pair].tolist():
+            logit = -500/2*((E[pair, i] - E_ref[pair, i]) - (E[pair + 3, i] - E_ref[pair + 3, i]))
+            total += math.exp(-.3*abs(i - 4))/(1 + math.exp(-logit))
+        assert loss[pair].item() == pytest.approx(1 - total/4)
+    assert objective.frames and objective.shared and 0 <= metrics["accuracy"] <= 1
+    w, l, w_ref, l_ref = (x[:, :1] for x in (*E.chunk(2), *E_ref.chunk(2)))
+    single = FrameRewards(500., attenuation=0.)(E[:, :1], E_ref[:, :1])[0]   # a clip of one frame
+    torch.testing.assert_close(single, 1 - torch.exp(-dpo_loss(w, l, w_ref, l_ref, 500.)[0][:, 0]))
+
+def test_frames_are_drawn_from_their_segments_and_all_are():
+    objective = FrameRewards(beta=1., segments=3)
+    for T in (1, 2, 3, 7, 21):
+        S, seen = min(3, T), set()
+        for index in range(120):
+            at = objective.drawn(4, T, index)
+            assert at.shape == (4, S)
+            for s in range(S): assert (at[:, s] >= s*T//S).all() and (at[:, s] < (s + 1)*T//S).all()
+            seen |= set(at.flatten().tolist())
+        assert seen == set(range(T))
+
+@pytest.mark.parametrize("arch", ["wan", "cogvideox"])
+def test_an_objective_is_given_errors_by_frame(arch, tmp_path):
+    "Of real classes: their mean is the error, and the step learns what the objective looks at."
+    make = {"wan": tiny.wan, "cogvideox": tiny.cogvideox}[arch]
+    make().save_pretrained(tmp_path)
+    g = Generator.load(tmp_path, lora_rank=2, **tiny.SETTINGS)
+    y = torch.randn(4, *g.shape_of(9), generator=torch.Generator().manual_seed(0))
+    batch = (y, g.timesteps(4, "t"), noise(y.shape, "eps"), g.encode_prompts(["a", "b"]*2))
+    whole, frames = g.error(*batch), g.error(*batch, frames=True)
+    assert frames.shape == (4, 3)
+    torch.testing.assert_close(frames.mean(1), whole)
+    found = {n: step_loss(FrameRewards(2000.), g, g.transformer, batch, 2, .1, 0., at_once=n) for n in (None, 1)}
+    for loss, metrics in found.values():
+        assert metrics["margin_w"] == metrics["margin_l"] == 0
+        torch.testing.assert_close(metrics["E_w"], whole[:2].mean().detach())
+    torch.testing.assert_close(found[None][0], found[1][0])
+    found[1][0].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in g.transformer.parameters())
