@@ -271,7 +271,8 @@ def test_winners_are_not_always_first(at):
     rows = [dict(prompt=f"p{i}", chosen=f"c{i}.mp4", rejected="0.mp4") for i in range(40)]
     for out in ("one", "two"): bring("trl", write(at/"x.jsonl", rows), at/out)
     labels = [row["label"] for row in table(at/"one/pairs.csv")]
-    assert 8 < labels.count("A") < 32 and (at/"one/pairs.csv").read_text("utf-8") == (at/"two/pairs.csv").read_text("utf-8")
+    assert 8 < labels.count("A") < 32
+    assert (at/"one/pairs.csv").read_text("utf-8") == (at/"two/pairs.csv").read_text("utf-8")
     assert all(better == f"c{i}" for i, (_, better, _, _) in enumerate(seen(at/"one")))
 
 
