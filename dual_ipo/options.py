@@ -6,7 +6,7 @@
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'SHAPES', 'JUDGES', 'old_and_new', 'between', 'Parser',
            'installed', 'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate',
            'add_status', 'add_export', 'add_clean', 'add_sample', 'add_import', 'add_pairs', 'add_compare',
-           'add_judges', 'parser']
+           'add_judges', 'round_numbers', 'add_evaluate', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -216,6 +216,28 @@ def add_judges(commands):
                              "judge) and judges' folders, with commas between")
     judges.add_argument("--json", action="store_true", help=JSON)
 
+# %% ../nbs/36_options.ipynb #425d9efb
+def round_numbers(
+    text: str,   # "0,3"
+) -> list[int]:
+    "Rounds, with commas between."
+    return [between(0, 10**6, int)(word) for word in text.split(",")]
+
+round_numbers.__name__ = "rounds with commas between"
+
+def add_evaluate(commands):
+    evaluate = commands.add_parser("evaluate", help="rounds of a run on a public benchmark: VBench's prompts sampled "
+                                                    "and measured by its own program; what others left is read")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("--with", dest="benchmark", choices=["vbench", "vbench2", "videophy2"], default="vbench")
+    evaluate.add_argument("--rounds", type=round_numbers, help="such as 0,3; 0: the base (default: it and the newest)")
+    evaluate.add_argument("--python", help="an interpreter that has vbench (default: this one)")
+    evaluate.add_argument("--prompts", type=Path, help="own prompts, in VBench's custom mode: Quality alone")
+    evaluate.add_argument("--dimensions", help="some of them, with commas between (default: all)")
+    evaluate.add_argument("--info", type=Path, help="VBench_full_info.json (default: the package's)")
+    evaluate.add_argument("--results", type=Path, help="measured elsewhere: the folder to read, for one round")
+    evaluate.add_argument("--on", help=ON)
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -224,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
-             add_import, add_judges, add_sample, add_pairs, add_compare)
+             add_import, add_judges, add_sample, add_pairs, add_compare, add_evaluate)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

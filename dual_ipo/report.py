@@ -45,7 +45,7 @@ from plotly.subplots import make_subplots
 import dual_ipo
 from .browse import BROWSE_SCRIPT, BROWSE_STYLE, browser, script_json, spread, views_of, voted, within
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
-from .evaluate import AGGREGATES, VBENCH_QUALITY
+from .evaluate import AGGREGATES
 from .execute import Ended, run_notebook
 from .monitor import should_stop
 from .pce import reliability
