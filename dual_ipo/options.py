@@ -6,7 +6,7 @@
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'SHAPES', 'JUDGES', 'old_and_new', 'between', 'Parser',
            'installed', 'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate',
            'add_status', 'add_export', 'add_clean', 'add_sample', 'add_import', 'add_pairs', 'add_compare',
-           'add_judges', 'round_numbers', 'add_evaluate', 'parser']
+           'add_judges', 'round_numbers', 'add_evaluate', 'add_ablate', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -238,6 +238,19 @@ def add_evaluate(commands):
     evaluate.add_argument("--results", type=Path, help="measured elsewhere: the folder to read, for one round")
     evaluate.add_argument("--on", help=ON)
 
+# %% ../nbs/36_options.ipynb #85cd04d4
+def add_ablate(commands):
+    ablate = commands.add_parser("ablate", help="what each part of the method is worth on your data: branches that "
+                                                "leave one out, their cost said first, and one table")
+    ablate.add_argument("config", type=Path, help="a config, or the folder of a run")
+    ablate.add_argument("--rounds", type=count, default=1, help="of each (default 1)")
+    ablate.add_argument("--only", metavar="PARTS", help="of cot, voting, pce, nll, objective, static_judge, with commas "
+                                                        "between (default: all)")
+    ablate.add_argument("--out", type=Path, help="folder (default NAME-ablate)")
+    ablate.add_argument("--gpu", default="H100", help="kind of card of the costs (default H100)")
+    ablate.add_argument("--dry-run", action="store_true", help="say the costs; write nothing")
+    ablate.add_argument("--on", help=ON)
+
 # %% ../nbs/36_options.ipynb #8a828c3a
 def parser() -> argparse.ArgumentParser:
     "Commands and options."
@@ -246,7 +259,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
-             add_import, add_judges, add_sample, add_pairs, add_compare, add_evaluate)
+             add_import, add_judges, add_sample, add_pairs, add_compare, add_evaluate,
+             add_ablate)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole
