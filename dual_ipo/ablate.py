@@ -8,6 +8,7 @@ __all__ = ['ABLATIONS', 'OTHER', 'ORDER', 'PLANNED', 'BEFORE', 'Ablation', 'valu
            'measured_by', 'ablation_rows', 'ablation_table', 'judge_alone', 'here', 'ablate']
 
 # %% ../nbs/44_ablate.ipynb #6cc40a45
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +182,9 @@ def begun(
 ) -> Run:
     "An ablation's branch; one that is there is taken as it is, UserError if it is another's."
     folder = out/each.name
-    if not folder.exists(): branch(whole, 0, each.changes | dict(rounds=rounds), folder)
+    if not folder.exists():
+        branch(whole, 0, each.changes | dict(rounds=rounds), folder)
+        shutil.rmtree(folder/"round_01", ignore_errors=True)   # candidates alone, see `share_round`
     own = as_written(folder)
     wrong = [key for key, value in (each.changes | dict(rounds=rounds)).items()
              if (own.config[key] if "." not in key else value_of(config_of(own), key)) != value]

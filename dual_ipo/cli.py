@@ -451,7 +451,7 @@ def ablated(args: argparse.Namespace) -> str:
     from dual_ipo.ablate import ablate
     names = [name.strip() for name in args.only.split(",")] if args.only else None
     def work(run): run_all(run, args.on)
-    return ablate(args.config, args.rounds, names, args.out, work, say, args.dry_run, args.gpu)
+    return ablate(args.config, args.rounds, names, args.out, work, dry=args.dry_run, gpu=args.gpu)
 
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():
