@@ -38,6 +38,7 @@ ABLATIONS = {   # name → (changes, at); the objective's is the other one of dp
     "objective": ({}, "align"), "static_judge": ({"srpo.steps": 0}, "fresh")}
 OTHER = {"dpo": "kto", "kto": "dpo"}
 
+# %% ../nbs/44_ablate.ipynb #8de105b4
 def value_of(config: Config, key: str):
     part, name = key.split(".")
     return getattr(getattr(config, part), name)
@@ -71,11 +72,11 @@ def ablations(
 
 # %% ../nbs/44_ablate.ipynb #51adc1d1
 ORDER = "previews", "candidates", "ranking", "align", "fresh", "votes", "srpo", "evaluate", "judge_check"
-PLANNED = {"fresh": "fresh clips", "evaluate": "evaluation", "judge_check": "judge check"}   # where plan has another word
+PLANNED = {"fresh": "fresh clips", "evaluate": "evaluation", "judge_check": "judge check"}   # plan's words
 
+# %% ../nbs/44_ablate.ipynb #497f9f1f
 def own_stages(
-    each: Ablation,
-    config: Config,   # its own
+    each: Ablation, config: Config,   # its own
 ) -> list[str]:       # of its first round
     "The stages that it doesn't share."
     without = {"previews"} if not config.candidates.preview_steps else set()
@@ -148,9 +149,9 @@ BEFORE = {   # the first stage touched → what a round has before it
     "align": ("previews", "previews.parquet", "candidates", "ranking", "scores.parquet", "pairs.parquet"),
     "fresh": ("align", "generator", "evaluate"), "votes": ("fresh",)}
 
+# %% ../nbs/44_ablate.ipynb #a4db5819
 def shared_names(
-    config: Config,
-    at: str,           # see `Ablation`
+    config: Config, at: str,   # see `Ablation`
 ) -> list[str]:        # in a round's folder
     "What an ablation takes from the whole method's first round."
     names = [*BEFORE["align"]]
@@ -200,7 +201,8 @@ def values(
 ) -> list[dict]:   # prompt, candidate, value; [] where that is not known
     "What a round's evaluation clips were found to be."
     rows = list(results.rows(k, "evaluate/scores.parquet"))
-    known = {row["clip"]: row["grade"] for row in results.rows(k, "judge_check/grades.parquet")} if by == "grade" else {}
+    graded = results.rows(k, "judge_check/grades.parquet") if by == "grade" else []
+    known = {row["clip"]: row["grade"] for row in graded}
     if by == "total": known = {row["clip"]: 100*row["total"] for row in rows if row.get("total") is not None}
     if not all(row["clip"] in known for row in rows): return []
     return [dict(prompt=row["prompt"], candidate=row["candidate"], value=known[row["clip"]]) for row in rows]
@@ -246,14 +248,13 @@ def ablation_table(
 
 # %% ../nbs/44_ablate.ipynb #e1dd12fa
 def judge_alone(
-    chosen: list[Ablation],
-    rounds: int,
+    chosen: list[Ablation], rounds: int,
 ) -> str:   # "" where there is nothing to say
     "Which differences one round cannot show."
     names = [each.name for each in chosen if each.at != "align" and not each.why_not]
     if rounds > 1 or not names: return ""
-    return (f"After one round {', '.join(names)} changed the judge alone, and the generator is that of the whole method: "
-            "--rounds 2 shows what became of the clips.")
+    return (f"After one round {', '.join(names)} changed the judge alone, and the generator is that of the whole "
+            "method: --rounds 2 shows what became of the clips.")
 
 # %% ../nbs/44_ablate.ipynb #57990b32
 def here(run: Run):
@@ -285,7 +286,8 @@ def ablate(
     runs = {each.name: begun(whole, each, rounds, out) for each in chosen if not each.why_not}
     for own in runs.values():
         if not is_done(own.round(rounds)): work(own)
-    found = ablation_rows(read_results(whole.path), {name: read_results(own.path) for name, own in runs.items()}, rounds)
+    others = {name: read_results(own.path) for name, own in runs.items()}
+    found = ablation_rows(read_results(whole.path), others, rounds)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/"ablations.json", dict(rounds=rounds, rows=found))
     more = f"`dual-ipo compare {' '.join(str(run.path) for run in (whole, *runs.values()))}` shows them side by side"

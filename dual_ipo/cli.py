@@ -441,7 +441,7 @@ def evaluated(args: argparse.Namespace) -> str:
     from dual_ipo.vbench import evaluate, read_elsewhere
     if args.results or args.benchmark != "vbench":
         if not args.results or len(args.rounds or ()) != 1:
-            raise UserError(f"--with {args.benchmark}: is read, not run; give --results FOLDER and --rounds K, one round")
+            raise UserError(f"--with {args.benchmark}: is read, not run; give --results FOLDER and one of --rounds")
         return read_elsewhere(args.run, args.benchmark, *args.rounds, args.results)
     names = [name.strip() for name in args.dimensions.split(",")] if args.dimensions else None
     return evaluate(args.run, args.python or sys.executable, args.rounds, args.prompts, names, args.info, args.on)

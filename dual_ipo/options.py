@@ -223,8 +223,10 @@ def round_numbers(
     "Rounds, with commas between."
     return [between(0, 10**6, int)(word) for word in text.split(",")]
 
+# %% ../nbs/36_options.ipynb #5548ef86
 round_numbers.__name__ = "rounds with commas between"
 
+# %% ../nbs/36_options.ipynb #adffe4cd
 def add_evaluate(commands):
     evaluate = commands.add_parser("evaluate", help="rounds of a run on a public benchmark: VBench's prompts sampled "
                                                     "and measured by its own program; what others left is read")
@@ -244,8 +246,8 @@ def add_ablate(commands):
                                                 "leave one out, their cost said first, and one table")
     ablate.add_argument("config", type=Path, help="a config, or the folder of a run")
     ablate.add_argument("--rounds", type=count, default=1, help="of each (default 1)")
-    ablate.add_argument("--only", metavar="PARTS", help="of cot, voting, pce, nll, objective, static_judge, with commas "
-                                                        "between (default: all)")
+    ablate.add_argument("--only", metavar="PARTS", help="of cot, voting, pce, nll, objective, static_judge, with "
+                                                        "commas between (default: all)")
     ablate.add_argument("--out", type=Path, help="folder (default NAME-ablate)")
     ablate.add_argument("--gpu", default="H100", help="kind of card of the costs (default H100)")
     ablate.add_argument("--dry-run", action="store_true", help="say the costs; write nothing")

@@ -316,6 +316,7 @@ BENCHMARKS = {"vbench": "VBench", "vbench-own": "VBench's Quality on own prompts
               "videophy2": "VideoPhy-2"}   # see `vbench.file_of`
 SOURCE = "The paper's columns: arXiv 2502.02088, its table of VBench. Scores in points of 100."
 
+# %% ../nbs/50_report.ipynb #771ac0ce
 def benchmark_parts(
     found: dict[int, dict],   # of `read_facts`, not empty
     what: str,                # a key of BENCHMARKS

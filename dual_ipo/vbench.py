@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'CUSTOM', 'NO_FOLDER', 'LOOK', 'PAPER', 'VBENCH_ORDER', 'LONG',
            'VBENCH2', 'weighted', 'vbench_scores', 'result_means', 'read_vbench', 'Group', 'clips_each', 'read_info',
-           'vbench_name', 'named_clips', 'Program', 'elsewhere', 'vbench_at', 'Failed', 'done_elsewhere', 'still_ones',
-           'measure_dimension', 'measured_once', 'Wanted', 'wanted', 'sampled_groups', 'measured_on', 'round_facts',
-           'file_of', 'vbench_round', 'rounds_of', 'evaluate', 'paper_rows', 'vbench_table', 'vbench_notes',
-           'read_facts', 'vbench_text', 'read_vbench2', 'read_scores', 'read_videophy2', 'read_elsewhere',
-           'others_table']
+           'vbench_name', 'named_clips', 'Program', 'elsewhere', 'vbench_at', 'Failed', 'last_words', 'done_elsewhere',
+           'still_ones', 'measure_dimension', 'measured_once', 'Wanted', 'wanted', 'sampled_groups', 'measured_on',
+           'round_facts', 'file_of', 'vbench_round', 'rounds_of', 'evaluate', 'paper_rows', 'vbench_table',
+           'vbench_notes', 'read_facts', 'vbench_text', 'read_vbench2', 'read_scores', 'read_videophy2',
+           'read_elsewhere', 'others_table']
 
 # %% ../nbs/43_vbench.ipynb #fe1aba53
 import csv, json, os, shutil, socket, subprocess, sys
@@ -28,15 +28,19 @@ from .sample import check_generator, generator_of, known_as, open_generator, wor
 from .store import Run, digest, read_json, whole_folder, write_json
 from .terminal import one_line
 
-# %% ../nbs/43_vbench.ipynb #d9caeed5
+# %% ../nbs/43_vbench.ipynb #9b827bb4
 VBENCH_QUALITY = {   # dimension: (min, max, weight), VBench scripts/constant.py
     "subject_consistency": (.1462, 1., 1.), "background_consistency": (.2615, 1., 1.),
     "temporal_flickering": (.6293, 1., 1.), "motion_smoothness": (.706, .9975, 1.), "aesthetic_quality": (0., 1., 1.),
     "imaging_quality": (0., 1., 1.), "dynamic_degree": (0., 1., .5)}
+
+# %% ../nbs/43_vbench.ipynb #fdffd164
 VBENCH_SEMANTIC = {
     "object_class": (0., 1., 1.), "multiple_objects": (0., 1., 1.), "human_action": (0., 1., 1.), "color": (0., 1., 1.),
     "spatial_relationship": (0., 1., 1.), "scene": (0., .8222, 1.), "appearance_style": (.0009, .2855, 1.),
     "temporal_style": (0., .364, 1.), "overall_consistency": (0., .364, 1.)}
+
+# %% ../nbs/43_vbench.ipynb #5adba32d
 VBENCH = VBENCH_QUALITY | VBENCH_SEMANTIC
 
 # %% ../nbs/43_vbench.ipynb #0bdf7bdd
@@ -123,8 +127,9 @@ def vbench_name(
                     "or too long); change the prompt")
 
 # %% ../nbs/43_vbench.ipynb #fba55540
-CUSTOM = (*VBENCH_QUALITY, "temporal_style", "overall_consistency")   # what VBench's custom mode can measure on any text
+CUSTOM = (*VBENCH_QUALITY, "temporal_style", "overall_consistency")   # measured on any text, in VBench's custom mode
 
+# %% ../nbs/43_vbench.ipynb #3c7fd168
 def named_clips(
     rows: list[dict],   # {"prompt", "candidate", "clip"}
     custom: bool,       # own prompts
@@ -148,6 +153,7 @@ spec = importlib.util.find_spec("vbench")
 print(json.dumps([importlib.metadata.version("vbench"), spec.submodule_search_locations[0]] if spec else None))
 """
 
+# %% ../nbs/43_vbench.ipynb #eb0d2b6f
 def elsewhere() -> dict[str, str]:
     "Environment variables for another Python, which is to find its own packages and to be the only process."
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
@@ -173,6 +179,12 @@ def vbench_at(
 class Failed(Exception):
     "A dimension that could not be measured, and why."
 
+# %% ../nbs/43_vbench.ipynb #837f9fbd
+def last_words(
+    log: Path,   # what a process said
+) -> str:
+    return one_line((log.read_text("utf-8", "replace").strip().splitlines() or ["no word"])[-1], 200)
+
 # %% ../nbs/43_vbench.ipynb #305d67af
 def done_elsewhere(
     command: list,   # of another Python
@@ -180,9 +192,8 @@ def done_elsewhere(
 ):
     "Run it to its end; `Failed` with its last words if that isn't a good one."
     with open(log, "ab") as file:
-        code = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                              env=elsewhere()).returncode
-    if code: raise Failed(one_line((log.read_text("utf-8", "replace").strip().splitlines() or ["no word"])[-1], 200))
+        how = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=elsewhere())
+        if subprocess.run(list(map(str, command)), **how).returncode: raise Failed(last_words(log))
 
 # %% ../nbs/43_vbench.ipynb #41a265a5
 def still_ones(
@@ -310,7 +321,7 @@ def round_facts(
     part, raw = config_of(run).generator, {name: own["raw"] for name, own in found.items()}
     scores, versions = vbench_scores(raw), {own["version"] for own in found.values()}
     mode = "standard" if asked.info else "custom"
-    return dict(mode=mode, version=", ".join(sorted(versions)), prompts=sum(len(group.prompts) for group in asked.groups),
+    return dict(mode=mode, version=", ".join(sorted(versions)), prompts=sum(len(own.prompts) for own in asked.groups),
                 clips={name: own["clips"] for name, own in found.items()}, seconds=part.num_frames/part.fps,
                 raw=raw, **scores, failed=failed)
 
@@ -342,7 +353,7 @@ def vbench_round(
             if not rows: failed[name] = "no prompt is measured on it"
             try: found |= {name: measured_once(program, name, rows, made_of, folder, asked.info)} if rows else {}
             except Failed as why: failed[name] = str(why)
-        if not found: raise UserError(f"{folder}: no dimension could be measured ({one_line(failed, 200)}); mend vbench")
+        if not found: raise UserError(f"{folder}: nothing could be measured ({one_line(failed, 200)}); mend vbench")
         write_json(file_of(run, k, what), facts := round_facts(run, asked, found, failed))
     return facts
 
@@ -380,6 +391,7 @@ PAPER = {   # part of a generator's name → (round, Total, Quality, Semantic): 
     "cogvideox-5b": [(0, 81.61, 82.75, 77.04), (3, 84.63, 85.40, 81.54)],
     "wan2.1-t2v-1.3b": [(0, 84.26, 85.30, 80.09), (3, 86.28, 86.38, 85.87)]}
 
+# %% ../nbs/43_vbench.ipynb #3cb38059
 def paper_rows(
     path,   # of a generator, or its hub id
 ) -> list[tuple]:   # [] for one that the paper has not
@@ -389,6 +401,7 @@ def paper_rows(
 # %% ../nbs/43_vbench.ipynb #051d21d1
 VBENCH_ORDER = ("dynamic_degree", *(name for name in VBENCH if name != "dynamic_degree"))
 
+# %% ../nbs/43_vbench.ipynb #843ca651
 def vbench_table(
     found: dict[object, dict],   # round, or name of a run → vbench.json
     path="",                     # of the generator, for the paper's columns
@@ -407,6 +420,7 @@ def vbench_table(
 # %% ../nbs/43_vbench.ipynb #33867e0b
 LONG = 5.   # seconds from which VBench's authors take VBench-Long
 
+# %% ../nbs/43_vbench.ipynb #d3f8c556
 def vbench_notes(
     found: dict[object, dict],   # as for `vbench_table`
 ) -> list[str]:
@@ -420,7 +434,7 @@ def vbench_notes(
             lines.append(f"{k}: no Total, for {len(own['missing'])} of 16 are missing: {', '.join(own['missing'])}")
         lines += [f"{k}: {name} could not be measured: {why}" for name, why in own["failed"].items()]
     long = [own["seconds"] for own in found.values() if own["seconds"] and own["seconds"] >= LONG]
-    if long: lines.append(f"Clips of {long[0]:.2f} s by VBench itself; its authors take VBench-Long from {LONG:g} s on.")
+    if long: lines.append(f"Clips of {long[0]:.2f} s by VBench; its authors take VBench-Long from {LONG:g} s on.")
     return lines
 
 # %% ../nbs/43_vbench.ipynb #caa1a875
@@ -452,6 +466,7 @@ VBENCH2 = {   # group: dimensions, VBench-2.0 scripts/constant.py
     "human_fidelity": ("Human_Anatomy", "Human_Clothes", "Human_Identity"),
     "physics": ("Material", "Mechanics", "Multi-View_Consistency", "Thermotics")}
 
+# %% ../nbs/43_vbench.ipynb #a35daae3
 def read_vbench2(
     path,    # as for `read_vbench`
 ) -> dict[str, object]:   # {"total", each group, "raw", "missing"}, 0..1
@@ -472,7 +487,7 @@ def read_scores(
         with open(path, encoding="utf-8", newline="") as file:
             return {row["videopath"]: float(row["score"]) for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: isn't a table of VideoPhy-2 with videopath and score ({one_line(error, 80)})") from None
+        raise UserError(f"{path}: isn't VideoPhy-2's table of videopath and score ({one_line(error, 80)})") from None
 
 # %% ../nbs/43_vbench.ipynb #3f071130
 def read_videophy2(

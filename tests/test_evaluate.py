@@ -1,10 +1,10 @@
 "Intervals that hold what they promise, and accuracy with ties against brute force."
-import json, math
+import math
 
 import pytest
 import torch
 
-from dual_ipo.core import UserError, generator, write_mp4
+from dual_ipo.core import UserError, generator
 from dual_ipo.evaluate import judge_accuracy, score_videos, summarise
 from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 

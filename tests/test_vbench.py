@@ -13,6 +13,7 @@ import time
 import pytest
 
 import tiny
+from tables import faults, page
 from dual_ipo.config import Config
 from dual_ipo.core import UserError, VideoFile
 from dual_ipo.ending import main
@@ -111,12 +112,13 @@ parser.add_argument("--prompt_file")
 args = parser.parse_args()
 here, [name] = Path(__file__).parents[2], args.dimension
 with open(here/"asked.txt", "a") as file: file.write(name + "\\n")
-if name in os.environ.get("STAND_IN_FAILS", "").split(","): sys.exit("ModuleNotFoundError: No module named 'detectron2'")
+if name in os.environ.get("STAND_IN_FAILS", "").split(","): sys.exit("No module named 'detectron2'")
 while name == os.environ.get("STAND_IN_WAITS"): time.sleep(.05)
 there = os.listdir(args.videos_path)
 suffix, clips = Path(there[0]).suffix, []          # as VBench takes it: of whichever comes first
 if args.mode == "custom_input":
-    assert name not in ("object_class", "multiple_objects", "scene", "appearance_style", "color", "spatial_relationship")
+    assert name not in ("object_class", "multiple_objects", "scene", "appearance_style", "color",
+                        "spatial_relationship")
     prompts = json.loads(Path(args.prompt_file).read_text())
     clips = [file for file in there if Path(file).suffix == ".mp4"]
     assert {*clips} == {*prompts}
@@ -197,7 +199,12 @@ def test_a_round_on_all_of_it(at, monkeypatch, capsys):
     assert main(["evaluate", str(at/"run"), "--with", "vbench", "--rounds", "1", "--python", str(at/"python")]) == 0
     said = capsys.readouterr().out
     facts = read_json(at/"run/round_01/vbench.json")
-    assert facts["raw"] == LEADERBOARD and facts["version"] == "0.1.5" and facts["missing"] == [] and not facts["failed"]
+    assert facts["raw"] == LEADERBOARD and facts["version"] == "0.1.5" and facts["missing"] == []
+    assert not facts["failed"]
+    described = page()
+    for path in (at/"run/round_01").rglob("*.json"):
+        name = path.relative_to(at/"run").as_posix()
+        if path.name in ("vbench.json", "measured.json", "prompts.json"): assert faults(path, name, described) == []
     assert math.isclose(facts["total"], second_opinion(LEADERBOARD)["total"]) and "81.61" in said and "0.1.5" in said
     assert set(facts["clips"].values()) == {5} and sorted(asked(at)) == sorted(VBENCH)
     folder = at/"run/round_01/vbench"
@@ -246,7 +253,8 @@ def test_killed_in_a_dimension_and_resumed(at):
     clips = {path: path.stat().st_mtime_ns for path in folder.rglob("sampled/**/*.mp4")}
     assert main(ask) == 0 and asked(at) == ["color", "scene", "scene"]
     assert clips == {path: path.stat().st_mtime_ns for path in folder.rglob("sampled/**/*.mp4")}
-    assert not [*folder.glob(".scene*")] and read_facts(at/"run")[1]["raw"] == {n: LEADERBOARD[n] for n in ("color", "scene")}
+    raw = read_facts(at/"run")[1]["raw"]
+    assert not [*folder.glob(".scene*")] and raw == {name: LEADERBOARD[name] for name in ("color", "scene")}
 
 
 def test_other_weights_are_measured_again(at):
