@@ -21,12 +21,13 @@ from plotly.subplots import make_subplots
 
 from .core import UserError
 from .evaluate import AGGREGATES
-from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, figure_html, flat, interval_trace, label, missing,
-                             panel_titles, reel, round_axis, signed, spread, video_tag)
+from .report import (AXIS, PAGE, SCRIPT, STYLE, TEMPLATE, block, embed, figure_html, flat, interval_trace,
+                             label, missing, panel_titles, reel, round_axis, signed, spread, video_tag)
 from .results import BLUE, SAND, STONE, Results, read_results, table_html, table_text
 from .sample import known_as
 from .stats import bootstrap_ci, paired_difference
 from .store import Run, atomic_write, is_done, located
+from .vbench import read_facts, vbench_notes, vbench_table
 
 # %% ../nbs/52_compare.ipynb #ec6673ab
 def names_of(folders: list[Path]) -> list[str]:
@@ -294,6 +295,14 @@ def dimensions(self: Comparison) -> tuple[list[str], list[list]]:
         rows.append(row)
     return head, rows
 
+# %% ../nbs/52_compare.ipynb #7338c469
+@patch
+def on_vbench(self: Comparison) -> dict[str, dict]:   # name and round → vbench.json; {} where a run has none
+    "The newest rounds that VBench has measured."
+    found = [read_facts(results.folder) for results in self.runs]
+    if not all(found): return {}
+    return {f"{name}, round {max(own)}": own[max(own)] for name, own in zip(self.names, found)}
+
 # %% ../nbs/52_compare.ipynb #b70ab781
 INKS = BLUE, SAND, "#4f8a6b", "#7d5a8c", "#b0545c", STONE
 
@@ -344,7 +353,7 @@ def gallery(
         clips = []
         for own, rows in zip(self.curves, found):
             folder, value = own.results.folder, 100*rows[key]["value"]
-            tag = embed(video_tag(folder, f"round_{own.last:02d}/evaluate/{rows[key]['clip']}"), folder)
+            tag = embed(video_tag(own.results, f"round_{own.last:02d}/evaluate/{rows[key]['clip']}"), folder)
             clips.append((tag, f"<b>{html.escape(own.name)}</b><br>{value:{'.0f' if self.by == 'total' else '.2f'}}"))
         reels.append(reel(key[0], clips))
     said = (f"{len(reels)} of {len(found[0])} clips, evenly spread from the largest lead of {self.names[0]} over "
@@ -376,6 +385,9 @@ def body(self: Comparison) -> list[go.Figure | HTML]:
     rows = changed_keys([results.config for results in self.runs])
     configs = [block("<h2>What differs in the configs</h2>",
                      scrolling(table_html(["key", *self.names], rows, "text")) if rows else "<p>Nothing.</p>")]
+    if found := self.on_vbench():
+        configs.insert(0, block("<h2>VBench</h2>", scrolling(table_html(*vbench_table(found))),
+                                *(f'<p class="quiet">{html.escape(line)}</p>' for line in vbench_notes(found))))
     if not self.curves: return [self.head(), *configs]
     parts = [self.head(), self.figure(), block(scrolling(table_html(*self.table())))]
     if (found := self.dimensions())[1]:
@@ -419,4 +431,5 @@ def facts(self: Comparison) -> dict[str, object]:
 def text(self: Comparison) -> str:
     "The verdict, the notes and the table in lines."
     table = [table_text(*self.table())] if self.curves else []
+    if found := self.on_vbench(): table += [table_text(*vbench_table(found)), *vbench_notes(found)]
     return "\n".join([self.verdict(), *self.notes(), *table])

@@ -6,7 +6,7 @@
 __all__ = ['count', 'share', 'price', 'MODELS', 'JSON', 'SET', 'ON', 'SHAPES', 'JUDGES', 'old_and_new', 'between', 'Parser',
            'installed', 'Versions', 'add_demo', 'add_init', 'add_run', 'add_branch', 'add_plan', 'add_gate',
            'add_status', 'add_export', 'add_clean', 'add_sample', 'add_import', 'add_pairs', 'add_compare',
-           'add_judges', 'add_annotate', 'add_reproduce', 'parser']
+           'add_judges', 'add_annotate', 'round_numbers', 'add_evaluate', 'add_ablate', 'add_reproduce', 'parser']
 
 # %% ../nbs/36_options.ipynb #8d05631a
 import argparse
@@ -227,7 +227,44 @@ def add_annotate(commands):
     annotate.add_argument("--overlap", type=count, default=1, help="votes wanted on each pair (default 1)")
     annotate.add_argument("--active", action="store_true", help="the most doubtful pairs first (default: at random)")
 
+# %% ../nbs/36_options.ipynb #f4f96e0f
+def round_numbers(
+    text: str,   # "0,3"
+) -> list[int]:
+    "Rounds, with commas between."
+    return [between(0, 10**6, int)(word) for word in text.split(",")]
+
 # %% ../nbs/36_options.ipynb #5dd21c91
+round_numbers.__name__ = "rounds with commas between"
+
+# %% ../nbs/36_options.ipynb #adffe4cd
+def add_evaluate(commands):
+    evaluate = commands.add_parser("evaluate", help="rounds of a run on a public benchmark: VBench's prompts sampled "
+                                                    "and measured by its own program; what others left is read")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("--with", dest="benchmark", choices=["vbench", "vbench2", "videophy2"], default="vbench")
+    evaluate.add_argument("--rounds", type=round_numbers, help="such as 0,3; 0: the base (default: it and the newest)")
+    evaluate.add_argument("--python", help="an interpreter that has vbench (default: this one)")
+    evaluate.add_argument("--prompts", type=Path, help="own prompts, in VBench's custom mode: Quality alone")
+    evaluate.add_argument("--dimensions", help="some of them, with commas between (default: all)")
+    evaluate.add_argument("--info", type=Path, help="VBench_full_info.json (default: the package's)")
+    evaluate.add_argument("--results", type=Path, help="measured elsewhere: the folder to read, for one round")
+    evaluate.add_argument("--on", help=ON)
+
+# %% ../nbs/36_options.ipynb #85cd04d4
+def add_ablate(commands):
+    ablate = commands.add_parser("ablate", help="what each part of the method is worth on your data: branches that "
+                                                "leave one out, their cost said first, and one table")
+    ablate.add_argument("config", type=Path, help="a config, or the folder of a run")
+    ablate.add_argument("--rounds", type=count, default=1, help="of each (default 1)")
+    ablate.add_argument("--only", metavar="PARTS", help="of cot, voting, pce, nll, objective, static_judge, with "
+                                                        "commas between (default: all)")
+    ablate.add_argument("--out", type=Path, help="folder (default NAME-ablate)")
+    ablate.add_argument("--gpu", default="H100", help="kind of card of the costs (default H100)")
+    ablate.add_argument("--dry-run", action="store_true", help="say the costs; write nothing")
+    ablate.add_argument("--on", help=ON)
+
+# %% ../nbs/36_options.ipynb #5d18378d
 def add_reproduce(commands):
     again = commands.add_parser("reproduce", help="whether a run folder is whole, down to the last byte, and what "
                                                   "would differ on this machine")
@@ -242,8 +279,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action=Versions)
     commands = whole.add_subparsers(dest="command", required=True)
     added = (add_demo, add_init, add_run, add_branch, add_plan, add_gate, add_status, add_export, add_clean,
-             add_import, add_judges, add_sample, add_pairs, add_compare, add_annotate,
-             add_reproduce)
+             add_import, add_judges, add_sample, add_pairs, add_compare, add_annotate, add_reproduce,
+             add_evaluate, add_ablate)
     for add in added: add(commands)
     commands.add_parser("report", help="render a run's report again").add_argument("run", type=Path)
     return whole

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FONT', 'AXIS', 'LEGEND', 'TEMPLATE', 'COLORS', 'VARIABLES', 'TEXT_STYLE', 'TABLE_STYLE', 'CLIP_STYLE', 'STYLE',
-           'UNASKED', 'HEADLINE_SCORES', 'QUIET', 'TAKE', 'ALL_WEIGHTS', 'UNMEASURED', 'ACCURACIES', 'UNASKED_PAIRS',
-           'KINDS', 'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD', 'IMPLICIT', 'STAGES', 'PAIR',
-           'NOTHING_TO_COMPARE', 'SCRIPT', 'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade', 'see_through', 'style', 'block',
-           'missing', 'gain', 'signed', 'opinion_in_words', 'generator_in_words', 'judge_in_words', 'in_words', 'find',
-           'flat', 'recipe', 'what_was_run', 'changes', 'title', 'rounds_table', 'monitor_notes', 'best_round',
-           'why_that', 'take', 'interval_trace', 'label', 'round_axis', 'panel_titles', 'intervals_of', 'interval_of',
-           'Panel', 'panels_of', 'draw_panel', 'opinions_of', 'draw_panels', 'quality_figure', 'decided',
-           'judged_right', 'Curve', 'accuracy_curve', 'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares',
-           'draw_certainty', 'draw_threshold', 'votes_figure', 'draw_reliability', 'reliability_figure', 'smooth',
-           'draw_history', 'mark_round', 'margins_figure', 'stages_of', 'time_figure', 'video_tag', 'reel', 'pair_reel',
-           'pairs_gallery', 'more_pairs', 'clips_of_all', 'rounds_reel', 'rounds_gallery', 'quarantine_table',
-           'made_row', 'made_with', 'scores_figure', 'curves_figure', 'votes_gallery', 'story', 'scaled', 'preview',
-           'embed', 'figure_html', 'output_html', 'cell_html', 'page', 'portable', 'make_report']
+           'UNASKED', 'HEADLINE_SCORES', 'BENCHMARKS', 'SOURCE', 'QUIET', 'TAKE', 'ALL_WEIGHTS', 'UNMEASURED',
+           'ACCURACIES', 'UNASKED_PAIRS', 'KINDS', 'PCE_USES', 'SURE_AND_RIGHT', 'JUDGES', 'MARGINS', 'REWARD',
+           'IMPLICIT', 'STAGES', 'PAIR', 'NOTHING_TO_COMPARE', 'SCRIPT', 'PAGE', 'PLOTLY', 'NOTEBOOK', 'shade',
+           'see_through', 'style', 'block', 'missing', 'gain', 'signed', 'opinion_in_words', 'generator_in_words',
+           'judge_in_words', 'in_words', 'find', 'flat', 'recipe', 'what_was_run', 'changes', 'title', 'rounds_table',
+           'benchmark_parts', 'benchmarks', 'monitor_notes', 'best_round', 'why_that', 'take', 'interval_trace',
+           'label', 'round_axis', 'panel_titles', 'intervals_of', 'interval_of', 'Panel', 'panels_of', 'draw_panel',
+           'opinions_of', 'draw_panels', 'quality_figure', 'decided', 'judged_right', 'Curve', 'accuracy_curve',
+           'judge_figure', 'vote_kind', 'draw_kinds', 'pce_shares', 'draw_certainty', 'draw_threshold', 'votes_figure',
+           'draw_reliability', 'reliability_figure', 'smooth', 'draw_history', 'mark_round', 'margins_figure',
+           'stages_of', 'time_figure', 'video_tag', 'reel', 'pair_reel', 'pairs_gallery', 'more_pairs', 'clips_of_all',
+           'rounds_reel', 'rounds_gallery', 'quarantine_table', 'made_row', 'made_with', 'scores_figure',
+           'curves_figure', 'votes_gallery', 'story', 'scaled', 'preview', 'embed', 'figure_html', 'output_html',
+           'cell_html', 'page', 'portable', 'make_report']
 
 # %% ../nbs/50_report.ipynb #501f184b
 import base64
@@ -45,13 +46,14 @@ from plotly.subplots import make_subplots
 import dual_ipo
 from .browse import BROWSE_SCRIPT, BROWSE_STYLE, browser, script_json, spread, views_of, voted, within
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
-from .evaluate import AGGREGATES, VBENCH_QUALITY
+from .evaluate import AGGREGATES
 from .execute import Ended, run_notebook
 from .monitor import should_stop
 from .pce import reliability
 from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, read_results, table_html
 from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
 from .store import read_json, read_rows
+from .vbench import VBENCH_QUALITY, others_table, paper_rows, read_facts, vbench_notes, vbench_table
 
 # %% ../nbs/50_report.ipynb #c6e9fc56
 FONT = "'Inter', 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
@@ -308,6 +310,33 @@ def rounds_table(results: Results) -> HTML:
     "The headline table."
     if not results.rounds: return missing("No round has written its round.json yet.")
     return block(table_html(*headline(results.rounds)))
+
+# %% ../nbs/50_report.ipynb #235c86af
+BENCHMARKS = {"vbench": "VBench", "vbench-own": "VBench's Quality on own prompts", "vbench2": "VBench-2.0",
+              "videophy2": "VideoPhy-2"}   # see `vbench.file_of`
+SOURCE = "The paper's columns: arXiv 2502.02088, its table of VBench. Scores in points of 100."
+
+# %% ../nbs/50_report.ipynb #771ac0ce
+def benchmark_parts(
+    found: dict[int, dict],   # of `read_facts`, not empty
+    what: str,                # a key of BENCHMARKS
+    path: str,                # of the generator
+) -> Iterator[str]:           # HTML
+    "A benchmark's heading, table and notes."
+    yield f"<h3>{BENCHMARKS[what]}</h3>"
+    is_vbench = what.startswith("vbench") and what != "vbench2"
+    yield table_html(*(vbench_table(found, path) if is_vbench else others_table(found)))
+    notes = [*vbench_notes(found), *([SOURCE] if paper_rows(path) else [])] if is_vbench else []
+    for line in notes: yield f'<p class="quiet">{html.escape(line)}</p>'
+
+# %% ../nbs/50_report.ipynb #01385f2f
+def benchmarks(results: Results) -> HTML:
+    "What public benchmarks say of the rounds that were measured on them."
+    path, parts = (results.config.get("generator") or {}).get("path", ""), []
+    for what in BENCHMARKS:
+        if found := read_facts(results.folder, what): parts += benchmark_parts(found, what, path)
+    if parts: return block(*parts)
+    return missing("No round was measured on a public benchmark; `dual-ipo evaluate RUN --with vbench` does it.")
 
 # %% ../nbs/50_report.ipynb #2e515038
 QUIET = "Nothing to report: no fall of quality, no loss of motion, no odd loss, no trouble with the judge."

@@ -1,12 +1,11 @@
-"Intervals that hold what they promise, VBench's arithmetic, and accuracy with ties against brute force."
-import json, math
+"Intervals that hold what they promise, and accuracy with ties against brute force."
+import math
 
 import pytest
 import torch
 
-from dual_ipo.core import UserError, generator, write_mp4
-from dual_ipo.evaluate import (VBENCH, export_vbench, read_vbench, judge_accuracy, score_videos, summarise,
-                               vbench_name, vbench_scores)
+from dual_ipo.core import UserError, generator
+from dual_ipo.evaluate import judge_accuracy, score_videos, summarise
 from dual_ipo.stats import accuracy, accuracy_with_ties, bootstrap_ci, paired_difference, tie_threshold
 
 
@@ -46,63 +45,6 @@ def test_paired_difference_matches_clips():
     assert all(abs(x - 3) < 1e-9 for x in gain["ci95"])
     with pytest.raises(UserError, match="no prompt and candidate"):
         paired_difference(before, [dict(prompt=9, candidate=0, total=.1)])
-
-
-LEADERBOARD = dict(
-    subject_consistency=.9623, background_consistency=.9652, temporal_flickering=.9866, motion_smoothness=.9692,
-    dynamic_degree=.7097, aesthetic_quality=.6198, imaging_quality=.6290, object_class=.8523, multiple_objects=.6211,
-    human_action=.9940, color=.8281, spatial_relationship=.6635, scene=.5320, appearance_style=.2491,
-    temporal_style=.2538, overall_consistency=.2759)
-
-
-@pytest.mark.parametrize("raw, quality, semantic, total", [
-    ({name: high for name, (_, high, _) in VBENCH.items()}, 1, 1, 1),
-    (dict.fromkeys(VBENCH, 0.), -.714598, -.000351, -.571748), (dict.fromkeys(VBENCH, .5), .143361, .845452, .283779),
-    (LEADERBOARD, .827560, .770374, .816123)], ids=["max", "zero", "half", "CogVideoX-5B"])
-def test_vbench_aggregation(raw, quality, semantic, total):
-    got = vbench_scores(raw)
-    answer = dict(quality=quality, semantic=semantic, total=total)
-    assert all(math.isclose(got[name], value, abs_tol=6e-7) for name, value in answer.items())
-
-
-@pytest.mark.parametrize("name", VBENCH)
-def test_vbench_refuses_a_missing_dimension(name):
-    with pytest.raises(UserError, match=name): vbench_scores({k: v for k, v in LEADERBOARD.items() if k != name})
-
-
-def test_vbench_results(tmp_path):
-    def write(name, data):
-        return (tmp_path/name).write_text(json.dumps(data), "utf-8")
-    write("a_eval_results.json", {"subject consistency": [.9, [{"video_path": "x", "video_results": .9}]],
-                                  "imaging_quality": [.6, [{"video_path": "x", "video_results": 60.}]]})
-    raw = {"subject_consistency": .9, "imaging_quality": .6}
-    assert read_vbench(tmp_path) == raw == read_vbench(tmp_path/"a_eval_results.json")
-    wrong = [({"scene": [math.nan, []]}, "not a number"), ({"scene": []}, "isn't a result"), ([1], "isn't a result"),
-             ({"imaging_quality": [.1, []]}, "too")]
-    for content, match in wrong:
-        write("b_eval_results.json", content)
-        with pytest.raises(UserError, match=match): read_vbench(tmp_path)
-    (tmp_path/"empty").mkdir()
-    with pytest.raises(UserError, match="no \\*_eval_results"): read_vbench(tmp_path/"empty")
-
-
-@pytest.mark.parametrize("prompt", ["../up", "a/b", "a\\b", "a\nb", "", "  ", ".hidden", "é"*130, "nul\0"])
-def test_vbench_names_stay_in_their_folder(prompt):
-    with pytest.raises(UserError, match="file name"): vbench_name(prompt, 0)
-
-
-def test_export_is_whole_or_absent(tmp_path):
-    write_mp4(tmp_path/"clip.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
-    rows = [dict(prompt="a dog", clip=tmp_path/"clip.mp4")]*5
-    with pytest.raises(UserError, match="fewer clips"):
-        export_vbench(rows + [dict(prompt="a cat", clip=tmp_path/"clip.mp4")], tmp_path/"out")
-    with pytest.raises(FileNotFoundError):
-        export_vbench([dict(prompt="a dog", clip=tmp_path/"none.mp4")], tmp_path/"out")
-    assert not (tmp_path/"out").exists()
-    out = export_vbench(rows, tmp_path/"out")
-    assert sorted(p.name for p in out.iterdir()) == [f"a dog-{i}.mp4" for i in range(5)] + ["manifest.json"]
-    manifest = json.loads((out/"manifest.json").read_text("utf-8"))
-    assert manifest[4] == dict(file="a dog-4.mp4", prompt="a dog", index=4, source=str(tmp_path/"clip.mp4"))
 
 
 def test_scores_of_paths_and_tensors(tmp_path):
