@@ -308,6 +308,7 @@ def browser(
 # %% ../nbs/48_browse.ipynb #8e4441bd
 MOST = 1000   # pairs of a kind on a page
 
+# %% ../nbs/48_browse.ipynb #6dc01f9f
 def views_of(results: Results) -> dict[str, list[Item]]:   # for `browser`
     "What the newest round that has it was taught, what was voted on, and the base beside the last finished round."
     def newest(name): return max((k for k in results.tables(name, ["prompt"])), default=None)

@@ -97,6 +97,7 @@ def tell(self: StageLog):
     say(pace(self.seen, left and left - self.seen["elapsed"]))
     self.last = time.monotonic()
 
+# %% ../nbs/60_cli.ipynb #3de483e8
 @patch
 def close(self: StageLog):
     self.tell()

@@ -353,7 +353,7 @@ def gallery(
         clips = []
         for own, rows in zip(self.curves, found):
             folder, value = own.results.folder, 100*rows[key]["value"]
-            tag = embed(video_tag(own.results, f"round_{own.last:02d}/evaluate/{rows[key]['clip']}"), folder)
+            tag = embed(video_tag(folder, f"round_{own.last:02d}/evaluate/{rows[key]['clip']}"), folder)
             clips.append((tag, f"<b>{html.escape(own.name)}</b><br>{value:{'.0f' if self.by == 'total' else '.2f'}}"))
         reels.append(reel(key[0], clips))
     said = (f"{len(reels)} of {len(found[0])} clips, evenly spread from the largest lead of {self.names[0]} over "

@@ -131,6 +131,7 @@ def rates_for(
 # %% ../nbs/31_evaluate.ipynb #f85688e2
 BATCH, MOST = 32, 2**29   # clips that a measure sees together, and their bytes: five at 480p
 
+# %% ../nbs/31_evaluate.ipynb #0bff4f57
 def score_videos(
     measure: Callable,            # see `load_measure`
     videos: Tensor | list[str],   # uint8 [n, T, C, H, W], or n mp4 paths

@@ -19,6 +19,7 @@ import dual_ipo
 # they change what is computed
 PACKAGES = "torch", "diffusers", "transformers", "peft", "accelerate", "ray", "flash-attn-4"
 
+# %% ../nbs/29_made.ipynb #d6ccb34d
 def versions() -> dict[str, str]:   # name → version, of those that are installed
     "What is installed."
     found = dict(python=platform.python_version(), dual_ipo=dual_ipo.__version__)

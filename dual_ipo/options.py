@@ -35,6 +35,7 @@ def between(low: float, high: float, kind=float) -> Callable[[str], float]:
     read.__name__ = f"{name} from {low:g} to {high:g}"   # what argparse says was not given
     return read
 
+# %% ../nbs/36_options.ipynb #b142fdad
 count, share, price = between(1, 10**6, int), between(1e-6, 1), between(0, 1e6)
 
 # %% ../nbs/36_options.ipynb #df538493
@@ -173,6 +174,7 @@ def add_sample(commands):
 SHAPES = ("videogen-rewardbench", "genai-bench", "visionreward", "videofeedback", "mj-bench-video", "rapidata",   # of
           "pick-a-vid", "videodpo", "flow-factory", "trl", "trl-kto", "label-studio", "argilla")   # `bring.FORMATS`
 
+# %% ../nbs/36_options.ipynb #a97ef3c5
 def add_import(commands):
     bring = commands.add_parser("import", help="pairs, thumbs and grades that people have already, as published data "
                                                "sets and annotation tools have them")
@@ -207,6 +209,7 @@ def add_compare(commands):
 # %% ../nbs/36_options.ipynb #537fa3b4
 JUDGES = "videoscore2", "videoreward", "unifiedreward", "unifiedreward-think", "visionreward", "clip", "qwen3vl"
 
+# %% ../nbs/36_options.ipynb #f5f358b0
 def add_judges(commands):
     judges = commands.add_parser("judges", help="how well judges agree with people: accuracy with and without ties, "
                                                 "both orders, calibration, time and memory, side by side")

@@ -212,6 +212,7 @@ def generator_in_words(results: Results) -> str:
 UNASKED = ("No human was asked: there are no human pairs, the judge started as its checkpoint was, "
            "and how often it agrees with people is unknown")
 
+# %% ../nbs/50_report.ipynb #315204b3
 def judge_in_words(
     entry: dict,   # of a round
     asked: bool,   # there are human pairs
@@ -276,6 +277,7 @@ def what_was_run(results: Results) -> str:
 # %% ../nbs/50_report.ipynb #433ebd51
 HEADLINE_SCORES = dict(total="true total", quality="quality", semantic="semantic", dynamic_degree="dynamic degree")
 
+# %% ../nbs/50_report.ipynb #51fa5638
 def changes(
     rounds: list[dict],   # entries, the base's first; one or more
 ) -> str:                 # HTML; '' where there is nothing to compare
@@ -341,6 +343,7 @@ def benchmarks(results: Results) -> HTML:
 # %% ../nbs/50_report.ipynb #2e515038
 QUIET = "Nothing to report: no fall of quality, no loss of motion, no odd loss, no trouble with the judge."
 
+# %% ../nbs/50_report.ipynb #1409076b
 def monitor_notes(results: Results) -> HTML:
     "The warnings, an item a round."
     if not results.rounds: return block('<p class="quiet">Nothing to watch yet.</p>')
@@ -446,6 +449,7 @@ def intervals_of(
     def points(name, end): return [unit*intervals[name][end] for intervals in found]
     return {name: (points(name, 0), points(name, 1)) for name in names}
 
+# %% ../nbs/50_report.ipynb #af026fc5
 def interval_of(
     scores: dict[int, list[dict]],  # round → rows
     name: str,
@@ -509,6 +513,7 @@ def draw_panel(
 UNMEASURED = ("No quality: no finished round has truth scores (they come from the config's measure, "
               "package.module:function), and no judge has graded its clips.")
 
+# %% ../nbs/50_report.ipynb #393ceacb
 def opinions_of(
     results: Results,
     entries: dict[int, dict],   # round → its `graded` entry
@@ -592,6 +597,7 @@ def accuracy_curve(
 UNASKED_PAIRS = ("No judge accuracy: there are no labelled pairs to ask the judge about (they need a measure, "
                  "or held-out human pairs).")
 
+# %% ../nbs/50_report.ipynb #6820dead
 def judge_figure(results: Results) -> go.Figure | HTML:
     "The judge's accuracy over rounds."
     entries = {entry["round"]: entry.get("judge") or {} for entry in results.rounds}
@@ -665,6 +671,7 @@ def draw_certainty(
 PCE_USES = dict(both="; pairs right of the line are kept", filter="; pairs right of the line are kept",
                 weight="; the weight of a pair")
 
+# %% ../nbs/50_report.ipynb #ca0ee97f
 def draw_threshold(
     fig: go.Figure,
     use: str,           # `pce.use` of the config
@@ -693,6 +700,7 @@ def votes_figure(results: Results) -> go.Figure | HTML:
 # %% ../nbs/50_report.ipynb #52deb5ff
 SURE_AND_RIGHT = "%{x:.0%} sure, %{y:.0%} right, %{customdata} pairs<extra>%{fullData.name}</extra>"
 
+# %% ../nbs/50_report.ipynb #2c3120d0
 def draw_reliability(
     fig: go.Figure,
     rows: list[dict],   # of evaluate/votes.parquet, one or more decided
@@ -714,6 +722,7 @@ def draw_reliability(
 # %% ../nbs/50_report.ipynb #35e41248
 JUDGES = Curve("p_a_static", "static (cold start)", STONE), Curve("p_a", "co-evolved", BLUE)
 
+# %% ../nbs/50_report.ipynb #a8d9673b
 def reliability_figure(results: Results) -> go.Figure | HTML:
     "How sure the judges were against how often they were right, on the last round's fresh pairs."
     votes = results.tables("evaluate/votes.parquet")
@@ -804,6 +813,7 @@ def stages_of(
 # %% ../nbs/50_report.ipynb #d2c6660e
 STAGES = (STONE, BLUE, "#7fb3d5", SAND, "#3f8f7f", "#d9b650", "#8d5a86", "#b0524a", "#5c6b2f", INK)   # told apart
 
+# %% ../nbs/50_report.ipynb #9ea9f4a6
 def time_figure(results: Results) -> go.Figure | HTML:
     "Seconds per stage, a bar a round."
     rounds = [entry for entry in results.rounds if entry.get("seconds")]
@@ -863,6 +873,7 @@ def pair_reel(
 # %% ../nbs/50_report.ipynb #50498262
 PAIR = ["prompt", *(f"{key}_{side}" for key in ("clip", "score", "total") for side in "wl")]   # what of it is shown
 
+# %% ../nbs/50_report.ipynb #a629f78d
 def pairs_gallery(
     results: Results,
     k: int | None = None,  # the round; None: the last one that has pairs
@@ -913,6 +924,7 @@ def rounds_reel(
 # %% ../nbs/50_report.ipynb #12b020f0
 NOTHING_TO_COMPARE = "Nothing to compare yet: the base and a later round must both have evaluated clips."
 
+# %% ../nbs/50_report.ipynb #7b24e67f
 def rounds_gallery(
     results: Results,
     n: int = 6,  # prompts
@@ -1162,6 +1174,7 @@ def portable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 # %% ../nbs/50_report.ipynb #80e93677
 NOTEBOOK = Path(dual_ipo.__file__).parent/"notebooks/report.ipynb"
 
+# %% ../nbs/50_report.ipynb #e715ba27
 def make_report(
     folder,              # of a run, finished or not
     notebook=NOTEBOOK,   # the one to run; give your own to change the report

@@ -26,6 +26,7 @@ HEAD = ("round", "true total", "95% interval", "quality", "semantic", "dynamic d
         "agrees with people", "static judge agrees", "people agree", "implicit accuracy", "labels kept",
         "seconds")
 
+# %% ../nbs/40_results.ipynb #bd417757
 def number(
     x: float | None,
     form: str,       # of `format`
