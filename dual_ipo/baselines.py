@@ -754,14 +754,16 @@ def apart(
     graded: bool = True,
 ) -> tuple[list[Preferred], float, float]:
     "`timed` in an environment of its own; UserError where there can be none."
-    from dual_ipo.cluster import cause_of, join, no_environment
-    ray = join()
+    from dual_ipo.cluster import cause_of, join, no_environment, ray_or_not
+    ray = ray_or_not()
+    if own := not ray.is_initialized(): join()
     try:
-        work = ray.remote(num_gpus=min(torch.cuda.device_count(), 1), runtime_env=needs)(timed)
+        work = ray.remote(num_cpus=0, num_gpus=min(torch.cuda.device_count(), 1), runtime_env=needs)(timed)
         return ray.get(work.remote(partial(open_baseline, name), pairs, graded))
     except ray.exceptions.RuntimeEnvSetupError as error: raise no_environment(error) from error
     except ray.exceptions.RayTaskError as error: raise cause_of(error) from None
-    finally: ray.shutdown()
+    finally:
+        if own: ray.shutdown()
 
 # %% ../nbs/19_baselines.ipynb #2df171a2
 def asker(

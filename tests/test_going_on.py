@@ -60,7 +60,7 @@ def mine(done, given, tmp_path):
     shutil.rmtree(at)
 
 
-def content(folder, but=("seconds.json", "progress.json", ".lock")):
+def content(folder, but=("seconds.json", "progress.json", "made.json", ".lock")):
     "Every file below a folder by what it holds."
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name not in but]
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
