@@ -210,7 +210,8 @@ def announce(
     "What it brought, and what there is to worry about in it, each in a line."
     say(round_line(run.entries()[:k + 1]))
     for line in read_results(run.path).warnings():
-        if line.startswith(f"round {k}:"): say(f"warning: {one_line(line, 400)}")
+        at, _, text = line.partition(": ")
+        if at == f"round {k}": say(f"{at} warning: {one_line(text, 400)}")
 
 # %% ../nbs/60_cli.ipynb #5afbcfb1
 def run_rounds(
