@@ -132,7 +132,8 @@ def real_generator(
     whole: bool = False,   # with its text encoder, too, instead of one of almost nothing
     **settings,            # others of `Generator`
 ) -> Generator:
-    "A real generator with random weights."
+    "A real generator with random weights, the same in every process."
+    torch.manual_seed(0)   # a GPU's own seed is another in each
     (T, H, W), is_wan = REAL[name].clip, name.startswith("Wan")
     kind, make = (Wan, wan_parts) if is_wan else (CogVideoX, cogvideox_parts)
     parts, trained = make(name, device, whole), dtype if lora_rank else torch.float32
