@@ -168,7 +168,8 @@ def vbench_at(
 ) -> Program:
     "The VBench of an interpreter; UserError where there is none."
     say = "name an interpreter that has it with --python (pip install vbench in an environment of its own)"
-    try: done = subprocess.run([python, "-c", LOOK], capture_output=True, text=True, timeout=120, env=elsewhere())
+    look = [python, "-c", LOOK]
+    try: done = subprocess.run(look, capture_output=True, encoding="utf-8", timeout=120, env=elsewhere())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"--python {python}: doesn't start ({one_line(error, 80)}); {say}") from None
     found = json.loads(done.stdout or "null") if not done.returncode else None

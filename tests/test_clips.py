@@ -340,7 +340,7 @@ def test_unreadable_is_one_line(tmp_path, monkeypatch):
 
 
 def test_dolby_vision_is_refused(tmp_path):
-    path = write(tmp_path/"a.mp4", shades(2), codec="libx265")
+    path = write(tmp_path/"a.mp4", shades(3), codec="libx265")
     path.write_bytes(path.read_bytes().replace(b"hev1", b"dvh1"))
     assert "Dolby Vision" in line_of(read_mp4, path)
 

@@ -82,8 +82,8 @@ def test_a_table_written_anew_a_mark_and_a_figure(copy):
     write_json(copy.path/"round_01/round.json", entry)
     found = told(copy)
     assert "generator.total" in found["round_01/round.json"] and "summary.json" in found
-    (copy.path/"round_00/DONE").write_text("{")
-    (copy.path/"round_01/round.json").write_text("{")   # what stops one check does not stop the others
+    (copy.path/"round_00/DONE").write_text("{", "utf-8")
+    (copy.path/"round_01/round.json").write_text("{", "utf-8")   # what stops one check does not stop the others
     (copy.path/"input_check.json").unlink()
     found = told(copy)
     assert "no mark of ours" in found["round_00/DONE"] and "is missing" in found["input_check.json"]

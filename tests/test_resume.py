@@ -173,7 +173,7 @@ def test_the_judges_check_goes_on(tmp_path):
     def check(fake, at):
         r = Stub(at, fake, 1, judge=dict(batch_size=64, min_readable=0.))
         at = r.folder/"evaluate"
-        rows = [dict(prompt=f"prompt {i}", clip=os.path.relpath(path, at)) for i, path in enumerate(files)]
+        rows = [dict(prompt=f"prompt {i}", candidate=0, clip=os.path.relpath(path, at)) for i, path in enumerate(files)]
         write_table(at/"scores.parquet", rows)
         return evaluate_judge(r, pairs, None)
     both(tmp_path, check)
