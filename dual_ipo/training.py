@@ -97,7 +97,9 @@ class Ahead:
 def trained(
     model: nn.Module,
 ) -> dict[str, nn.Parameter]:
-    "The parameters that are trained, by name."
+    "The parameters that are trained, by name; of a sharded model this rank's shares, also after a forward pass."
+    for part in model.modules():
+        if isinstance(part, FSDPModule): part.reshard()   # the root keeps its weights whole until a backward pass
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/04_training.ipynb #09dd436e

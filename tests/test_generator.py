@@ -394,15 +394,18 @@ from dual_ipo.training import ranks; ranks()
 import dual_ipo.align
 from dual_ipo.align import align
 from dual_ipo.generator import CogVideoX, Generator, Wan
+from dual_ipo.kernels import measured
 from dual_ipo.losses import objective_of
 from dual_ipo.store import write_json
 path, folder, settings, pairs, keywords = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:6])
 objective = objective_of(keywords.pop("objective"), dict(beta=2000, window=16))
 g = Generator.load(path, lora_rank=keywords.pop("lora_rank"), **settings)
-if at_once := keywords.pop("at_once"):
-    fit = dual_ipo.align.fit
-    def few(*args): return at_once, fit(*args)[1]
-    dual_ipo.align.fit = few
+at_once, fit = keywords.pop("at_once"), dual_ipo.align.fit
+def few(model, checkpointing, samples, text, shape):
+    measured(model, samples, text, shape)   # as on a GPU
+    found, words = fit(model, checkpointing, samples, text, shape)
+    return at_once or found, words
+dual_ipo.align.fit = few
 align(objective, g, pairs, folder + "/candidates", sys.argv[6], **keywords)
 if ranks().is_main_process: g.save(sys.argv[6] + "/generator")
 """
@@ -433,7 +436,7 @@ def test_two_processes_learn_what_one_learns(paths, tmp_path, objective, changes
     assert done.returncode == 0, done.stderr[-3000:]
     other = read_table(tmp_path/"two"/"history.parquet")
     for a, b in zip(history, other, strict=True):
-        for key in ("loss", "preference_loss", "E_w", "E_real", *(["z"] if objective == "kto" else [])):
+        for key in ("loss", "preference_loss", "E_w", "E_real", "grad_norm", *(["z"] if objective == "kto" else [])):
             assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-6), (key, a, b)
     theirs = Generator.load(tmp_path/"two"/"generator", lora_rank=g.lora_rank, **tiny.SETTINGS)
     for name, w in learned_by(g).items(): torch.testing.assert_close(w, learned_by(theirs)[name], atol=2e-3, rtol=0)
