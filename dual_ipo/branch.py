@@ -99,7 +99,8 @@ def paths_from(
     return portable_config(config, out)
 
 # %% ../nbs/42_branch.ipynb #c31937af
-OWN = "run.yaml", "summary.json", "report.html", "report.ipynb", "progress.json", "export"   # of a run, never shared
+# of a run, never shared
+OWN = "run.yaml", "summary.json", "report.html", "report.ipynb", "progress.json", "bases.json", "export"
 CHECKED = "input_check.json", "quarantine.parquet"   # what the user's files were found to be
 
 def share_rounds(

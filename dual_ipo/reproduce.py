@@ -21,6 +21,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from .branch import stages_of
+from .checkpoints import base_changes, base_files
 from .clean import KINDS, is_over
 from .config import parse_config
 from .core import UserError
@@ -158,13 +159,17 @@ def input_faults(
 
 # %% ../nbs/45_reproduce.ipynb #38eb7570
 def model_faults(run: Run) -> Iterator[Fault]:
-    "Models that are gone or damaged."
-    config = config_of(run)
+    "Models that are gone, damaged or others than when the run began."
+    config, at = config_of(run), run.path/"bases.json"
+    known = read_json(at, dict) if at.is_file() else {}
     for part in ("generator", "judge"):
         path = getattr(config, part).path
         if Path(path).is_absolute() and not Path(path).exists(): yield Fault(f"{part}.path", f"{path} is not there")
         try: intact(path)
         except UserError as error: yield Fault(f"{part}.path", f"{error}")
+        was = known.get(part, {})
+        changes = base_changes(was, base_files(path, was))
+        yield from (Fault(f"{part}.path", f"{path}: {name} {what}") for name, what in changes)
 
 # %% ../nbs/45_reproduce.ipynb #0a52cffd
 def noted(run: Run) -> dict[str, list[str | None]]:   # what → its values, in the order of the rounds

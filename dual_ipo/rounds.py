@@ -8,16 +8,16 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'stage_of', 'staged', 'history_of', 'check_prompts', 'candidate_sampling', 'preview_sampling', 'check_model',
            'Input', 'read_files', 'root_of', 'clip_names', 'digest_if_there', 'content_digests', 'content_of',
            'changes_of', 'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures',
-           'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated', 'write_annotated',
-           'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'read_candidates', 'bare_rows',
-           'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked', 'truth_of',
-           'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades', 'of_people',
-           'evaluate_judge', 'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of', 'signals', 'finish',
-           'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round', 'sample_cheaply', 'totals',
-           'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample', 'with_truth', 'rank',
-           'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates', 'sample_for_votes', 'sample_fresh',
-           'earlier_judge', 'table_path', 'relabelled', 'vote', 'laid_out', 'ask', 'label', 'train_judge',
-           'update_judge', 'stages', 'run_round', 'glance']
+           'check_bases', 'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated',
+           'write_annotated', 'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'read_candidates',
+           'bare_rows', 'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked',
+           'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades',
+           'of_people', 'evaluate_judge', 'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of',
+           'signals', 'finish', 'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round',
+           'sample_cheaply', 'totals', 'scores_of', 'grade', 'previews', 'worth_sampling', 'sample_all', 'sample',
+           'with_truth', 'rank', 'update_generator', 'clip_pairs', 'sample_ahead', 'next_candidates',
+           'sample_for_votes', 'sample_fresh', 'earlier_judge', 'table_path', 'relabelled', 'vote', 'laid_out', 'ask',
+           'label', 'train_judge', 'update_judge', 'stages', 'run_round', 'glance']
 
 # %% ../nbs/33_rounds.ipynb #44e48a4e
 import gc
@@ -41,6 +41,7 @@ from fastcore.basics import patch
 # %% ../nbs/33_rounds.ipynb #f906ba30
 from .align import align, check_thumbs
 from .candidates import both_ends, make_pairs, preview, sample_candidates
+from .checkpoints import base_changes, base_files
 from .cluster import place, rows_in_shards
 from .config import Config, JudgePart, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
@@ -440,17 +441,32 @@ def check_measures(r: RoundFolder):
         rows_in_shards(measures_of(r.config), 1, r.folder / "input_check/measures", "check measures", found,
                        r.config.cluster.runtime_env)
 
+# %% ../nbs/33_rounds.ipynb #5e0c4ddb
+def check_bases(r: RoundFolder):
+    "UserError where the models that the run began with are others now; bases.json holds what they are."
+    at = r.run.path / "bases.json"
+    known, now = read_json(at, dict) if at.exists() else {}, {}
+    for part in ("generator", "judge"):
+        was, path = known.get(part, {}), getattr(r.config, part).path
+        now[part] = base_files(path, was)
+        for name, what in base_changes(was, now[part]):
+            raise UserError(f"{part}.path: {path}: {name} {what}; restore it, begin another run, or remove {at} "
+                            "to go on with it")
+    if now != known: write_json(at, now)
+
 # %% ../nbs/33_rounds.ipynb #001c235b
 def checked(r: RoundFolder, given: Input, names: dict[Path, str]) -> set[str]:  # names of clips that are set aside
     "Check what was given, in the first round; in a later one, that it is still the same."
     at, content = r.run.path / "input_check.json", content_of(given, names)
     known = read_json(at) if at.exists() else {}
     if "content" in known:
+        check_bases(r)
         check_same(r, known["content"], content)
         return set(known["bad"])
     check_model(r.config, given.prompts, given.eval_prompts, given.real)
     if r.config.cluster.runtime_env: check_measures(r)
     bad = [names[Path(row["clip"])] for row in check_given_clips(r, given)]
+    check_bases(r)   # after `check_model`, which has fetched what there is to fetch
     write_json(at, dict(bad=bad, content=content))
     return set(bad)
 

@@ -1,5 +1,6 @@
 """Checkpoints as people have them: half downloaded, of old formats, edited, of other models.
 One line, or the same weights."""
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from dual_ipo.checkpoints import is_finite
+from dual_ipo.checkpoints import content_at, is_finite
 from dual_ipo.config import Config
 from dual_ipo.core import Pair, UserError
 from dual_ipo.cot import DIMENSIONS, check_rationales, cold_start_items
@@ -278,3 +279,13 @@ def test_two_runs_write_the_same_bytes(pipelines, tmp_path):
     assert files == sorted(p.relative_to(tmp_path/"2") for p in (tmp_path/"2").rglob("*") if p.is_file())
     assert [str(p) for p in files if (tmp_path/"1"/p).read_bytes() != (tmp_path/"2"/p).read_bytes()] == []
     assert not any(str(tmp_path).encode() in (tmp_path/"1"/p).read_bytes() for p in files)
+
+
+def test_a_file_of_the_hubs_cache_is_named_by_its_blob(tmp_path):
+    "Not read: it may be large, and the cache knows its content."
+    (tmp_path/"blobs").mkdir()
+    blob = tmp_path/"blobs"/("ab"*32)
+    blob.write_bytes(b"weights")
+    (tmp_path/"model.safetensors").symlink_to(blob)
+    assert content_at(tmp_path/"model.safetensors", None)[2] == blob.name
+    assert content_at(blob, None)[2] == hashlib.sha256(b"weights").hexdigest()
