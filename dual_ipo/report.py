@@ -48,11 +48,12 @@ from .browse import BROWSE_SCRIPT, BROWSE_STYLE, browser, script_json, spread, v
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES
 from .execute import Ended, run_notebook
+from .made import read_made
 from .monitor import should_stop
 from .pce import reliability
 from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, read_results, table_html
 from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
-from .store import read_json, read_rows
+from .store import read_rows
 from .vbench import VBENCH_QUALITY, others_table, paper_rows, read_facts, vbench_notes, vbench_table
 
 # %% ../nbs/50_report.ipynb #c6e9fc56
@@ -964,8 +965,7 @@ def made_row(
 # %% ../nbs/50_report.ipynb #3a946d10
 def made_with(results: Results) -> HTML:
     "Versions, hardware, commit and dates, and a link to the notebook of each round."
-    path, links = results.folder/"made.json", []
-    rows = [made_row(entry) for entry in (read_json(path, list[dict]) if path.is_file() else [])]
+    rows, links = [made_row(entry) for entry in read_made(results.folder)], []
     table = table_html(["", "date", "hardware", "versions", "commit"], rows, "text") if rows else ""
     for k in [entry["round"] for entry in results.rounds]:
         notebook = f"round_{k:02d}/round.ipynb"

@@ -25,7 +25,7 @@ from .checkpoints import base_changes, base_files
 from .clean import KINDS, is_over
 from .config import parse_config
 from .core import UserError
-from .made import commit, hardware, versions
+from .made import commit, hardware, read_made, versions
 from .results import table_text
 from .rounds import RoundFolder, changes_of, clip_names, config_of, content_of, read_files, summary_of
 from .store import (Run, Summary, checksum, differences, identity, intact, is_done, read_entries,
@@ -174,8 +174,8 @@ def model_faults(run: Run) -> Iterator[Fault]:
 # %% ../nbs/45_reproduce.ipynb #0a52cffd
 def noted(run: Run) -> dict[str, list[str | None]]:   # what → its values, in the order of the rounds
     "What the rounds were made with."
-    at, found = run.path / "made.json", {}
-    for entry in read_json(at, list[dict]) if at.is_file() else []:
+    found = {}
+    for entry in read_made(run.path):
         own = (entry.get("versions") or {}) | {key: entry.get(key) for key in ("commit", "hardware")}
         for key, value in own.items():
             if value not in found.setdefault(key, []): found[key].append(value)

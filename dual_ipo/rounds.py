@@ -10,7 +10,7 @@ __all__ = ['config_of', 'check_there', 'RoundFolder', 'device', 'set_determinist
            'changes_of', 'check_same', 'faults_in_shards', 'check_given_clips', 'measures_of', 'check_measures',
            'check_bases', 'checked', 'read_input', 'check_judge_of', 'check_input', 'all_of', 'annotated',
            'write_annotated', 'save_judge', 'start_judge', 'with_their_reasons', 'human_items', 'read_candidates',
-           'bare_rows', 'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'people_were_asked',
+           'bare_rows', 'with_scores', 'evaluation_clips', 'evaluate_generator', 'measured_pair', 'truth_in',
            'truth_of', 'asked_together', 'as_seen', 'grades_of', 'check_votes_of', 'vote_row', 'follow_grades',
            'of_people', 'evaluate_judge', 'summary_of', 'write_summary', 'graded_of', 'voted_of', 'trained_of',
            'signals', 'finish', 'is_late', 'measure_again', 'late_rounds', 'measure_late', 'prompts_of_round',
@@ -642,10 +642,13 @@ def measured_pair(
     return Pair(a["prompt"], first, second, label_of(gap), f"{a['prompt']}:{a['candidate']}:{b['candidate']}"), abs(gap)
 
 # %% ../nbs/33_rounds.ipynb #e7b0ee5a
-def people_were_asked(run: Run) -> bool:
-    "Whether the judge was held to people's pairs when the run began."
-    table = run.round(0) / "evaluate/votes.parquet"
-    return table.is_file() and read_table(table)[0]["gap"] is None
+def truth_in(
+    folder: Path,   # of a round
+) -> str | None:
+    "Who decided the pairs that a round's judge was held to: people, the measure, or nobody."
+    table = folder / "evaluate/votes.parquet"
+    if not table.is_file(): return None
+    return "people" if read_table(table)[0]["gap"] is None else "measure"
 
 # %% ../nbs/33_rounds.ipynb #673b40e2
 def truth_of(
@@ -654,7 +657,7 @@ def truth_of(
     human: PairTable,
 ) -> tuple[list[Pair], list[float] | None]:  # with true labels; the gaps between the totals, where they were measured
     "Pairs whose better clip is known: of the evaluation clips if they were measured, else held-out human ones."
-    if "total" not in scored[0] or people_were_asked(r.run):
+    if "total" not in scored[0] or truth_in(r.run.round(0)) == "people":
         return all_of(human.split(r.config.data.held_out, r.config.seed)[1]), None
     known = [measured_pair(r.folder / "evaluate", a, b) for a, b in zip(scored[::2], scored[1::2])]
     return [pair for pair, _ in known], [gap for _, gap in known]
@@ -804,11 +807,8 @@ def trained_of(r: RoundFolder) -> dict[str, float] | None:   # None: no step kno
 
 # %% ../nbs/33_rounds.ipynb #cdeb82fa
 def signals(r: RoundFolder) -> dict:   # of a round's entry: truth, graded, voted, trained
-    "What is known of a round without a measure, and who decided its pairs: people, the measure, or nobody."
-    table = r.folder / "evaluate/votes.parquet"
-    known = table.is_file() and read_table(table)[0]["gap"] is not None
-    truth = None if not table.is_file() else "measure" if known else "people"
-    return dict(truth=truth, graded=graded_of(r), voted=voted_of(r), trained=trained_of(r))
+    "What is known of a round without a measure, and who decided its pairs."
+    return dict(truth=truth_in(r.folder), graded=graded_of(r), voted=voted_of(r), trained=trained_of(r))
 
 # %% ../nbs/33_rounds.ipynb #1bd7ab61
 def finish(
