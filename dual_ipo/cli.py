@@ -349,13 +349,14 @@ def dry_run(args: argparse.Namespace) -> str:
 
 # %% ../nbs/60_cli.ipynb #f141aef6
 def planned(args: argparse.Namespace) -> str:
+    from dual_ipo.disk import disk_facts, disk_words
     from dual_ipo.plan import plan, plan_facts
     from dual_ipo.power import evaluation_power, in_words
     given = read_config(args.config), args.gpu, args.count, args.share, args.price
     run = args.config.parent if args.config.name == "run.yaml" else named_after(args.config)
-    shown = evaluation_power(given[0], run)
-    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown))
-    return f"{plan(*given)}\n{in_words(shown)}"
+    shown, disk = evaluation_power(given[0], run), disk_facts(given[0], run)
+    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown, disk=disk))
+    return "\n".join([plan(*given), in_words(shown), "", disk_words(disk)])
 
 # %% ../nbs/60_cli.ipynb #62f8f5eb
 def gated(args: argparse.Namespace) -> str:
