@@ -1086,15 +1086,22 @@ def embed(
 SCRIPT = """
 const sight = new IntersectionObserver(entries => entries.forEach(e =>
   e.isIntersecting ? e.target.play().catch(() => {}) : e.target.pause()));
+const library = () => {
+  const kept = document.getElementById('plotly');
+  if (!kept) return;
+  kept.remove();
+  document.head.append(Object.assign(document.createElement('script'), {textContent: kept.textContent})); };
 const draw = div => {
   const kept = div.querySelector('script');
   if (!kept) return;
+  library();
   const figure = JSON.parse(kept.textContent);
   kept.remove();
   Plotly.newPlot(div, figure.data, figure.layout, {displayModeBar: false, responsive: true}); };
 const near = new IntersectionObserver(
   entries => entries.forEach(e => e.isIntersecting && draw(e.target)), {rootMargin: '600px'});
-document.querySelectorAll('.plot').forEach(div => near.observe(div));
+addEventListener('load', () => requestAnimationFrame(() => setTimeout(() =>
+  document.querySelectorAll('.plot').forEach(div => near.observe(div)))));
 addEventListener('beforeprint', () => document.querySelectorAll('.plot').forEach(draw));
 document.querySelectorAll('.reel').forEach(reel => {
   const [first, ...others] = reel.querySelectorAll('video');
@@ -1119,7 +1126,7 @@ PAGE = """<!doctype html>
 </head>
 <body><main class="dipo">
 {body}
-</main><script>{plotly}</script><script>{script}</script></body></html>
+</main><script>{script}</script><script type="text/plain" id="plotly">{plotly}</script></body></html>
 """
 
 # %% ../nbs/50_report.ipynb #fe241695

@@ -85,7 +85,8 @@ def test_the_command_says_it_and_warns_where_room_is_short(tmp_path, capsys, mon
     assert main(["plan", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["disk"]
     assert not found["fits"] and found["free"] == 10**6 and found["most"] > found["left"] > found["freed"] > 0
-    assert {"clips", "latents", "checkpoints", "generator", "judge", "tables"} <= {row["kind"] for row in found["stages"]}
+    kinds = {row["kind"] for row in found["stages"]}
+    assert {"clips", "latents", "checkpoints", "generator", "judge", "tables"} <= kinds
     assert main(["plan", str(path)]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"warning: {tmp_path}: 1.00 MB are free") and "make room" in line
