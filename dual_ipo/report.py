@@ -48,7 +48,6 @@ from .browse import BROWSE_SCRIPT, BROWSE_STYLE, browser, script_json, spread, v
 from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES
 from .execute import Ended, run_notebook
-from .monitor import should_stop
 from .pce import reliability
 from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, read_results, table_html
 from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
@@ -362,12 +361,8 @@ def best_round(results: Results) -> int | None:   # None: no round has trained a
     if not later: return None
     if all(entry.get("generator") for entry in later):
         return max(later, key=lambda entry: entry["generator"]["total"])["round"]
-    grades = [(entry.get("judge") or {}).get("judged") for entry in results.rounds]
-    for entry in later:
-        k = entry["round"]
-        if None in grades[:k + 1]: break
-        if should_stop(grades[:k + 1], list(results.rows(k, "align/history.parquet"))): return k - 1
-    return later[-1]["round"]
+    rounds = [entry["round"] for entry in later]
+    return next((k - 1 for k in rounds if results.reasons_to_stop(k)), rounds[-1])
 
 # %% ../nbs/50_report.ipynb #ce31bf39
 TAKE = """dual-ipo export {run} --round {k} --out my-lora                       # for diffusers
