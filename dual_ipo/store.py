@@ -861,7 +861,9 @@ def open(cls: Run,
 
 # %% ../nbs/02_store.ipynb #f891b355
 @patch(cls_method=True)
-def load(cls: Run, path) -> "Run":
+def load(cls: Run,
+    path,   # of its folder
+) -> "Run":
     "A run as it lies on disk; UserError when there is none."
     if not (Path(path)/"run.yaml").is_file():
         raise UserError(f"{path}: is no run folder (it has no run.yaml); check the path")
