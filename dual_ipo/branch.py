@@ -161,9 +161,9 @@ def branch(
 # %% ../nbs/42_branch.ipynb #1d25e2be
 def in_words(run: Run, k: int, config: dict[str, object], out: Path, copied: list[int]) -> str:
     "What a branch shares, what differs, and how it goes on."
-    rounds = "round 0 is" if k == 0 else f"rounds 0 to {k} are"
+    rounds = "round 0 is that" if k == 0 else f"rounds 0 to {k} are those"
     room = f", {len(copied)} files copied, {sum(copied) / 1e6:.0f} MB" if copied else ", by links that take no room"
-    lines = [f"{out}: {rounds} those of {run.path}, made with its values{room}"]
+    lines = [f"{out}: {rounds} of {run.path}, made with its values{room}"]
     lines += [f"  {key}: {old} there, {new} here" for key, old, new in differences(run.config, config)]
     return "\n".join([*lines, f"`dual-ipo run {out}` goes on with round {k + 1}"])
 

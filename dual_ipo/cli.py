@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['BAR', 'LONG', 'ROUND', 'KEEP_MEMORY', 'StageBar', 'say', 'StageLog', 'pace', 'bars', 'where', 'execute_round',
-           'stops', 'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy',
-           'start_demo', 'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned',
-           'gated', 'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'annotated', 'reported',
-           'branched', 'sampled', 'paired', 'compared', 'reproduced', 'evaluated', 'ablated', 'check_ray', 'finished',
-           'command']
+           'keep_freed_memory', 'apart', 'announce', 'run_rounds', 'run_all', 'check_names', 'check_toy', 'start_demo',
+           'write_config', 'go_on', 'named_after', 'keys_of', 'asked', 'start_run', 'dry_run', 'planned', 'gated',
+           'exported', 'cleaned', 'imported', 'newest_judge', 'asker_of', 'judged', 'annotated', 'reported', 'branched',
+           'sampled', 'paired', 'compared', 'reproduced', 'evaluated', 'ablated', 'check_ray', 'finished', 'command']
 
 # %% ../nbs/60_cli.ipynb #7d54c405
 import argparse
@@ -31,9 +30,8 @@ import dual_ipo
 from .config import Config, commented_yaml, config_for, parse_config, read_config
 from .core import UserError
 from .execute import Ended, run_notebook
-from .monitor import should_stop
 from .results import clock, headline, read_results, round_line, seconds_left, standing, status, table_text
-from .store import Run, check_config_of, is_done, portable_config, read_progress, read_table
+from .store import Run, check_config_of, is_done, portable_config, read_progress
 from .terminal import GOES_ON, one_line
 
 # %% ../nbs/60_cli.ipynb #4a16bead
@@ -175,16 +173,6 @@ def execute_round(
         raise Ended(f"{where(run, k)}: {one_line(error, 400)}{kept}; {GOES_ON}", error.code) from error
     if not is_done(folder): raise Ended(f"{folder}: the notebook ended without finishing the round; see {notebook}", 1)
 
-# %% ../nbs/60_cli.ipynb #e886ed99
-def stops(
-    run: Run,
-    k: int,     # the last finished round
-) -> list[str]: # reasons
-    "Why the run should end here, see `monitor.should_stop`."
-    judged = [entry["judge"].get("judged") for entry in run.entries()[:k + 1]]
-    if not k or None in judged: return []
-    return should_stop(judged, read_table(run.round(k) / "align/history.parquet"))
-
 # %% ../nbs/60_cli.ipynb #48b12baa
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(1 << 32))
 
@@ -228,7 +216,7 @@ def run_rounds(
         if not was_done:
             announce(run, k)
             if fault := fault_of(run): say(fault)
-        if run.config["stop"] and stops(run, k): break
+        if run.config["stop"] and read_results(run.path).reasons_to_stop(k): break
 
 # %% ../nbs/60_cli.ipynb #ae75b1fd
 def run_all(
@@ -349,13 +337,14 @@ def dry_run(args: argparse.Namespace) -> str:
 
 # %% ../nbs/60_cli.ipynb #f141aef6
 def planned(args: argparse.Namespace) -> str:
+    from dual_ipo.disk import disk_facts, disk_words
     from dual_ipo.plan import plan, plan_facts
     from dual_ipo.power import evaluation_power, in_words
     given = read_config(args.config), args.gpu, args.count, args.share, args.price
     run = args.config.parent if args.config.name == "run.yaml" else named_after(args.config)
-    shown = evaluation_power(given[0], run)
-    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown))
-    return f"{plan(*given)}\n{in_words(shown)}"
+    shown, disk = evaluation_power(given[0], run), disk_facts(given[0], run)
+    if args.json: return json.dumps(plan_facts(*given) | dict(evaluation=shown, disk=disk))
+    return "\n".join([plan(*given), in_words(shown), "", disk_words(disk)])
 
 # %% ../nbs/60_cli.ipynb #62f8f5eb
 def gated(args: argparse.Namespace) -> str:

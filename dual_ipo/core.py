@@ -740,7 +740,9 @@ class Video:
 
 # %% ../nbs/00_core.ipynb #339c42c3
 @patch(cls_method=True)
-def load(cls: Video, path) -> "Video":
+def load(cls: Video,
+    path,   # of a clip
+) -> "Video":
     "Read a clip; see `read_clip` for the errors."
     frames, line = read_clip(path)
     if line.even: return cls(frames, line.fps, Path(path))

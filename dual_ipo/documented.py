@@ -72,7 +72,8 @@ def documented(
     if not inspect.isclass(x): tell(x)
     else:
         if hasattr(x, "__dataclass_fields__"): tell(x)
-        for name, part in list(vars(x).items()):
-            part = getattr(part, "__func__", part)
+        for name in list(vars(x)):
+            part = getattr(x, name)
+            part = getattr(part, "__func__", part)   # of a class method
             if inspect.isfunction(part) and (not name.startswith("_") or name == "__init__"): tell(part)
     return x

@@ -421,7 +421,9 @@ def open_weights(self: Generator,
 
 # %% ../nbs/22_generator.ipynb #04f8c5cf
 @patch(cls_method=True)
-def dtypes(cls: Generator, dtype: torch.dtype, lora_rank: int | None) -> dict[str, torch.dtype]:
+def dtypes(cls: Generator,
+    dtype: torch.dtype, lora_rank: int | None,   # as for `load`
+) -> dict[str, torch.dtype]:
     "Of the pipeline's parts."
     parts = dict.fromkeys(cls.parts, dtype if lora_rank else torch.float32)
     return parts | {"default": dtype, "vae": cls.vae_dtype or dtype}
@@ -430,7 +432,7 @@ def dtypes(cls: Generator, dtype: torch.dtype, lora_rank: int | None) -> dict[st
 @patch(cls_method=True)
 def load(cls: Generator,
     path,                                # a pipeline folder, a hub id, or a folder written by `save`
-    *, dtype=torch.float32, lora_rank: int | None = None,
+    *, dtype=torch.float32, lora_rank: int | None = None,   # of the weights; None: all of them learn
     **settings,                          # the others of `Generator`
 ) -> Generator:
     "The generator at `path` with the adapters found there. UserError for pipelines of other classes."

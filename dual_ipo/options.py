@@ -115,7 +115,8 @@ def add_branch(commands):
 
 # %% ../nbs/36_options.ipynb #773a95ca
 def add_plan(commands):
-    plan = commands.add_parser("plan", help="what a round will cost, and whether it fits, without computing anything")
+    plan = commands.add_parser("plan", help="what a round will cost, whether it fits, and what a run leaves on disk, "
+                                            "without computing anything")
     plan.add_argument("config", type=Path)
     plan.add_argument("--gpu", default="H100", help="kind of card (default H100)")
     plan.add_argument("--count", type=count, default=1, help="cards")

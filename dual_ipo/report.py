@@ -49,7 +49,6 @@ from .core import UserError, Video, VideoFile, browser_plays, whole_file
 from .evaluate import AGGREGATES
 from .execute import Ended, run_notebook
 from .made import read_made
-from .monitor import should_stop
 from .pce import reliability
 from .results import BLUE, FAINT, GREY, INK, SAND, STONE, Results, headline, read_results, table_html
 from .stats import bootstrap_ci, bootstrap_cis, paired_difference, right
@@ -363,12 +362,8 @@ def best_round(results: Results) -> int | None:   # None: no round has trained a
     if not later: return None
     if all(entry.get("generator") for entry in later):
         return max(later, key=lambda entry: entry["generator"]["total"])["round"]
-    grades = [(entry.get("judge") or {}).get("judged") for entry in results.rounds]
-    for entry in later:
-        k = entry["round"]
-        if None in grades[:k + 1]: break
-        if should_stop(grades[:k + 1], list(results.rows(k, "align/history.parquet"))): return k - 1
-    return later[-1]["round"]
+    rounds = [entry["round"] for entry in later]
+    return next((k - 1 for k in rounds if results.reasons_to_stop(k)), rounds[-1])
 
 # %% ../nbs/50_report.ipynb #ce31bf39
 TAKE = """dual-ipo export {run} --round {k} --out my-lora                       # for diffusers
@@ -1086,15 +1081,22 @@ def embed(
 SCRIPT = """
 const sight = new IntersectionObserver(entries => entries.forEach(e =>
   e.isIntersecting ? e.target.play().catch(() => {}) : e.target.pause()));
+const library = () => {
+  const kept = document.getElementById('plotly');
+  if (!kept) return;
+  kept.remove();
+  document.head.append(Object.assign(document.createElement('script'), {textContent: kept.textContent})); };
 const draw = div => {
   const kept = div.querySelector('script');
   if (!kept) return;
+  library();
   const figure = JSON.parse(kept.textContent);
   kept.remove();
   Plotly.newPlot(div, figure.data, figure.layout, {displayModeBar: false, responsive: true}); };
 const near = new IntersectionObserver(
   entries => entries.forEach(e => e.isIntersecting && draw(e.target)), {rootMargin: '600px'});
-document.querySelectorAll('.plot').forEach(div => near.observe(div));
+addEventListener('load', () => requestAnimationFrame(() => setTimeout(() =>
+  document.querySelectorAll('.plot').forEach(div => near.observe(div)))));
 addEventListener('beforeprint', () => document.querySelectorAll('.plot').forEach(draw));
 document.querySelectorAll('.reel').forEach(reel => {
   const [first, ...others] = reel.querySelectorAll('video');
@@ -1119,7 +1121,7 @@ PAGE = """<!doctype html>
 </head>
 <body><main class="dipo">
 {body}
-</main><script>{plotly}</script><script>{script}</script></body></html>
+</main><script>{script}</script><script type="text/plain" id="plotly">{plotly}</script></body></html>
 """
 
 # %% ../nbs/50_report.ipynb #fe241695

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .config import parse_config
-from .monitor import warnings_of
+from .monitor import WATCHED, should_stop, warnings_of
 from .store import (Rows, Run, Summary, is_done, is_worked_on, read_entries, read_json, read_progress,
                             read_rows, read_yaml)
 from .terminal import one_line
@@ -141,12 +141,23 @@ def tables(self: Results,
 @patch
 def warnings(self: Results) -> list[str]:   # "round 1: …"
     "Every warning of the finished rounds, and what came of it."
-    lines = warnings_of(self.rounds, self.tables("align/history.parquet"))
+    lines = warnings_of(self.rounds, self.tables("align/history.parquet", WATCHED))
     for path in sorted(self.folder.glob("round_*/align/anomaly.json")):
         reason = read_json(path, dict[str, str]).get("reason")
         lines.append(f"round {int(path.parts[-3][6:])}: training stopped early, {reason}")
     longer = [entry["round"] for entry in self.rounds if entry.get("extra_srpo")]
     return lines + [f"round {k}: therefore SRPO ran longer" for k in longer]
+
+# %% ../nbs/40_results.ipynb #e171415d
+@patch
+def reasons_to_stop(
+    self: Results,
+    k: int,            # a finished round
+) -> list[str]:        # none where the first judge has not graded every round so far
+    "Why the run should end with round `k` and keep the generator of the one before, see `monitor.should_stop`."
+    judged = [(entry.get("judge") or {}).get("judged") for entry in self.rounds[:k + 1]]
+    if not k or None in judged: return []
+    return should_stop(judged, self.rows(k, "align/history.parquet", WATCHED))
 
 # %% ../nbs/40_results.ipynb #379c8ba4
 def read_results(

@@ -1020,7 +1020,7 @@ def to_train(
 def load(cls: Judge,
     path,                                  # folder or hub id; a folder written by `save`
     *,
-    device="cpu",
+    device="cpu",                          # where it computes
     dtype: torch.dtype = torch.float32,    # of the weights; adapters and log-probs are float32
     lora_rank: int | None = None,          # None: all weights are trained (saved adapters keep their rank)
     learns: bool = False,                  # all weights, in low precision: kept in fp32, rounded in arithmetic alone

@@ -7,13 +7,13 @@ __all__ = ['NUMBERS', 'FLOAT', 'AT_ONCE', 'DAMAGES', 'PATHS', 'atomic_write', 'w
            'yaml_fault', 'Dumper', 'expanded_length', 'write_yaml', 'read_yaml', 'checksum', 'identity',
            'remember_whole', 'own_files', 'checksums', 'Done', 'remembered', 'marks_of', 'whole', 'intact', 'LazyList',
            'Each', 'Rows', 'columns_of', 'one_table', 'arrow_of', 'rows_checksum', 'write_table', 'parquet',
-           'stream_table', 'read_rows', 'read_table', 'read_tables', 'write_tensors', 'read_tensors', 'json_pieces',
-           'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done', 'sync_tree', 'mark_done',
-           'whole_folder', 'stage', 'differences', 'first_difference', 'portable', 'located', 'moved_path',
-           'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock', 'is_worked_on', 'Fact',
-           'Scores', 'Gain', 'Opinion', 'Votes', 'Entry', 'Summary', 'read_entries', 'Run', 'may_change', 'set_words',
-           'branch_command', 'check_config_of', 'rebased', 'set_progress_file', 'report_progress', 'progress',
-           'is_number', 'read_progress']
+           'stream_table', 'rows_where', 'count_rows', 'read_rows', 'read_table', 'read_tables', 'write_tensors',
+           'read_tensors', 'json_pieces', 'digest', 'digest_at', 'file_digest', 'clip_digest', 'pair_digest', 'is_done',
+           'sync_tree', 'mark_done', 'whole_folder', 'stage', 'differences', 'first_difference', 'portable', 'located',
+           'moved_path', 'portable_config', 'note_base', 'base_seen_from', 'find_base', 'locked', 'lock',
+           'is_worked_on', 'Fact', 'Scores', 'Gain', 'Opinion', 'Votes', 'Entry', 'Summary', 'read_entries', 'Run',
+           'may_change', 'set_words', 'branch_command', 'check_config_of', 'rebased', 'set_progress_file',
+           'report_progress', 'progress', 'is_number', 'read_progress']
 
 # %% ../nbs/02_store.ipynb #1ab53758
 import errno, fcntl, glob, hashlib, json, math, os, re, shlex, shutil, time, zlib
@@ -24,7 +24,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
-import pyarrow as pa, pyarrow.parquet as pq, yaml
+import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq, yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, field_validator
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -385,6 +385,22 @@ def stream_table(
                 crc = zlib.crc32(repr(row).encode(), crc)
                 yield row
         if written and int(written, 16) != crc: raise ValueError("its rows are not those that were written")
+
+# %% ../nbs/02_store.ipynb #1699c47a
+def rows_where(
+    path,
+    column: str,
+    values: set,       # that it must have
+) -> Iterator[dict]:
+    "Rows of a Parquet table, found a few at a time; as for some columns, their pages' checksums have to do."
+    wanted = pa.array(sorted(values))
+    with parquet(path) as file:
+        for batch in file.iter_batches(AT_ONCE): yield from batch.filter(pc.is_in(batch[column], wanted)).to_pylist()
+
+# %% ../nbs/02_store.ipynb #e70cd878
+def count_rows(path) -> int:
+    "Of a Parquet table, by its last bytes."
+    with parquet(path) as file: return file.metadata.num_rows
 
 # %% ../nbs/02_store.ipynb #74e45db2
 def read_rows(
@@ -845,7 +861,9 @@ def open(cls: Run,
 
 # %% ../nbs/02_store.ipynb #f891b355
 @patch(cls_method=True)
-def load(cls: Run, path) -> "Run":
+def load(cls: Run,
+    path,   # of its folder
+) -> "Run":
     "A run as it lies on disk; UserError when there is none."
     if not (Path(path)/"run.yaml").is_file():
         raise UserError(f"{path}: is no run folder (it has no run.yaml); check the path")

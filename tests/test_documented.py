@@ -13,8 +13,9 @@ def callables(name):
     if not inspect.isclass(x): return {name: x}
     is_data = hasattr(x, "__dataclass_fields__")
     found = {name: x} if is_data else {}
-    for part, f in vars(x).items():
-        f = getattr(f, "__func__", f)
+    for part in vars(x):
+        f = getattr(x, part)
+        f = getattr(f, "__func__", f)   # of a class method
         own = inspect.isfunction(f) and (not part.startswith("_") or part == "__init__" and not is_data)
         if own and f.__module__.startswith("dual_ipo"): found[f"{name}.{part}"] = f
     return found
@@ -28,6 +29,11 @@ def test_help_knows_every_parameter(name):
         for names, said in parameters_of(f):
             assert said or all(f"`{one}`" in doc for one in names.split(", ")), f"{path}: {names} has no comment"
             if said: assert f"{names}: {said}" in doc, path
+
+
+def test_class_methods_are_known_too():
+    assert {"Run.open", "Run.load"} <= callables("Run").keys() and "Judge.load" in callables("Judge")
+    assert "config: everything that decides the results" in inspect.getdoc(dual_ipo.Run.open)
 
 
 def test_nothing_is_read_for_those_who_do_not_ask():

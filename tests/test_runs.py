@@ -23,8 +23,9 @@ from dual_ipo import rounds
 from dual_ipo.cli import ROUND, start_run
 from dual_ipo.demo import demo_config, write_toy_input
 from dual_ipo.ending import main
-from dual_ipo.config import parse_config
+from dual_ipo.config import parse_config, read_config
 from dual_ipo.core import UserError, Video
+from dual_ipo.disk import disk_facts
 from dual_ipo.rounds import run_round
 from dual_ipo.store import Run, mark_done, read_json, read_table
 from dual_ipo.toyworld import CHECKPOINTS
@@ -140,6 +141,19 @@ def test_killed_at_random_moments_ends_the_same(given, tmp_path):
     assert outcome(tmp_path/"killed") == outcome(tmp_path/"calm")
 
 
+def as_planned(run, trained):
+    "What `plan` says of disk before a run, and what lies there after it."
+    patterns = dict(clips="*/shard_*/clips/*.mp4", latents="*/shard_*/latents.safetensors", generator="generator/**/*",
+                    judge="judge/**/*", checkpoints="*/step_*/*.safetensors")
+    there, planned = {}, dict.fromkeys(patterns, 0)
+    for kind, pattern in patterns.items():
+        there[kind] = sum(file.stat().st_size for file in run.glob(f"round_*/{pattern}") if file.is_file())
+    for row in disk_facts(read_config(run/"run.yaml"), run)["stages"]:
+        if row["kind"] in planned and (trained or (row["stage"], row["kind"]) != ("srpo", "checkpoints")):
+            planned[row["kind"]] += row["bytes"]
+    assert planned == pytest.approx(there, rel=.15)
+
+
 @pytest.mark.parametrize("arch, objective, lora_rank", [("cogvideox", "kto", None), ("cogvideox", "dpo", 4)])
 def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora_rank):
     "In a folder that is named as users do, from where they are; what happens is shown meanwhile."
@@ -169,6 +183,7 @@ def test_a_users_run(given, tmp_path, capsys, monkeypatch, arch, objective, lora
     assert "report.html" in said.out and (out/"report.html").stat().st_size > 1e6
     assert main(["status", str(out)]) == 0 and "3 of 3 rounds" in capsys.readouterr().out
     assert undescribed(out) == []   # the page of tables of 02_store
+    as_planned(out, trained=bool(kept))
 
 
 def test_a_bad_clip_is_set_aside_and_counted(given, tmp_path):
