@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['HEAD', 'ROW', 'RESPONSE', 'PAGE', 'pixel_bytes', 'frame_bytes', 'latent_bytes', 'text_bytes', 'Weights',
            'generator_weights', 'judge_weights', 'given_to', 'Left', 'Disk', 'disk_of', 'at_most', 'free_bytes',
-           'summed', 'disk_facts', 'size_of', 'stage_line', 'disk_words']
+           'summed', 'disk_facts', 'stage_line', 'disk_words']
 
 # %% ../nbs/47_disk.ipynb #eabc04b8
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 
-from .clean import bytes_of
+from .clean import bytes_of, size_of
 from .config import Config
 from .core import SMALL, UserError
 from .generator import Generator, Wan, meta_generator
@@ -262,13 +261,6 @@ def disk_facts(
     (total,), clip = summed(left), round(frame*d.model.num_frames)
     return dict(stages=summed(left, "stage", "kind"), left=total["bytes"], freed=total["freed"], most=most,
                 clip=clip, clips=source, run=str(run), used=used, free=free, fits=most <= free + used)
-
-# %% ../nbs/47_disk.ipynb #7f74d7fb
-def size_of(n: float) -> str:
-    "Bytes in words, three digits of them."
-    power = min(max(0, math.floor(math.log10(max(n, 1))))//3, 4)
-    shown = n/1000**power
-    return f"{shown:.{max(0, 2 - math.floor(math.log10(max(shown, 1))))}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 # %% ../nbs/47_disk.ipynb #68dd152b
 def stage_line(

@@ -759,7 +759,8 @@ def totals_of(
     "What stands below the table: a round, and the run."
     whole, hours = cold.gpu_hours + rounds * a_round.gpu_hours, cold.hours + rounds * a_round.hours
     line = f"{'a round':14}{a_round.flops / 1e15:12.4g}{a_round.gpu_hours:12.4g}{a_round.hours:10.3g}"
-    run = f"{rounds} rounds{' and the cold start' if cold.flops else ''}: {whole:.4g} GPU-hours, {hours:.3g} hours"
+    what = f"{rounds} round{'s'*(rounds != 1)}{' and the cold start' if cold.flops else ''}"
+    run = f"{what}: {whole:.4g} GPU-hours, {hours:.3g} hours"
     if not price: return [line, run]
     return [f"{line}   {a_round.gpu_hours * price:,.0f} at {price:g} a GPU-hour", f"{run}, {whole * price:,.0f}"]
 

@@ -125,7 +125,9 @@ def in_words(
     facts: dict | None,   # of `evaluation_power`
 ) -> str:                 # a line
     "What an evaluation will be able to tell."
-    if facts is None: return "no evaluate.measure: nothing is measured, so that no gain can be told from none"
+    if facts is None:
+        return ("no evaluate.measure: nothing is measured; a round's gain is that of the first judge's grades, an "
+                "opinion, and how large one has to be is not known beforehand")
     clips = f"{facts['clips']} clip{'s' * (facts['clips'] > 1)}"
     needed = ", ".join(f"{gain} needs {n}" for gain, n in facts["prompts_for"].items())
     return (f"evaluation: {facts['prompts']} prompts × {clips} show a gain of {facts['smallest_gain']:.1f} points with "

@@ -48,7 +48,7 @@ def test_it_is_said_first(copy, capsys):
     assert main(["clean", str(copy.path)]) == 0
     said = capsys.readouterr().out
     assert "nothing is removed yet: --yes does it" in said and content(copy.path, but=()) == before
-    kinds = {line.split("GB  ")[1] for line in said.splitlines()[:-1]}
+    kinds = {line.split("B  ")[1] for line in said.splitlines()[:-1]}
     assert kinds == set(KINDS)
     sizes = clean(copy)
     on_disk = sum(len(data) for data in before.values())

@@ -92,7 +92,7 @@ def test_a_plan_says_it(tmp_path, capsys, monkeypatch):
     config = demo_config("wan", "dpo", 1, 0)
     (tmp_path/"toy.yaml").write_text(commented_yaml(config), "utf-8")
     assert main(["plan", "toy.yaml"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation:"))
     assert "72 prompts × 2 clips show a gain of 3.2 points with 80% power; one of 2 needs 184, 1 needs 734" in line
     assert "in the toy world" in line
     before, after = planted(2., 100, 2, Spread(2., 4.))
