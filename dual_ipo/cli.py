@@ -32,6 +32,7 @@ from .config import Config, commented_yaml, config_for, parse_config, read_confi
 from .core import UserError
 from .execute import Ended, run_notebook
 from .monitor import should_stop
+from .people import WAITING
 from .results import clock, headline, read_results, round_line, seconds_left, standing, status, table_text
 from .store import Run, check_config_of, is_done, portable_config, read_progress, read_table
 from .terminal import GOES_ON, one_line
@@ -115,7 +116,8 @@ def show(
     if now == self.seen: return
     before, self.seen = self.seen, now
     if before is None or any(before[key] != now[key] for key in ("round", "stage", "total")):
-        if not self.told: self.seen = before | dict(done=before["total"], eta=None)   # its end went by unseen
+        if not self.told and before["stage"] != WAITING:   # nobody has to come; of others the end went by unseen
+            self.seen = before | dict(done=before["total"], eta=None)
         self.close()
         self.seen, self.told, self.last = now, False, time.monotonic()
     if now["done"] >= now["total"]: self.close()
