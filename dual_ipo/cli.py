@@ -116,8 +116,8 @@ def show(
     if now == self.seen: return
     before, self.seen = self.seen, now
     if before is None or any(before[key] != now[key] for key in ("round", "stage", "total")):
-        if not self.told and before["stage"] != WAITING:   # nobody has to come; of others the end went by unseen
-            self.seen = before | dict(done=before["total"], eta=None)
+        if not self.told:   # its end went by unseen; but people need not come
+            self.seen = before if before["stage"] == WAITING else before | dict(done=before["total"], eta=None)
         self.close()
         self.seen, self.told, self.last = now, False, time.monotonic()
     if now["done"] >= now["total"]: self.close()

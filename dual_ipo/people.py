@@ -519,7 +519,7 @@ def ask_people(
     return path
 
 # %% ../nbs/18_people.ipynb #ac8c7186
-WAITING = "people, asked by dual-ipo annotate"   # what a run is at meanwhile
+WAITING = "people (dual-ipo annotate asks them)"   # what a run is at meanwhile
 
 # %% ../nbs/18_people.ipynb #c179f851
 def heard(
