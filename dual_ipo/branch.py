@@ -7,7 +7,6 @@ __all__ = ['OWN', 'CHECKED', 'key_and_value', 'with_keys', 'share_file', 'share'
            'forget_measure', 'check_branch', 'branch', 'in_words', 'stages_of', 'kept', 'foreseen']
 
 # %% ../nbs/42_branch.ipynb #c417ba98
-import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .core import UserError
 from .plan import STAGES
 from .results import clock, table_text, took
 from .rounds import write_summary
-from .store import (PATHS, Loader, Run, differences, find_base, is_done, located, note_base, portable,
+from .store import (PATHS, Loader, Run, differences, find_base, is_done, linked, located, note_base, portable,
                             portable_config, read_json, whole_folder, write_json, write_yaml)
 
 # %% ../nbs/42_branch.ipynb #9ef4e9f2
@@ -48,14 +47,10 @@ def with_keys(
 
 # %% ../nbs/42_branch.ipynb #160d61dd
 def share_file(old: Path, new: Path) -> bool:   # whether it takes no room
-    "The same file at another place: a hard link, or a copy where there can be none, or people still write into it."
-    try:
-        if old.suffix == ".jsonl": raise OSError("is not to be shared")
-        os.link(os.path.realpath(old), new)
-    except OSError:
-        shutil.copy2(old, new)
-        return False
-    return True
+    "The same file at another place, `linked`; a copy where people still write into it."
+    if old.suffix != ".jsonl": return linked(old, new)
+    shutil.copy2(old, new)
+    return False
 
 # %% ../nbs/42_branch.ipynb #5fbc56f8
 def share(

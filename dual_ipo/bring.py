@@ -10,17 +10,14 @@ __all__ = ['ANSWERS', 'WORDS', 'BENCH', 'GENAI', 'VISION', 'MJ', 'CLIPS', 'FEEDB
            'of_flow_factory', 'parts_of', 'clip_of', 'words_of', 'of_trl', 'of_trl_kto', 'selections', 'overall',
            'votes_of', 'of_label_studio', 'ranked_as', 'of_argilla', 'json_of', 'parquet_rows', 'table_rows',
            'videodpo_rows', 'Format', 'fetched', 'tables_in', 'plain_name', 'last_part', 'Clips', 'Brought', 'worded',
-           'collected', 'agreed', 'located', 'compared', 'thumbed', 'dominance', 'graded', 'write_csv', 'nothing_kept',
+           'collected', 'agreed', 'located', 'compared', 'thumbed', 'dominance', 'graded', 'in_lines', 'nothing_kept',
            'sort_out', 'bring']
 
 # %% ../nbs/17_bring.ipynb #cb1c3b10
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +34,7 @@ from .checkpoints import in_a_line
 from .core import UserError, seed_of
 from .data import PAIR_COLUMNS, inside
 from .prompts import clean_prompt, lines_of, parse_json, read_csv, read_text
-from .store import whole_folder, write_json
+from .store import linked, whole_folder, write_csv, write_json
 
 # %% ../nbs/17_bring.ipynb #3e2c8807
 class LeftOut(Exception): "Why a row is not taken."
@@ -571,9 +568,7 @@ def place(self: Clips, path: Path) -> str:   # relative to the new folder
     name = f"clips/{len(self.placed):06d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', path.stem)[-60:]}{path.suffix.lower()}"
     (self.to/"clips").mkdir(exist_ok=True)
     if path in self.saved: os.rename(path, self.to/name)
-    else:
-        try: os.link(real, self.to/name)
-        except OSError: shutil.copyfile(real, self.to/name)
+    else: linked(real, self.to/name)
     self.placed[real] = name
     return name
 
@@ -725,14 +720,11 @@ def graded(
 MORE = *PAIR_COLUMNS, "p_a", "both", "dimensions_json"   # the columns of pairs.csv: both is good, bad or empty
 
 # %% ../nbs/17_bring.ipynb #3d12f5a3
-def write_csv(path: Path, rows: list[dict]):
-    "A table, or nothing where there are no rows."
-    if not rows: return
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    for row in rows: table.writerow({name: " ".join(value.split()) for name, value in row.items()})
-    path.write_text(text.getvalue(), encoding="utf-8", newline="")
+def in_lines(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    "The same rows, each value in one line."
+    found = []
+    for row in rows: found.append({name: " ".join(value.split()) for name, value in row.items()})
+    return found
 
 # %% ../nbs/17_bring.ipynb #9b392103
 def nothing_kept(
@@ -787,7 +779,8 @@ def bring(
     with whole_folder(out) as beside:
         brought = sort_out(tables, shape, shape.columns | columns, Clips(roots, beside))
         if not (brought.pairs or brought.thumbs or brought.grades): raise nothing_kept(path, format, brought, roots)
-        for name in ("pairs", "thumbs", "grades"): write_csv(beside/f"{name}.csv", getattr(brought, name))
+        for name in ("pairs", "thumbs", "grades"):
+            if rows := in_lines(getattr(brought, name)): write_csv(beside/f"{name}.csv", rows, list(rows[0]))
         write_json(beside/"import.json", dict(format=format, of=str(path)) | brought.told())
     return brought
 

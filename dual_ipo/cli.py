@@ -30,6 +30,7 @@ import dual_ipo
 from .config import Config, commented_yaml, config_for, parse_config, read_config
 from .core import UserError
 from .execute import Ended, run_notebook
+from .people import WAITING
 from .results import clock, headline, read_results, round_line, seconds_left, standing, status, table_text
 from .store import Run, check_config_of, is_done, portable_config, read_progress
 from .terminal import GOES_ON, one_line
@@ -113,7 +114,8 @@ def show(
     if now == self.seen: return
     before, self.seen = self.seen, now
     if before is None or any(before[key] != now[key] for key in ("round", "stage", "total")):
-        if not self.told: self.seen = before | dict(done=before["total"], eta=None)   # its end went by unseen
+        if not self.told:   # its end went by unseen; but people need not come
+            self.seen = before if before["stage"] == WAITING else before | dict(done=before["total"], eta=None)
         self.close()
         self.seen, self.told, self.last = now, False, time.monotonic()
     if now["done"] >= now["total"]: self.close()

@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'BENCH_COLUMNS', 'PAIR_COLUMNS', 'stays_in', 'inside', 'Pai
            'write_pairs', 'clip_rows', 'read_clips', 'read_thumbs', 'clip_fault', 'clip_faults', 'check_clips']
 
 # %% ../nbs/03_data.ipynb #0e0e8dfe
-import csv, io, json, os, re
+import json, os, re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core import Pair, UserError, Video, VideoFile, check_clip, resample, seed_of
 from .prompts import clean_prompt, parse_json, read_csv, read_text
-from .store import atomic_write
+from .store import write_csv
 
 # %% ../nbs/03_data.ipynb #2fdf1ef0
 def stays_in(
@@ -224,18 +224,17 @@ def write_pairs(
     pairs: list[Pair],  # all labelled
 ) -> Path:              # of pairs.csv
     "Write pairs so that `read_pairs` reads them; the table comes last."
-    folder, text, clips = Path(folder), io.StringIO(), []
-    table, has_shares = csv.writer(text, lineterminator="\n"), any(pair.p_a is not None for pair in pairs)
-    table.writerow([*PAIR_COLUMNS, *["p_a"]*has_shares])
+    folder, rows, clips = Path(folder), [], []
+    has_shares = any(pair.p_a is not None for pair in pairs)
     def plain(words): return " ".join(str(words).split())   # a bare \r is left unquoted, and would make a row
     for i, pair in enumerate(pairs):
         a, b = (f"clips/{i:05d}_{side}.mp4" for side in "AB")
         clips += [(folder/a, pair.a), (folder/b, pair.b)]
         rationale = json.dumps(pair.rationale) if pair.rationale else ""
-        share = ["" if pair.p_a is None else pair.p_a]*has_shares
-        table.writerow([plain(pair.pair_id or i), plain(pair.prompt), a, b, pair.label, rationale, *share])
+        rows.append(dict(pair_id=plain(pair.pair_id or i), prompt=plain(pair.prompt), clip_a=a, clip_b=b,
+                         label=pair.label, rationale_json=rationale, p_a=pair.p_a))
     save_videos(clips)
-    with atomic_write(folder/"pairs.csv") as file: file.write(text.getvalue().encode())
+    write_csv(folder/"pairs.csv", rows, [*PAIR_COLUMNS, *["p_a"]*has_shares])
     return folder/"pairs.csv"
 
 # %% ../nbs/03_data.ipynb #f869e72e

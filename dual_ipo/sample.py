@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['SMALL', 'FONT', 'STYLE', 'SCRIPT', 'PAGE', 'generator_of', 'known_as', 'clip_html', 'row_html', 'Sheet', 'workplace',
            'check_generator', 'open_generator', 'clips_of_round', 'side_by_side', 'heading', 'sample', 'base_config',
-           'pairs_of', 'check_same_pairs', 'write_csv', 'pairs_to_judge']
+           'pairs_of', 'check_same_pairs', 'pairs_to_judge']
 
 # %% ../nbs/38_sample.ipynb #39aa87ed
 import base64
-import csv
 import html
-import io
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +26,8 @@ from .export import finished_rounds
 from .generator import Generator, meta_generator
 from .prompts import read_prompts
 from .rounds import RoundFolder, check_there, config_of, load_generator, weightless_generator
-from .store import Rows, Run, atomic_write, digest, is_done, lock, read_json, write_json, write_table
+from .store import (
+    Rows, Run, atomic_write, digest, is_done, lock, read_json, write_csv, write_json, write_table)
 
 # %% ../nbs/38_sample.ipynb #b23d8622
 def generator_of(
@@ -305,17 +304,6 @@ def check_same_pairs(
                         "name another folder with --out")
     write_json(known, made)
 
-# %% ../nbs/38_sample.ipynb #39f371fd
-def write_csv(
-    path: Path,
-    rows: list[dict[str, str]],
-):
-    "Write rows as CSV, whole or not at all."
-    table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    with atomic_write(path) as file: file.write(text.getvalue().encode())
-
 # %% ../nbs/38_sample.ipynb #3c9f20c1
 def pairs_to_judge(
     config: Config,        # its `generator` and `seed` count
@@ -334,7 +322,7 @@ def pairs_to_judge(
         check_same_pairs(folder, dict(generator=known_as(path), seed=config.seed, sampling=steps))
         rows = sample_candidates(model, given, 2*n, folder/"clips", f"{config.seed} pairs", 0, by=known_as(path),
                                  batch_size=config.generator.batch_size, what="pairs", learns=False)
-        write_csv(folder/"to_judge.csv", pairs := pairs_of(rows))
+        write_csv(folder/"to_judge.csv", pairs := pairs_of(rows), list(pairs[0]))
         shown = [(pair["prompt"], [(pair["clip_a"], "A"), (pair["clip_b"], "B")]) for pair in pairs]
         words = f"{len(pairs)} pairs of {Path(path).name}, not judged yet: to_judge.csv names them."
         sheet = Sheet(folder, "Pairs to judge", words, shown)

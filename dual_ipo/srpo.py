@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cluster import rows_in_shards
 from .core import Judgement, Pair, UserError, generator
-from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item, to_answer
+from .cot import DIMENSIONS, Item, answer_at, label_of, pair_item, pair_response, to_answer
 from .pce import keep, log_ratios, mean_reward, pce, vote_share
 from .store import Each, clip_digest, digest, pair_digest
 from .training import Room, groups_of, ordered, take, train
@@ -390,10 +390,12 @@ def preferences(
         for order in ("ab", "ba"):
             agrees = best_path(row, order, {row["label"]})
             differs = best_path(row, order, {"A", "B", "tie"} - {row["label"]})
-            if not agrees and not (differs and row.get("people")): continue
-            other = differs["ids"] if differs else turned(agrees["text"])
-            own = agrees["ids"] if agrees else with_verdict(differs["text"], to_answer(row["label"], order))
-            found.append(Example(pair_item(pair, order, dimensions), own, other, row["weight"]))
+            if not agrees and not row.get("people"): continue
+            bare = dict(text=pair_response(None, row["label"], order))   # where people know, and no path can be read
+            other = differs["ids"] if differs else turned((agrees or bare)["text"])
+            own = agrees["ids"] if agrees else with_verdict((differs or bare)["text"], to_answer(row["label"], order))
+            item = pair_item(pair, order, dimensions if agrees or differs else [])
+            found.append(Example(item, own, other, row["weight"]))
     return found
 
 # %% ../nbs/14_srpo.ipynb #3b3a759c

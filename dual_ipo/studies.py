@@ -11,7 +11,7 @@ __all__ = ['COLD', 'SMALLER', 'NAMES', 'TABLES', 'CLIP', 'Job', 'config_of', 'li
            'error_bars']
 
 # %% ../nbs/90_studies.ipynb #a7097f59
-import os, shutil, statistics, subprocess, traceback
+import shutil, statistics, subprocess, traceback
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ from .monitor import above_reference, late_mean
 from .rounds import Round, grades_of, load_generator, run_round, totals
 from .stats import mean_ci, right
 from .store import (
-    Run, atomic_write, is_done, read_json, read_table, rows_checksum, set_progress_file, stage, whole_folder,
+    Run, atomic_write, is_done, linked, read_json, read_table, rows_checksum, set_progress_file, stage, whole_folder,
     write_json, write_table)
 from .toyworld import toy_prompts
 
@@ -98,7 +98,7 @@ def link_start(
     shutil.copyfile(made / "input_check.json", run.path / "input_check.json")
     for part in ("input", "round_00"):
         shutil.rmtree(run.path / part, ignore_errors=True)
-        how = dict(copy_function=os.link, ignore=shutil.ignore_patterns("tables"), dirs_exist_ok=True)
+        how = dict(copy_function=linked, ignore=shutil.ignore_patterns("tables"), dirs_exist_ok=True)
         with whole_folder(run.path / part) as beside: shutil.copytree(made / part, beside, **how)
 
 # %% ../nbs/90_studies.ipynb #609396f0

@@ -177,7 +177,7 @@ def test_a_branch_that_changes_nothing_is_the_same_run(mine, tmp_path):
 
 def test_a_branch_of_another_beta(mine, given, tmp_path, monkeypatch):
     "Where the disk has no links; beside the run; killed on the way; by the command."
-    monkeypatch.setattr(branching.os, "link", lambda *_: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError()))
     out, real = mine.path.with_name(f"{mine.path.name}-new"), branching.write_summary
     ask = parser().parse_args(["branch", str(mine.path), "--round", "0", "--set", "align.beta=9", "--out", str(out)])
     monkeypatch.setattr(branching, "write_summary", lambda run: (_ for _ in ()).throw(Killed()))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dual_ipo.core import Pair, UserError, Video
-from dual_ipo.cot import cold_start_items, parse_answer
+from dual_ipo.cot import cold_start_items, pair_item, parse_answer
 from dual_ipo.data import read_pairs
 from dual_ipo.people import ANSWERS, Answer, PersonFile, append, as_people_say, ask_people, heard, open_survey
 from dual_ipo.srpo import preferences
@@ -312,5 +312,10 @@ def test_peoples_labels_are_learned_with_certainty():
     examples = preferences([pair], [as_people_say(row, dict(label="B", n_people=2))], [])
     assert [(e.preferred, e.other, e.weight) for e in examples] == [("x\n<answer>2</answer>", [1], 1.),
                                                                    ("x\n<answer>1</answer>", [2], 1.)]
+    unread = row | dict(votes=["invalid"]*2, label="invalid", p_a=.5)   # the most doubtful of all
+    assert preferences([pair], [unread | dict(label="B", kept=True)]) == []
+    examples = preferences([pair], [as_people_say(unread, dict(label="B", n_people=2))])
+    verdicts = ("<answer>2</answer>", "<answer>1</answer>", pair_item(pair, "ab", []).text)
+    assert [(e.preferred, e.other, e.item.text) for e in examples] == [verdicts, (*verdicts[1::-1], verdicts[2])]
     bad = as_people_say(row, dict(label="bad", n_people=2))
     assert preferences([pair], [bad], []) == [] and bad["people"] == 2

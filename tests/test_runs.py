@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -20,15 +21,18 @@ import yaml
 import tiny
 from tables import undescribed
 from dual_ipo import rounds
+from dual_ipo.branch import branch
 from dual_ipo.cli import ROUND, start_run
 from dual_ipo.demo import demo_config, write_toy_input
 from dual_ipo.ending import main
 from dual_ipo.config import parse_config, read_config
-from dual_ipo.core import UserError, Video
+from dual_ipo.core import Pair, UserError, Video, VideoFile
 from dual_ipo.disk import disk_facts
+from dual_ipo.people import WAITING, open_survey
 from dual_ipo.rounds import run_round
-from dual_ipo.store import Run, mark_done, read_json, read_table
-from dual_ipo.toyworld import CHECKPOINTS
+from dual_ipo.stats import accuracy
+from dual_ipo.store import Run, is_done, mark_done, read_json, read_progress, read_table
+from dual_ipo.toyworld import CHECKPOINTS, annotate_pairs
 
 COMMAND = [sys.executable, "-c", "from dual_ipo.ending import main; raise SystemExit(main())"]
 
@@ -300,3 +304,92 @@ def test_a_run_without_human_pairs(given, tmp_path):
         assert accuracy is None if measure is None else 0 <= accuracy <= 1
         said = in_words(read_results(at))
         assert "No human was asked" in said and ("right in" in said) == bool(measure)
+
+
+def opinions(table):
+    "What the toy world's annotator says of the pairs that a round asks about: {pair_id: a labelled pair}."
+    pairs = []
+    for row in open_survey(table).rows:
+        pairs.append(Pair(row.prompt, *map(VideoFile, (table.parent/row.clip_a, table.parent/row.clip_b)),
+                          pair_id=row.pair_id))
+    return {pair.pair_id: pair for pair in annotate_pairs(pairs, tie=-1.)}
+
+
+def answer(table, said, n, person="Ann"):
+    "Judge some pairs as the studio writes it down."
+    survey = open_survey(table, repeats=0)
+    for _ in range(n):
+        turn = survey.next_turn(person)
+        pair = said[turn.row.pair_id]
+        grades, words = ({d: {side: row[key + side] for side in "ab"} for d, row in pair.rationale.items()}
+                         for key in ("grade_", ""))
+        survey.say(person, turn, pair.label, grades, words, seconds=2.)
+
+
+def wait_for_people(run, seconds=120):
+    end = time.monotonic() + seconds
+    while not (shown := read_progress(run)) or shown["stage"] != WAITING:
+        assert time.monotonic() < end, shown
+        time.sleep(.05)
+
+
+def said_in(run):
+    "What a round's notebook shows."
+    said = []
+    for cell in read_json(run/"round_01/round.ipynb")["cells"]:
+        for output in cell.get("outputs", []): said += output.get("text", [])
+    return "".join(said)
+
+
+def test_a_run_asks_people(given, tmp_path, capsys):
+    """It waits, also for a process that was killed meanwhile, and what people say enters the judge's training and
+    accuracy; another waits in vain and says so."""
+    data = small_config()
+    data["votes"] |= dict(people=3, people_wait=5.)
+    data["cold_start"] |= dict(steps=4, batch_size=4)   # its answers can't be read: what people say is all there is
+    data["candidates"]["prompts_per_round"], data["evaluate"]["prompts"] = 4, 2
+    at, table = tmp_path/"run", tmp_path/"run/round_01/people/to_judge.csv"
+    run = start_run(Namespace(config=write(given, "asks.yaml", data), out=at))
+    run_round(run, 0)
+    branch(run, 0, {"votes.people_wait": .03}, tmp_path/"alone")
+
+    process = subprocess.Popen([*COMMAND, "run", str(at)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    try: wait_for_people(at)
+    except AssertionError: os.killpg(process.pid, signal.SIGKILL); raise
+    said, before = opinions(table), table.read_bytes()
+    answer(table, said, 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    waited = []
+    (at/"progress.json").unlink()
+    def later():
+        wait_for_people(at)
+        answer(table, said, 1)
+        time.sleep(1)
+        waited.append(not is_done(table.parent))   # two of three are not enough
+        answer(table, said, 1)
+    ann = threading.Thread(target=later)
+    ann.start()
+    assert main(["run", str(at)]) == 0
+    ann.join()
+    log = capsys.readouterr().err
+    assert waited == [True] and f"{WAITING}: 3 of 3" in log and "judged 3 of 3 pairs; the round goes on" in said_in(at)
+    assert table.read_bytes() == before and len(open_survey(table).answers()) == 3   # nobody was asked twice
+
+    rows = {row["pair_id"]: row for row in read_table(at/"round_01/votes.parquet")}
+    for name, row in rows.items():
+        assert row["people"] == (name in said)
+        if name in said: assert (row["label"], row["kept"], row["weight"]) == (said[name].label, True, 1)
+    judged = read_json(at/"round_01/round.json")["judge"]
+    agrees = accuracy(torch.tensor([rows[name]["p_a"] for name in said]), [pair.label for pair in said.values()])
+    assert (judged["n_asked"], judged["asked"]) == (3, round(agrees, 4))
+    assert len(read_table(at/"round_01/srpo/history.parquet")) == 2
+
+    run_round(tmp_path/"alone", 1)
+    assert "people have judged 0 of 3 pairs; the round goes on" in capsys.readouterr().out
+    alone = read_table(tmp_path/"alone/round_01/votes.parquet")
+    assert [row["people"] for row in alone] == [0]*4
+    assert "n_asked" not in read_json(tmp_path/"alone/round_01/round.json")["judge"]
+    taught = [(tmp_path/name/"round_01/judge/model.safetensors").read_bytes() for name in ("run", "alone")]
+    assert taught[0] != taught[1]

@@ -16,8 +16,13 @@ import torch
 
 from dual_ipo.annotate import Studio, facts_html, studio, table_for
 from dual_ipo.core import UserError, Video
+from dual_ipo.cot import DIMENSIONS
 from dual_ipo.data import read_pairs, save_videos
+from dual_ipo.demo import demo_config
 from dual_ipo.people import open_survey
+from dual_ipo.rounds import Round, human_items, start_judge
+from dual_ipo.srpo import human_nll
+from dual_ipo.store import Run
 from dual_ipo.widgets import vote_card
 from chromium import CHROMIUM, Page
 from lab import CELLS_NOW, lab_at, open_notebook, write_notebook
@@ -164,6 +169,37 @@ def ready(page):
     page.evaluate(f"{ROOT}.querySelector('.prompt').click()")   # the keys are the studio's
 
 
+def give_reasons(page):
+    "All grades and words about both clips: the left one is the better in everything."
+    page.evaluate(f"""(root => {{ root.querySelector('.reasons').open = true;
+        for (const [side, grade] of [['left', 5], ['right', 2]]) {{
+            root.querySelectorAll(`.grid [data-side=${{side}}][data-grade="${{grade}}"]`).forEach(b => b.click());
+            root.querySelectorAll(`.grid input[data-side=${{side}}]`).forEach(line => {{
+                line.value = side + ' square, ' + line.dataset.dimension;
+                line.dispatchEvent(new Event('change')); }}); }}
+        root.querySelector('.prompt').click(); }})({ROOT})""")
+
+
+def check_cold_start(folder, table, said):
+    """The table that people's votes made, as the input of a run: the toy judge learns from it, from the words and
+    grades of `said` too, an answer with reasons."""
+    data = demo_config("wan", "dpo", 1, 0).model_dump()
+    data["data"] |= dict(pairs=str(table), held_out=0.)
+    data["cold_start"] |= dict(steps=12, batch_size=4)
+    data["judge"]["min_readable"] = 0.   # the judge has to write the other reasons, and knows nothing yet
+    r, pairs = Round(Run.open(folder, data), 0), read_pairs(table)
+    history = start_judge(r, pairs)
+    items = human_items(r, pairs)
+    worded = [item.response for item in items if item.kind == "cot" and "square, " in item.response]
+    first, second = said.sides
+    own = {f"{d} : {said.words[d][first]} 5 | {said.words[d][second]} 2 ; 1" for d in DIMENSIONS}
+    assert len(history) == 12 and any(own <= {*response.split("\n")} for response in worded)
+    before, after = r.judge(r.config.judge.path), r.judge(r.first_judge)
+    for kind in ("cot", "grade", "verdict"):
+        some = [item for item in items if item.kind == kind][:8]
+        with torch.no_grad(): assert human_nll(after, some).mean() < .8*human_nll(before, some).mean(), kind
+
+
 @needs_chromium
 def test_two_people_a_closed_tab_and_a_killed_kernel(tmp_path):
     task = write_task(tmp_path/"task", 20, list(HOSTILE.values()))
@@ -215,7 +251,8 @@ def test_two_people_a_closed_tab_and_a_killed_kernel(tmp_path):
         ann.until(f"{ROOT}?.querySelector('.count').textContent.startsWith('{len(said['Ann'])} by you')")
         ready(ann)
         votes(ben, "Ben", "112")
-        votes(ann, "Ann", "22")
+        give_reasons(ann)
+        votes(ann, "Ann", "12")
         for page in (ann, ben): assert page.evaluate("window.hacked") is None
 
     survey = open_survey(task, overlap=2)
@@ -228,8 +265,12 @@ def test_two_people_a_closed_tab_and_a_killed_kernel(tmp_path):
     first = survey.answers("Ann")[2]
     assert list(first.grades.values()) == [{first.sides[0]: 4}]
     assert list(first.words.values()) == [{first.sides[0]: words}]
-    table = read_pairs(survey.write())
-    assert len(table) + (task/"both_bad.csv").read_text("utf-8").count("\n") - 1 == len(survey.votes())
+    told = survey.answers("Ann")[-2]
+    assert told.grades.keys() == told.words.keys() == {*DIMENSIONS} and told.answer == told.sides[0].upper()
+    table = survey.write()
+    bad = (task/"both_bad.csv").read_text("utf-8").count("\n") - 1
+    assert len(read_pairs(table)) + bad == len(survey.votes())
+    check_cold_start(tmp_path/"run", table, told)
 
 
 @needs_chromium
