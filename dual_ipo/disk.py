@@ -11,6 +11,7 @@ __all__ = ['HEAD', 'ROW', 'RESPONSE', 'PAGE', 'pixel_bytes', 'frame_bytes', 'lat
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -255,7 +256,7 @@ def disk_facts(
     "What a run leaves on disk: by stage and kind, in all, what of it `clean` frees, and what there is room for."
     frame, source = frame_bytes(config, run)
     d = disk_of(config, frame)
-    left = [own for k in range(config.rounds + 1) for own in d.round_of(k)]
+    left = list(chain.from_iterable(map(d.round_of, range(config.rounds + 1))))
     left.append(Left("report", "tables", PAGE, False))
     used, free, most = bytes_of(run) if run.is_dir() else 0, free_bytes(run), round(at_most(left))
     (total,), clip = summed(left), round(frame*d.model.num_frames)
@@ -268,7 +269,7 @@ def stage_line(
     rows: list[dict],   # of `disk_facts`, of this stage
 ) -> str:
     "A stage in the table, and what there is most of in it."
-    size, freed = (sum(row[key] for row in rows) for key in ("bytes", "freed"))
+    size, freed = sum(row["bytes"] for row in rows), sum(row["freed"] for row in rows)
     most = sorted((row for row in rows if row["bytes"] > .01*size), key=lambda row: -row["bytes"])
     words = ", ".join(f"{row['kind']} {size_of(row['bytes'])}" for row in most)
     return f"{stage:14}{size_of(size):>12}{size_of(freed) if freed else '-':>14}   {words}"

@@ -341,7 +341,7 @@ def one_table(
     "Tables one below the other; a type is what all of them can be."
     if not tables: return pa.table({})
     try: return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    except pa.ArrowException: return columns_of([row for table in tables for row in table.to_pylist()])
+    except pa.ArrowException: return columns_of([*chain.from_iterable(map(pa.Table.to_pylist, tables))])
 
 # %% ../nbs/02_store.ipynb #97df48ad
 def arrow_of(

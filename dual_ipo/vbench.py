@@ -13,6 +13,7 @@ __all__ = ['VBENCH_QUALITY', 'VBENCH_SEMANTIC', 'VBENCH', 'CUSTOM', 'NO_FOLDER',
 
 # %% ../nbs/43_vbench.ipynb #fe1aba53
 import csv, json, os, shutil, socket, subprocess, sys
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ def read_info(
             own[entry["prompt_en"] + ""] = None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: isn't VBench's full info; give its VBench_full_info.json with --info") from None
-    if odd := {name for names in groups for name in names} - {*VBENCH}:
+    if odd := set().union(*groups) - {*VBENCH}:
         raise UserError(f"{path}: has dimensions that VBench has not: {', '.join(sorted(odd))}; give its own file")
     return [Group(names, list(prompts)) for names, prompts in groups.items()]
 
@@ -476,7 +477,7 @@ def read_vbench2(
     for group, names in VBENCH2.items():
         own = [raw[name] for name in names if name in raw]
         groups[group] = sum(own)/len(own) if len(own) == len(names) else None
-    missing = [name for names in VBENCH2.values() for name in names if name not in raw]
+    missing = [name for name in chain(*VBENCH2.values()) if name not in raw]
     return dict(total=None if missing else sum(groups.values())/5, **groups, raw=raw, missing=missing)
 
 # %% ../nbs/43_vbench.ipynb #e797b8a8
