@@ -79,14 +79,19 @@ def test_what_is_shared_is_the_same_file_and_no_more(made):
 def test_the_table_is_the_paired_difference(made):
     "By hand from the tables of the runs, at the level at which three intervals hold together."
     out, said = made[0], made[2]
-    rows = {row["without"]: row for row in read_json(out/"ablations.json")["rows"]}
+    rows = {row["run"].removeprefix("without "): row for row in read_json(out/"ablations.json")["rows"]}
     def grades(name): return list(read_table(out/name/"round_01/judge_check/grades.parquet"))
     for name in NAMES:
         gap = paired_difference(grades("whole"), grades(name), "grade", unit=1., level=1 - .05/3)
         assert rows[name]["difference"] == pytest.approx(gap["difference"])
         assert rows[name]["ci95"] == pytest.approx(gap["ci95"])
+        start = list(read_table(out/name/"round_00/judge_check/grades.parquet"))
+        gain = paired_difference(start, grades(name), "grade", unit=1., level=1 - .05/4)
+        assert rows[name]["gain"] == pytest.approx(gain["difference"])
+        assert rows[name]["gain_ci95"] == pytest.approx(gain["ci95"])
     assert rows["nll"]["ci95"][0] < -.8 < rows["nll"]["ci95"][1] < 0 < rows["objective"]["ci95"][0]
-    assert rows["pce"]["difference"] == 0 and rows[None]["by"] == "grade" and rows[None]["judge"] == .7
+    assert rows["pce"]["difference"] == 0 and rows["whole method"]["by"] == "grade"
+    assert rows["whole method"]["judge"] == .7 and rows["whole method"]["difference"] is None
     assert "After one round pce changed the judge alone" in said
 
 
