@@ -95,7 +95,8 @@ def scorer_of(
     known = [each for each in baselines.BASELINES if hasattr(baselines, each)]
     if name in known: return OURS + name
     if ":" not in name:
-        raise UserError(f"--scorers {name}: is neither {', '.join(known)}, nor package.module:function; name one of them")
+        raise UserError(f"--scorers {name}: is neither {', '.join(known)}, nor package.module:function; "
+                        "name one of them")
     if not config.cluster.runtime_env: load_measure(name)
     return name
 
