@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OURS', 'ABLATIONS', 'OTHER', 'ORDER', 'PLANNED', 'BEFORE', 'ranked_by', 'Ablation', 'value_of', 'ablation',
            'ablations', 'scorer_of', 'scoring', 'check_scorers', 'branches', 'whole_words', 'judges_alone',
-           'own_stages', 'gpu_hours', 'costs', 'whole_method', 'as_written', 'shared_names', 'share_round', 'begun',
-           'values', 'measured_by', 'apart', 'ablation_rows', 'ablation_table', 'judge_alone', 'of_its_own_kind',
-           'here', 'ablate']
+           'own_stages', 'facts_or_not', 'gpu_hours', 'costs', 'whole_method', 'as_written', 'shared_names',
+           'share_round', 'begun', 'values', 'measured_by', 'apart', 'ablation_rows', 'ablation_table', 'judge_alone',
+           'of_its_own_kind', 'here', 'ablate']
 
 # %% ../nbs/44_ablate.ipynb #6cc40a45
 import shutil
@@ -20,7 +20,8 @@ from .branch import branch, rewrite_note, share, share_file, with_keys
 from .config import Config, parse_config, read_config
 from .core import UserError
 from .evaluate import check_measure, load_measure
-from .plan import plan_rows
+from .generator import meta_generator
+from .plan import GPU, card_of, generator_facts, judge_facts, stages
 from .results import Results, number, read_results, table_text
 from .rounds import check_input, config_of, run_round
 from .stats import paired_difference
@@ -153,16 +154,25 @@ def own_stages(
     if judges_alone(each): without.add("evaluate")   # the same generator
     return [name for name in ORDER[ORDER.index(each.at):] if name not in without]
 
+# %% ../nbs/44_ablate.ipynb #e64df0d1
+def facts_or_not(config: Config) -> dict | None:
+    "What its generator takes, which is the same in every branch; None where its config files are not here."
+    try: return generator_facts(meta_generator(config), config.candidates.num_frames)
+    except (UserError, OSError): return None
+
 # %% ../nbs/44_ablate.ipynb #d28ca443
 def gpu_hours(
     config: Config,
     first: list[str],   # stages of the first round
     rounds: int,
-    gpu: str,           # see `plan.plan_rows`
+    gpu: GPU,
+    facts: dict | None, # of `facts_or_not`
 ) -> float | None:      # None: it can't be told
     "What that many rounds take, by the plan."
-    try: rows = {row["stage"]: row["gpu_hours"] for row in plan_rows(config, gpu)}
-    except (UserError, OSError): return None   # a model's config files are not here
+    try: planned = stages(config, facts, judge_facts(config), gpu) if facts else []
+    except (UserError, OSError): return None   # the judge's config files are not here
+    if not planned: return None
+    rows = {row["stage"]: row["gpu_hours"] for row in planned}
     once = sum(rows.get(PLANNED.get(name, name), 0) for name in first)
     return once + (rounds - 1)*sum(hours for name, hours in rows.items() if name != "cold start")
 
@@ -171,10 +181,10 @@ def costs(
     config: Config,
     chosen: list[Ablation],
     rounds: int,
-    gpu: str = "H100",   # see `plan.plan_rows`
+    gpu: str = "H100",   # one of `plan.GPUS`
 ) -> tuple[list[str], list[list]]:   # see `results.table_html`
     "What each of them does by itself."
-    rows = []
+    rows, card, facts = [], card_of(gpu), facts_or_not(config)
     for each in chosen:
         if each.why_not:
             rows.append([each.words, None, f"left out: {each.why_not}", None])
@@ -183,7 +193,7 @@ def costs(
         first = own_stages(each, own)
         later = f", then {rounds - 1} whole round{'s' if rounds > 2 else ''}" if rounds > 1 else ""
         said = ", ".join(f"{key} = {value}" for key, value in each.changes.items())
-        hours = number(gpu_hours(own, first, rounds, gpu), ".3g")
+        hours = number(gpu_hours(own, first, rounds, card, facts), ".3g")
         if "candidates.scorer" in each.changes: hours = " + ".join(filter(None, [hours, "the scorer's"]))
         rows.append([each.words, said, ", ".join(first) + later, hours])
     return ["run", "change", "computed", f"GPU-hours ({gpu})"], rows

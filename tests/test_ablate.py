@@ -152,6 +152,7 @@ def test_what_makes_no_sense_is_left_out():
 def test_what_a_user_gets_wrong_is_a_line(made, given, tmp_path):
     with pytest.raises(UserError, match="--only sot: is no part; there are cot"):
         ablate(given/"ablate.yaml", only=["sot"])
+    with pytest.raises(UserError, match="gpu 'H1000': choose one of"): ablate(given/"ablate.yaml", dry=True, gpu="H1000")
     Run.open(tmp_path/"new", config_of() | dict(rounds=1))
     with pytest.raises(UserError, match="no cold start yet"): ablate(tmp_path/"new", say=lambda text: None)
     path = made[0]/"nll/run.yaml"
