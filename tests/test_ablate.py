@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dual_ipo.ablate import ABLATIONS, ORDER, ablate, ablation, ablations, branches, here, own_stages, shared_names
-from dual_ipo.baselines import VideoReward
+from dual_ipo.baselines import VideoReward, scoring_model
 from dual_ipo.branch import with_keys
 from dual_ipo.config import Config, parse_config
 from dual_ipo.core import UserError, Video, generator, read_mp4
@@ -152,7 +152,8 @@ def test_what_makes_no_sense_is_left_out():
 def test_what_a_user_gets_wrong_is_a_line(made, given, tmp_path):
     with pytest.raises(UserError, match="--only sot: is no part; there are cot"):
         ablate(given/"ablate.yaml", only=["sot"])
-    with pytest.raises(UserError, match="gpu 'H1000': choose one of"): ablate(given/"ablate.yaml", dry=True, gpu="H1000")
+    with pytest.raises(UserError, match="gpu 'H1000': choose one of"):
+        ablate(given/"ablate.yaml", dry=True, gpu="H1000")
     Run.open(tmp_path/"new", config_of() | dict(rounds=1))
     with pytest.raises(UserError, match="no cold start yet"): ablate(tmp_path/"new", say=lambda text: None)
     path = made[0]/"nll/run.yaml"
@@ -225,8 +226,10 @@ def test_rounds_ranked_by_others_stand_in_one_table(given, scorers, videoalign, 
     wanted = VideoReward.load(videoalign[0]).grades(clips)["total"].tolist()
     assert [row["score"] for row in scores["aligned"]] == pytest.approx(wanted, abs=1e-5)
 
+    assert scoring_model.cache_info().currsize == 1   # and none once another stage has begun
     again = ablate(config, 1, ["nll"], out, work, lambda text: None, scorers=names[:2])
     assert begun[4:] == ["nll"] and "without nll" in again and f"ranked by {names[1]}" in again
+    assert scoring_model.cache_info().currsize == 0
 
 
 def test_a_scorer_that_there_is_not_is_a_line_before_anything_is_computed(given, scorers, tmp_path, capsys):
