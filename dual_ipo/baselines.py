@@ -8,9 +8,9 @@ __all__ = ['ASKED', 'FACTOR', 'BOUNDS', 'MEAN', 'STD', 'REWARDS', 'ASPECTS', 'VE
            'patches', 'Preferred', 'Baseline', 'device', 'arithmetic', 'opened', 'Qwen', 'merged', 'fill', 'latest',
            'on_this_machine', 'VideoReward', 'places', 'token_at', 'open_qwen', 'VideoScore2', 'expected', 'verdict',
            'of_orders', 'UnifiedReward', 'UnifiedRewardThink', 'scores_in', 'Framed', 'eight', 'Clip', 'VisionReward',
-           'each_second', 'Asked', 'open_baseline', 'scorer', 'same_dimension', 'Labelled', 'own_half', 'right_of',
-           'calibration', 'measured', 'ceiling', 'memory', 'shown_labels', 'people_of', 'timed', 'apart', 'asker',
-           'compare_judges', 'cell', 'judge_lines']
+           'each_second', 'Asked', 'open_baseline', 'scoring_model', 'to_be_had', 'scorer', 'same_dimension',
+           'Labelled', 'own_half', 'right_of', 'calibration', 'measured', 'ceiling', 'memory', 'shown_labels',
+           'people_of', 'timed', 'apart', 'asker', 'compare_judges', 'cell', 'judge_lines']
 
 # %% ../nbs/19_baselines.ipynb #b79d66a0
 import json
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 
@@ -250,21 +251,27 @@ class VideoReward(Qwen):
     @classmethod
     def load(cls, path=None): return opened("videoreward", path or cls.path, cls.open)
 
-    @classmethod
-    def open(cls, path):
-        from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
-        from transformers.modeling_utils import load_state_dict
+    @staticmethod
+    def files(path):
+        "All but the weights: (where those are, model_config.json, the base's tokenizer and config)."
+        from transformers import AutoConfig, AutoTokenizer
         folder = on_this_machine(path)
         facts = json.loads((folder/"model_config.json").read_text(encoding="utf-8"))
-        base, lora = facts["model_config"]["model_name_or_path"], facts["peft_lora_config"]
+        base = facts["model_config"]["model_name_or_path"]
         base = str(folder/base) if (folder/base).is_dir() else base
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        return latest(folder), facts, AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
+
+    @classmethod
+    def open(cls, path):
+        from transformers import Qwen2VLModel
+        from transformers.modeling_utils import load_state_dict
+        newest, facts, tokenizer, config = cls.files(path)
         tokenizer.add_tokens(list(REWARDS.values()), special_tokens=True)
-        config = AutoConfig.from_pretrained(base)
         config.get_text_config().vocab_size = len(tokenizer)
         model = Qwen2VLModel(config)
         model.rm_head = nn.Linear(config.get_text_config().hidden_size, 3, bias=False)
-        fill(model, merged(load_state_dict(str(latest(folder))), lora["lora_alpha"]/lora["lora_r"]), path)
+        lora = facts["peft_lora_config"]
+        fill(model, merged(load_state_dict(str(newest)), lora["lora_alpha"]/lora["lora_r"]), path)
         judge = cls(model.to(device(), arithmetic()), tokenizer)
         judge.norm, judge.most = facts.get("inference_config") or {}, facts["data_config"]["max_frame_pixels"]
         return judge
@@ -602,17 +609,38 @@ def open_baseline(
     raise UserError(f"--with {name}: is neither {', '.join(BASELINES)} (each may be NAME=PATH), "
                     "nor the folder of a judge or a run; name one of them")
 
+# %% ../nbs/19_baselines.ipynb #0e5f0956
+@lru_cache(1)
+def scoring_model(name: str, path) -> Baseline:
+    "The model of the last scorer that was called, until a stage of a round begins."
+    return BASELINES[name].load(path)
+
+# %% ../nbs/19_baselines.ipynb #778d26d6
+def to_be_had(
+    name: str,   # one of `BASELINES`
+    path=None,   # folder, hub id or address; None: the hub's
+):
+    "UserError unless a judge can be opened here, without opening it; what a hub id names is fetched."
+    kind = BASELINES[name]
+    for line in getattr(kind, "needs", {}).get("pip", []):
+        package, _, pin = line.partition("==")
+        try: fits = version(package) == pin or not pin
+        except PackageNotFoundError: fits = False
+        if not fits: raise UserError(f"{name}: needs {line}, which is not here; give it packages of its own, "
+                                     f"cluster.runtime_env: {json.dumps(kind.needs)}")
+    path = str(path or kind.path)
+    if not path.startswith("http"): opened(name, path, getattr(kind, "files", on_this_machine))
+
 # %% ../nbs/19_baselines.ipynb #4fab265f
 def scorer(
     name: str,              # one of `BASELINES`
     path=None,              # of its weights; None: the hub's
 ) -> Callable:              # (videos, prompts, fps) → {"total": …, dimension: …}
     "A function for `candidates.scorer`, `votes.scorer`; the model is opened when it is called first."
-    @lru_cache(1)
-    def load(): return BASELINES[name].load(path)
     def score(videos: Tensor, prompts: list[str], fps: list[float]) -> dict[str, Tensor]:
         clips = [Video(frames.cpu(), rate) for frames, rate in zip(videos, fps)]
-        return load().grades(list(zip(prompts, clips)))
+        return scoring_model(name, path).grades(list(zip(prompts, clips)))
+    score.check_model = partial(to_be_had, name, path)
     return score
 
 # %% ../nbs/19_baselines.ipynb #9805b399

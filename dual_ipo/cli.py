@@ -461,9 +461,10 @@ def evaluated(args: argparse.Namespace) -> str:
 # %% ../nbs/60_cli.ipynb #140d772b
 def ablated(args: argparse.Namespace) -> str:
     from dual_ipo.ablate import ablate
-    names = [name.strip() for name in args.only.split(",")] if args.only else None
+    def listed(text): return [name.strip() for name in text.split(",")] if text else None
     def work(run): run_all(run, args.on)
-    return ablate(args.config, args.rounds, names, args.out, work, dry=args.dry_run, gpu=args.gpu)
+    return ablate(args.config, args.rounds, listed(args.only), args.out, work, dry=args.dry_run, gpu=args.gpu,
+                  scorers=listed(args.scorers))
 
 # %% ../nbs/60_cli.ipynb #04916112
 def check_ray():

@@ -258,11 +258,14 @@ def add_evaluate(commands):
 # %% ../nbs/36_options.ipynb #85cd04d4
 def add_ablate(commands):
     ablate = commands.add_parser("ablate", help="what each part of the method is worth on your data: branches that "
-                                                "leave one out, their cost said first, and one table")
+                                                "leave one out, or rank by another judge; their cost said first, "
+                                                "and one table")
     ablate.add_argument("config", type=Path, help="a config, or the folder of a run")
     ablate.add_argument("--rounds", type=count, default=1, help="of each (default 1)")
     ablate.add_argument("--only", metavar="PARTS", help="of cot, voting, pce, nll, objective, static_judge, with "
-                                                        "commas between (default: all)")
+                                                        "commas between (default: all, or none with --scorers)")
+    ablate.add_argument("--scorers", help="rounds ranked by them instead: judges of `dual-ipo judges`, or "
+                                          "package.module:function, with commas between")
     ablate.add_argument("--out", type=Path, help="folder (default NAME-ablate)")
     ablate.add_argument("--gpu", default="H100", help="kind of card of the costs (default H100)")
     ablate.add_argument("--dry-run", action="store_true", help="say the costs; write nothing")

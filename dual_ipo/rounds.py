@@ -40,6 +40,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/33_rounds.ipynb #f906ba30
 from .align import align, check_thumbs
+from .baselines import scoring_model
 from .candidates import both_ends, make_pairs, preview, sample_candidates
 from .checkpoints import base_changes, base_files
 from .cluster import place, rows_in_shards
@@ -47,7 +48,8 @@ from .config import Config, JudgePart, parse_config
 from .core import Judgement, Pair, UserError, Video, VideoFile, frames_of, generator
 from .cot import Item, annotate, check_rationales, cold_start_items, label_of
 from .data import PairTable, check_clips, clip_faults, read_clips, read_pairs, read_thumbs
-from .evaluate import frame_changes, graded, judge_accuracy, load_measure, measured, summarise
+from .evaluate import (check_measure, frame_changes, graded, judge_accuracy, load_measure, measured,
+                               summarise)
 from .generator import Generator, Sampling, meta_generator, read_checkpoint, whole_pipeline
 from .kernels import whole_bytes
 from .losses import objective_of
@@ -248,6 +250,7 @@ def stage_of(r: RoundFolder, name: str):
     """Yield whether stage `name` has something to do. UserError naming the setting to change where the GPU's memory is
     not enough."""
     began = time.time()
+    scoring_model.cache_clear()
     gc.collect()   # the models of the stage before: their parts hold each other
     try:
         with stage(r.folder / name, resumes=True) as todo: yield todo
@@ -435,8 +438,8 @@ def measures_of(config: Config) -> list[str]:
 
 # %% ../nbs/33_rounds.ipynb #ed259104
 def check_measures(r: RoundFolder):
-    "UserError unless the measures can be imported where they will be called."
-    def found(names): return [dict(measure=name, is_there=callable(load_measure(name))) for name in names]
+    "UserError unless the measures can be imported where they will be called, and have the models that they ask."
+    def found(names): return [dict(measure=name, is_there=check_measure(name)) for name in names]
     with place().apart():
         rows_in_shards(measures_of(r.config), 1, r.folder / "input_check/measures", "check measures", found,
                        r.config.cluster.runtime_env)
@@ -503,6 +506,8 @@ def check_input(config: Config):
     judge = check_judge_of(config, given.prompts)
     base, loras = read_checkpoint(config.generator.path)
     if not Path(base).is_dir(): whole_pipeline(base, loras)   # of a folder `check_model` has seen all
+    if not config.cluster.runtime_env:
+        for name in measures_of(config): check_measure(name)
     if config.judge.backend == "http": load_judge(config, config.judge.path).endpoints.check()
     else: check_stored(judge)
 
