@@ -154,7 +154,7 @@ def test_headers_with_flipped_bits(good, tmp_path_factory, which, data):
     rmtree(path)
 
 
-PIECES = ["{{ messages }}", "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}",
+PIECES = ["{{ messages }}", "{% if no %}", "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}",
     "{% if true %}", "{% endif %}", "{% include 'x' %}", "{% raw %}", "{{ 'x'*9**9 }}", "{{ 9**9**9 }}",
     "{% for a in range(99999) %}", "{{ a }}", "{% set x = namespace(n=0) %}", "{% macro f() %}{{ f() }}{% endmacro %}",
     "{{ f() }}", "<image>", "{{ '%999999999d' | format(1) }}", "{{ [1]*9**9 }}", "{{ 'x' | center(9**9) }}",
