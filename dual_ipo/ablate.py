@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'ABLATIONS', 'OTHER', 'ORDER', 'PLANNED', 'BEFORE', 'ranked_by', 'Ablation', 'value_of', 'ablation',
            'ablations', 'scorer_of', 'scoring', 'check_scorers', 'branches', 'whole_words', 'judges_alone',
            'own_stages', 'facts_or_not', 'gpu_hours', 'costs', 'whole_method', 'as_written', 'shared_names',
-           'share_round', 'begun', 'values', 'measured_by', 'apart', 'ablation_rows', 'ablation_table', 'judge_alone',
+           'share_round', 'begun', 'measured_by', 'apart', 'ablation_rows', 'ablation_table', 'judge_alone',
            'of_its_own_kind', 'here', 'ablate']
 
 # %% ../nbs/44_ablate.ipynb #6cc40a45
@@ -275,34 +275,21 @@ def begun(
     share_round(whole, own, each.at)
     return own
 
-# %% ../nbs/44_ablate.ipynb #d8ec032d
-def values(
-    results: Results,
-    k: int,
-    by: str,   # "total" or "grade"
-) -> list[dict]:   # prompt, candidate, value; [] where that is not known
-    "What a round's evaluation clips were found to be."
-    rows = list(results.rows(k, "evaluate/scores.parquet"))
-    graded = results.rows(k, "judge_check/grades.parquet") if by == "grade" else []
-    known = {row["clip"]: row["grade"] for row in graded}
-    if by == "total": known = {row["clip"]: 100*row["total"] for row in rows if row.get("total") is not None}
-    if not all(row["clip"] in known for row in rows): return []
-    return [dict(prompt=row["prompt"], candidate=row["candidate"], value=known[row["clip"]]) for row in rows]
-
 # %% ../nbs/44_ablate.ipynb #4870559b
 def measured_by(
     runs: list[Results],
     k: int,
 ) -> str | None:   # "total" or "grade"; None: nothing that all have
-    return next((by for by in ("total", "grade") if all(values(results, k, by) for results in runs)), None)
+    "What all runs can be held to."
+    return next((by for by in ("total", "grade") if all(results.values(k, by) for results in runs)), None)
 
 # %% ../nbs/44_ablate.ipynb #d7c0b379
 def apart(
-    before: list[dict], after: list[dict],   # of `values`
+    before: list[dict], after: list[dict],   # of `Results.values`
     n: int,   # differences that are to hold together
 ) -> dict:    # of `paired_difference`; {} where one was not measured
     "What two rounds' clips differ by."
-    return paired_difference(before, after, "value", unit=1., level=1 - .05/n) if before and after else {}
+    return paired_difference(before, after, "value", level=1 - .05/n) if before and after else {}
 
 # %% ../nbs/44_ablate.ipynb #ce312fba
 def ablation_rows(
@@ -311,13 +298,13 @@ def ablation_rows(
 ) -> list[dict]:   # {"run", "by", "value", "gain", "gain_ci95", "difference", "ci95", "judge"}
     "What each run has gained over the shared start, and how it differs from the whole method."
     by, rows = measured_by([*runs.values()], k), []
-    start, whole = (values(next(iter(runs.values())), i, by) if by else [] for i in (0, k))
+    start, whole = (next(iter(runs.values())).values(i, by) if by else [] for i in (0, k))
     for name, results in runs.items():
-        own = values(results, k, by) if by else []
+        own = results.values(k, by) if by else []
         judge = next((entry["judge"] or {} for entry in results.rounds if entry["round"] == k), {})
         gain = apart(start, own, len(runs))
         gap = apart(whole, own, len(runs) - 1) if rows else {}
-        mean = sum(row["value"] for row in own)/len(own) if own else None
+        mean = 100*sum(row["value"] for row in own)/len(own) if own else None
         rows.append(dict(run=name, by=by, value=mean, gain=gain.get("difference"), gain_ci95=gain.get("ci95"),
                          difference=gap.get("difference"), ci95=gap.get("ci95"), judge=judge.get("accuracy")))
     return rows

@@ -63,16 +63,10 @@ def first_judge(results: Results) -> str:
 def values_of(
     results: Results,
     by: str,             # "total" or "grade"
-) -> dict[int, list[dict]]:   # round → rows of prompt, candidate, clip, `value`: share of 1; a hundredth of a grade
+) -> dict[int, list[dict]]:   # round → see `Results.values`
     "What every round's evaluation clips were found to be; rounds where they were not are left out."
-    found = {}
-    for k, rows in results.tables("evaluate/scores.parquet").items():
-        grades = results.rows(k, "judge_check/grades.parquet") if by == "grade" else []
-        known = {row["clip"]: row["grade"]/100 for row in grades}
-        if by == "total": known = {row["clip"]: row["total"] for row in rows if row.get("total") is not None}
-        if not all(row["clip"] in known for row in rows): continue
-        found[k] = [row | dict(value=known[row["clip"]]) for row in rows]
-    return found
+    rounds = results.tables("evaluate/scores.parquet", ["clip"])
+    return {k: rows for k in rounds if (rows := results.values(k, by))}
 
 # %% ../nbs/52_compare.ipynb #2e89c8d7
 def measured_alike(
@@ -217,7 +211,7 @@ FEW = 10   # prompts below which an interval is not to be believed
 # %% ../nbs/52_compare.ipynb #383c165e
 def rounded(x: float, by: str) -> str:
     "A difference with its sign: a tenth of a point, a hundredth of a grade."
-    return signed(x) if by == "total" else f"{round(x, 2) + 0:+.2f}".replace("-", "−")
+    return signed(x, 1 if by == "total" else 2)
 
 # %% ../nbs/52_compare.ipynb #4de03c46
 def both_ends(gap: Gap, by: str) -> str: return " to ".join(rounded(end, by) for end in gap.ci95)

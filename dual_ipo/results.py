@@ -137,6 +137,20 @@ def tables(self: Results,
     rounds = [int(path.name[6:]) for path in sorted(self.folder.glob("round_*"))]
     return {k: rows for k in rounds if (rows := self.rows(k, name, columns))}
 
+# %% ../nbs/40_results.ipynb #0743a069
+@patch
+def values(self: Results,
+    k: int,    # the round
+    by: str,   # "total" or "grade", which is the first judge's
+) -> list[dict]:   # rows with prompt, candidate, clip, `value`: share of 1, or a hundredth of a grade; []: not known
+    "What a round's evaluation clips were found to be."
+    rows = list(self.rows(k, "evaluate/scores.parquet"))
+    graded = self.rows(k, "judge_check/grades.parquet") if by == "grade" else []
+    known = {row["clip"]: row["grade"]/100 for row in graded}
+    if by == "total": known = {row["clip"]: row["total"] for row in rows if row.get("total") is not None}
+    if not all(row["clip"] in known for row in rows): return []
+    return [row | dict(value=known[row["clip"]]) for row in rows]
+
 # %% ../nbs/40_results.ipynb #fec627e1
 @patch
 def warnings(self: Results) -> list[str]:   # "round 1: …"
