@@ -389,7 +389,8 @@ def test_visionreward_weighs_yes_against_no():
 
 # by name, as a scorer, and in the table
 
-def test_names():
+def test_names(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)   # it would be asked again and again
     with pytest.raises(UserError, match="neither videoscore2") as caught: open_baseline("videoscore")
     assert "\n" not in str(caught.value)
     for name in BASELINES:
