@@ -133,11 +133,15 @@ def kill_after(config, out, n, delay):
 
 
 def test_killed_at_random_moments_ends_the_same(given, tmp_path):
+    "KILLS=30 in the environment kills thirty times."
+    wanted = int(os.environ.get("KILLS", 3))
     config = write(given, "kill.yaml", small_config())
     assert main(["run", str(config), "--out", str(tmp_path/"calm")]) == 0
     whole, dice, kills = files(tmp_path/"calm"), random.Random(0), 0
-    def ended(): return kill_after(config, tmp_path/"killed", dice.randint(1, whole//4), dice.uniform(0, .5))
-    while kills < 6 and not ended(): kills += 1
+    few = max(1, whole//max(4, wanted))   # files that a life may write
+    def ended(): return kill_after(config, tmp_path/"killed", dice.randint(1, few), dice.uniform(0, .5))
+    while kills < wanted and not ended(): kills += 1
+    print(f"{kills} kills; {whole} files")
     assert kills >= 2
     assert main(["run", str(config), "--out", str(tmp_path/"killed")]) == 0
     assert outcome(tmp_path/"killed") == outcome(tmp_path/"calm")
