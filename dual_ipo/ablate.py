@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from . import baselines
 from .branch import branch, rewrite_note, share, share_file, with_keys
-from .config import Config, parse_config, read_config
+from .config import Config, parse_config, read_config, last_round
 from .core import UserError
 from .evaluate import check_measure, load_measure
 from .generator import meta_generator
@@ -346,7 +346,7 @@ def of_its_own_kind(
 # %% ../nbs/44_ablate.ipynb #57990b32
 def here(run: Run):
     "Every round that is not done, in this process."
-    for k in range(run.config["rounds"] + 1): run_round(run, k)
+    for k in range(last_round(run) + 1): run_round(run, k)
 
 # %% ../nbs/44_ablate.ipynb #20e4ece6
 def ablate(

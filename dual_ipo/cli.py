@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 import dual_ipo
-from .config import Config, commented_yaml, config_for, parse_config, read_config
+from .config import Config, commented_yaml, config_for, parse_config, read_config, last_round
 from .core import UserError
 from .execute import Ended, run_notebook
 from .people import WAITING
@@ -212,7 +212,7 @@ def run_rounds(
     from dual_ipo.rounds import late_rounds, measure_late
     from dual_ipo.track import fault_of
     if late_rounds(run): apart(measure_late, run)
-    for k in range(run.config["rounds"] + 1):
+    for k in range(last_round(run) + 1):
         was_done = is_done(run.round(k))
         execute_round(run, k, address)
         if not was_done:
@@ -376,7 +376,7 @@ def imported(args: argparse.Namespace) -> str:
 # %% ../nbs/60_cli.ipynb #8c1df88c
 def newest_judge(run: Run) -> Path:
     "The judge that a run has come to; UserError where it has none yet."
-    done = [at for k in range(run.config["rounds"] + 1) if is_done(at := run.round(k) / "judge")]
+    done = [at for k in range(last_round(run) + 1) if is_done(at := run.round(k) / "judge")]
     if not done: raise UserError(f"{run.path}: has no judge yet; run it first, or name the folder of a judge")
     return done[-1]
 

@@ -6,8 +6,8 @@
 __all__ = ['Dtype', 'WAYS', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'JudgePart', 'DataPart',
            'ColdStartPart', 'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given',
            'VotesPart', 'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'judge_stays', 'Config',
-           'may_of', 'told', 'parse_config', 'refuse_folder', 'read_config', 'choices_of', 'allowed', 'way',
-           'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
+           'may_of', 'told', 'parse_config', 'last_round', 'refuse_folder', 'read_config', 'choices_of', 'allowed',
+           'way', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
 import json
@@ -390,6 +390,11 @@ def parse_config(
     "Check a config; UserError in one line that names the first bad key."
     try: return Config.model_validate(data)
     except ValidationError as error: raise UserError(f"{where}: {told(error)}") from None
+
+# %% ../nbs/06_config.ipynb #68a32235
+def last_round(run: Run) -> int:
+    "The last round of a run, 0 being its cold start; UserError where its run.yaml is no config."
+    return parse_config(run.config, str(run.path / "run.yaml")).rounds
 
 # %% ../nbs/06_config.ipynb #9819a151
 def refuse_folder(path: Path):
