@@ -203,8 +203,8 @@ def took(
 # %% ../nbs/40_results.ipynb #d102adab
 def seconds_left(run: Run) -> float | None:   # None: no round but the cold start has been
     "How long the rest of a run takes, if its rounds go on as the newest one did."
-    if len(entries := run.entries()) < 2: return None
-    usual, left = entries[-1]["seconds"], 0.
+    if len(entries := run.entries()) < 2 or not (usual := entries[-1].get("seconds")): return None
+    left = 0.
     for k in range(entries[-1]["round"] + 1, last_round(run) + 1):
         own = run.round(k)/"seconds.json"
         gone = read_json(own, dict[str, float]) if own.is_file() else {}
