@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from . import baselines
 from .branch import branch, rewrite_note, share, share_file, with_keys
-from .config import Config, parse_config, read_config, last_round
+from .config import Config, parse_config, read_config, whole_config
 from .core import UserError
 from .evaluate import check_measure, load_measure
 from .generator import meta_generator
@@ -169,10 +169,9 @@ def gpu_hours(
     facts: dict | None, # of `facts_or_not`
 ) -> float | None:      # None: it can't be told
     "What that many rounds take, by the plan."
-    try: planned = stages(config, facts, judge_facts(config), gpu) if facts else []
+    if not facts: return None
+    try: rows = {row["stage"]: row["gpu_hours"] for row in stages(config, facts, judge_facts(config), gpu)}
     except (UserError, OSError): return None   # the judge's config files are not here
-    if not planned: return None
-    rows = {row["stage"]: row["gpu_hours"] for row in planned}
     once = sum(rows.get(PLANNED.get(name, name), 0) for name in first)
     return once + (rounds - 1)*sum(hours for name, hours in rows.items() if name != "cold start")
 
@@ -222,7 +221,7 @@ def as_written(
 ) -> Run:
     "A run with every key of its config."
     run = Run.load(path)
-    run.config = parse_config(run.config, str(run.path)).model_dump()
+    run.config = whole_config(run).model_dump()
     return run
 
 # %% ../nbs/44_ablate.ipynb #14bb1904
@@ -346,7 +345,7 @@ def of_its_own_kind(
 # %% ../nbs/44_ablate.ipynb #57990b32
 def here(run: Run):
     "Every round that is not done, in this process."
-    for k in range(last_round(run) + 1): run_round(run, k)
+    for k in range(run.config["rounds"] + 1): run_round(run, k)
 
 # %% ../nbs/44_ablate.ipynb #20e4ece6
 def ablate(

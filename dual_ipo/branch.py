@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import Config, parse_config, last_round
+from .config import Config, parse_config
 from .core import UserError
 from .plan import STAGES
 from .results import clock, table_text, took
@@ -124,7 +124,7 @@ def forget_measure(
 # %% ../nbs/42_branch.ipynb #4e9df096
 def check_branch(run: Run, k: int, config: dict[str, object], out: Path):
     "UserError where a run cannot be continued from round `k` with this config."
-    done = [str(i) for i in range(last_round(run) + 1) if is_done(run.round(i))]
+    done = [str(i) for i in range(run.config["rounds"] + 1) if is_done(run.round(i))]
     if str(k) not in done:
         raise UserError(f"{run.path}: round {k} is not finished; finished are: {', '.join(done) or 'none'}")
     if config["rounds"] <= k:

@@ -299,7 +299,8 @@ def base_files(
 ) -> dict[str, list]:         # name in the folder → see `content_at`; nothing where there is no such folder
     "What a model is made of: its weights, configs, vocabularies and templates."
     if not (root := found_at(path)): return {}
-    paths = sorted(path for path in root.rglob("*") if path.name.endswith((*READ, ".safetensors", ".bin")))
+    suffixes = *READ, ".safetensors", ".bin"
+    paths = sorted(path for path in root.rglob("*") if path.name.endswith(suffixes) and path.is_file())
     names = [path.relative_to(root).as_posix() for path in paths]
     with ThreadPoolExecutor(8) as pool: return dict(zip(names, pool.map(content_at, paths, map(known.get, names))))
 

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 import dual_ipo
-from .config import Config, commented_yaml, config_for, parse_config, read_config, last_round
+from .config import Config, commented_yaml, config_for, parse_config, read_config, whole_config
 from .core import UserError
 from .execute import Ended, run_notebook
 from .people import WAITING
@@ -212,13 +212,14 @@ def run_rounds(
     from dual_ipo.rounds import late_rounds, measure_late
     from dual_ipo.track import fault_of
     if late_rounds(run): apart(measure_late, run)
-    for k in range(last_round(run) + 1):
+    config = whole_config(run)
+    for k in range(config.rounds + 1):
         was_done = is_done(run.round(k))
         execute_round(run, k, address)
         if not was_done:
             announce(run, k)
             if fault := fault_of(run): say(fault)
-        if run.config["stop"] and read_results(run.path).reasons_to_stop(k): break
+        if config.stop and read_results(run.path).reasons_to_stop(k): break
 
 # %% ../nbs/60_cli.ipynb #ae75b1fd
 def run_all(
@@ -376,7 +377,7 @@ def imported(args: argparse.Namespace) -> str:
 # %% ../nbs/60_cli.ipynb #8c1df88c
 def newest_judge(run: Run) -> Path:
     "The judge that a run has come to; UserError where it has none yet."
-    done = [at for k in range(last_round(run) + 1) if is_done(at := run.round(k) / "judge")]
+    done = [at for k in range(whole_config(run).rounds + 1) if is_done(at := run.round(k) / "judge")]
     if not done: raise UserError(f"{run.path}: has no judge yet; run it first, or name the folder of a judge")
     return done[-1]
 
@@ -415,7 +416,7 @@ def branched(args: argparse.Namespace) -> str:
     from dual_ipo.branch import branch, with_keys
     from dual_ipo.rounds import check_input, config_of
     run, changes = Run.load(args.run), keys_of(args)
-    run.config = parse_config(run.config, str(run.path)).model_dump()
+    run.config = whole_config(run).model_dump()
     check_input(config_of(Run(run.path, with_keys(run.config, changes))))
     return branch(run, args.round, changes, args.out)
 

@@ -6,7 +6,7 @@
 __all__ = ['Dtype', 'WAYS', 'COG', 'GENERATORS', 'check_text', 'Part', 'key', 'GeneratorPart', 'JudgePart', 'DataPart',
            'ColdStartPart', 'fewer_kept', 'CandidatesPart', 'objective_named', 'AlignPart', 'even', 'grades_are_given',
            'VotesPart', 'PCEPart', 'SRPOPart', 'EvaluatePart', 'ClusterPart', 'votes_fit', 'judge_stays', 'Config',
-           'may_of', 'told', 'parse_config', 'last_round', 'refuse_folder', 'read_config', 'choices_of', 'allowed',
+           'may_of', 'told', 'parse_config', 'whole_config', 'refuse_folder', 'read_config', 'choices_of', 'allowed',
            'way', 'yaml_value', 'commented_lines', 'commented_yaml', 'config_for']
 
 # %% ../nbs/06_config.ipynb #8fdf6d22
@@ -392,9 +392,9 @@ def parse_config(
     except ValidationError as error: raise UserError(f"{where}: {told(error)}") from None
 
 # %% ../nbs/06_config.ipynb #68a32235
-def last_round(run: Run) -> int:
-    "The last round of a run, 0 being its cold start; UserError where its run.yaml is no config."
-    return parse_config(run.config, str(run.path / "run.yaml")).rounds
+def whole_config(run: Run) -> Config:
+    "A run's config with every key, those too that its run.yaml leaves out; UserError where that is none."
+    return parse_config(run.config, str(run.path / "run.yaml"))
 
 # %% ../nbs/06_config.ipynb #9819a151
 def refuse_folder(path: Path):

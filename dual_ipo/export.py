@@ -17,7 +17,7 @@ import torch, yaml
 from fastcore.basics import patch
 from torch import Tensor
 from .checkpoints import opening, read_loras
-from .config import last_round
+from .config import whole_config
 from .core import UserError
 from .store import Run, atomic_write, is_done, read_table, read_tensors, whole_folder, write_tensors
 
@@ -59,7 +59,7 @@ def diffusers_lora(
 # %% ../nbs/25_export.ipynb #bf1f5709
 def finished_rounds(run: Run) -> list[int]:
     "Those that trained a generator, from 1."
-    rounds = range(1, last_round(run) + 1)
+    rounds = range(1, whole_config(run).rounds + 1)
     return [k for k in rounds if is_done(run.round(k)) and is_done(run.round(k)/"generator")]
 
 # %% ../nbs/25_export.ipynb #156e8516

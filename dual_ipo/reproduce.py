@@ -21,13 +21,13 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from .branch import stages_of
-from .checkpoints import base_changes, base_files
 from .clean import KINDS, is_over
-from .config import parse_config
+from .config import whole_config
 from .core import UserError
 from .made import commit, hardware, read_made, versions
 from .results import table_text
-from .rounds import RoundFolder, changes_of, clip_names, config_of, content_of, read_files, summary_of
+from .rounds import (
+    RoundFolder, bases_of, changed_bases, changes_of, clip_names, config_of, content_of, read_files, summary_of)
 from .store import (Run, Summary, checksum, differences, identity, intact, is_done, read_entries,
                             read_json, read_table, remember_whole, remembered, stream_table)
 from .terminal import one_line
@@ -160,16 +160,13 @@ def input_faults(
 # %% ../nbs/45_reproduce.ipynb #38eb7570
 def model_faults(run: Run) -> Iterator[Fault]:
     "Models that are gone, damaged or others than when the run began."
-    config, at = config_of(run), run.path/"bases.json"
-    known = read_json(at, dict) if at.is_file() else {}
+    config = config_of(run)
     for part in ("generator", "judge"):
         path = getattr(config, part).path
         if Path(path).is_absolute() and not Path(path).exists(): yield Fault(f"{part}.path", f"{path} is not there")
         try: intact(path)
         except UserError as error: yield Fault(f"{part}.path", f"{error}")
-        was = known.get(part, {})
-        changes = base_changes(was, base_files(path, was))
-        yield from (Fault(f"{part}.path", f"{path}: {name} {what}") for name, what in changes)
+    for name, what in changed_bases(config, *bases_of(run)): yield Fault(name, what)
 
 # %% ../nbs/45_reproduce.ipynb #0a52cffd
 def noted(run: Run) -> dict[str, list[str | None]]:   # what → its values, in the order of the rounds
@@ -203,7 +200,7 @@ def config_unlike(run: Run) -> Iterator[Unlike]:
     "What `run.yaml` says now and the rounds were not told, and what is fetched from a hub in whatever revision."
     at = run.path / "summary.json"
     made_with = read_json(at, Summary)["config"] if at.is_file() else run.config
-    now = parse_config(run.config, str(run.path / "run.yaml"))
+    now = whole_config(run)
     for key, was, here in differences(made_with, run.config): yield Unlike(key, str(was), str(here))
     for key, was, here in differences(run.config, now.model_dump()):
         if here is not None: yield Unlike(key, str(was), str(here))   # keys that came later

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .config import parse_config, last_round
+from .config import parse_config, whole_config
 from .monitor import WATCHED, should_stop, warnings_of
 from .store import (Rows, Run, Summary, is_done, is_worked_on, read_entries, read_json, read_progress,
                             read_rows, read_yaml)
@@ -205,7 +205,7 @@ def seconds_left(run: Run) -> float | None:   # None: no round but the cold star
     "How long the rest of a run takes, if its rounds go on as the newest one did."
     if len(entries := run.entries()) < 2 or not (usual := entries[-1].get("seconds")): return None
     left = 0.
-    for k in range(entries[-1]["round"] + 1, last_round(run) + 1):
+    for k in range(entries[-1]["round"] + 1, whole_config(run).rounds + 1):
         own = run.round(k)/"seconds.json"
         gone = read_json(own, dict[str, float]) if own.is_file() else {}
         left += sum(seconds for name, seconds in usual.items() if name not in gone)
@@ -243,7 +243,7 @@ def standing(
 ) -> dict:  # plain data
     "Where a run stands; UserError where there is no run."
     run = Run.load(path)
-    rounds = last_round(run)
+    rounds = whole_config(run).rounds
     done, progress, left = sum(is_done(run.round(k)) for k in range(rounds + 1)), read_progress(run.path), None
     state = "finished" if done > rounds else WORDS[is_worked_on(run.path)]
     if done <= rounds and (left := seconds_left(run)) and progress: left = max(left - progress["elapsed"], 0.)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from accelerate.tracking import MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from fastcore.basics import patch
 
-from .config import parse_config
+from .config import whole_config
 from .core import UserError, VideoFile, warn_once
 from .store import Entry, Run, is_done, read_json, read_table, whole, write_json
 from .training import ranks
@@ -244,7 +244,7 @@ def following(
     patience: float = 120., # seconds for what is left at the end
 ):
     "Have the tracker of the config told what is new while the block runs, and what is left at its end."
-    name = parse_config(run.config, str(run.path/"run.yaml")).track
+    name = whole_config(run).track
     if not name:
         yield
         return
